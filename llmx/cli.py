@@ -1,0 +1,327 @@
+"""The command line: LightningCLI over the laboratory's one LightningModule and one LightningDataModule.
+
+What a user gives wins in this order: command line, the run that `--ckpt_path` names, config file, defaults. Whatever
+is wrong with it becomes one message and exit code 2; nothing is written before the configuration is known to build.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+import pkgutil
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+
+import llmx.blocks
+import llmx.feedforward
+import llmx.mixers
+import llmx.networks
+import llmx.parts
+from llmx.data.datamodule import TextDataModule
+from llmx.errors import UserError
+from llmx.explain import explain
+from llmx.training.callbacks import (
+    BestCheckpoint,
+    EndWithValidation,
+    LastCheckpoint,
+    ProgressBar,
+    RunRecord,
+    Samples,
+    TokensPerSecond,
+)
+from llmx.training.checkpoints import read_checkpoint
+from llmx.training.metrics import bits, perplexity
+from llmx.training.module import LanguageModel
+from llmx.training.predictions import write_predictions
+from llmx.training.trainer import Trainer
+
+
+def main(args: list[str] | None = None) -> int:
+    """Runs one command, `sys.argv` by default. Returns the exit code: 1 for a leak that `audit` found, 2 for bad input."""
+    # the working directory is importable: one file there and one YAML make a new architecture
+    sys.path.insert(0, os.getcwd())
+    arguments = sys.argv[1:] if args is None else args
+    _quiet()
+    try:
+        return CLI(arguments).exit_code
+    except ParserError as error:
+        groups: dict[str, type] = {"model": LanguageModel, "data": TextDataModule, "trainer": Trainer}
+        options = ["config", "seed_everything", "ckpt_path", "weights_only", "verbose", "return_predictions", "help"]
+        sys.stderr.write(f"error: {explain(str(error), arguments, groups, options)}\n")
+        return 2
+    except UserError as error:
+        sys.stdout.flush()
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+
+
+class ParserError(Exception):
+    """What the parser said, on its way to being explained."""
+
+
+class Parser(LightningArgumentParser):
+    """A parser that raises what it has to say."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        raise ParserError(message)
+
+
+class CLI(LightningCLI):
+    """fit, validate, test, predict, audit."""
+
+    def __init__(self, arguments: list[str]):
+        self.exit_code = 0
+        self.run: Path | None = None  # the run that --ckpt_path belongs to
+        for package in (llmx.parts, llmx.mixers, llmx.feedforward, llmx.blocks, llmx.networks):
+            for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+                importlib.import_module(module.name)  # short class names are looked for among what is imported
+        super().__init__(
+            LanguageModel,
+            TextDataModule,
+            trainer_class=Trainer,
+            trainer_defaults={
+                "max_epochs": -1,
+                "check_val_every_n_epoch": None,
+                "val_check_interval": 500,
+                "enable_model_summary": False,  # the composition table says more
+                "use_distributed_sampler": False,
+            },
+            seed_everything_default=1,
+            parser_class=Parser,
+            save_config_callback=None,  # it would write before the network is known to build; see RunRecord
+            auto_configure_optimizers=False,
+            args=self._with_run(arguments),
+        )
+
+    # ----------------------------------------------------------------------------------------------------- parsing
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {**LightningCLI.subcommands(), "audit": {"model", "datamodule"}}
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.set_defaults({f"trainer.{key}": value for key, value in self.trainer_defaults.items()})
+        # both come from the data
+        parser.add_class_arguments(LanguageModel, "model", fail_untyped=False, skip={"tokenizer", "window"})
+        parser.add_class_arguments(TextDataModule, "data")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(args)  # without Lightning's warning that sys.argv exists too
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would let a checkpoint's hyperparameters beat the command line; see `_with_run` instead."""
+
+    def _with_run(self, arguments: list[str]) -> list[str]:
+        """The arguments, with the configuration of the run that --ckpt_path names put before what they say."""
+        path = _option(arguments, "--ckpt_path")
+        if path is None or not arguments or arguments[0] not in self.subcommands():
+            return arguments
+        if path == "last":
+            path = str(_newest_run(Path(_option(arguments, "--trainer.default_root_dir") or ".")))
+            arguments = _replaced(arguments, "--ckpt_path", path)
+        self.checkpoint = read_checkpoint(path)
+        folder = Path(path).parent
+        self.run = folder.parent if folder.name == "checkpoints" else folder
+        if _option(arguments, "--config") or _option(arguments, "-c"):
+            return arguments
+        config = self.run / "config.yaml"
+        if arguments[0] == "fit" and config.is_file():
+            return [arguments[0], "--config", str(config), *arguments[1:]]
+        model = dict(self.checkpoint["hyper_parameters"])
+        del model["tokenizer"], model["window"]
+        content = {"model": model, "data": dict(self.checkpoint["datamodule_hyper_parameters"])}
+        return [arguments[0], "--config", json.dumps(content), *arguments[1:]]
+
+    # ------------------------------------------------------------------------------------------------ construction
+    def _add_instantiators(self) -> None:
+        """Model and data are built from the parsed configuration itself, for checkpoints keep it as plain data."""
+        for cls in (LanguageModel, TextDataModule):
+            self.parser.add_instantiator(lambda *_, **__: None, cls, subclasses=False)
+
+    def instantiate_classes(self) -> None:
+        settings = self.config[self.subcommand]
+        verb = self.subcommand
+        if verb == "fit" and settings.trainer.max_steps == 0:
+            raise UserError("trainer.max_steps: 0 leaves nothing to train; give the number of optimizer steps")
+        if verb == "fit" and settings.trainer.max_steps < 0 and (settings.trainer.max_epochs or -1) < 0:
+            raise UserError("trainer.max_steps: give the number of optimizer steps (or trainer.max_epochs)")
+        if verb == "predict" and self.run is None:
+            raise UserError("ckpt_path: predict needs a checkpoint, --ckpt_path RUN/checkpoints/last.ckpt")
+        data = _plain(settings.data)
+        if self.run is not None:
+            data["tokenizer"] = self.checkpoint["hyper_parameters"]["tokenizer"]
+        self.datamodule = TextDataModule(**data)
+        if verb != "predict":
+            self.datamodule.prepare()
+        self.model = LanguageModel(
+            **_plain(settings.model), tokenizer=self.datamodule.tokenizer, window=self.datamodule.hparams["window"]
+        )
+        if self.run is not None:
+            self._check_same_network()
+        self._check_window()
+        if verb == "fit":
+            self.model.audit_causality()  # before there is a run folder
+        self.config_init = self.parser.instantiate_classes(self.config)  # of the trainer; see _add_instantiators
+        self.trainer = self.instantiate_trainer(**self._trainer_arguments(settings.trainer))
+
+    def _trainer_arguments(self, trainer: Any) -> dict[str, Any]:
+        """What differs from the user's trainer settings: logger, callbacks, and steps counted in optimizer steps."""
+        changes: dict[str, Any] = {}
+        fit = self.subcommand == "fit"
+        if trainer.logger in (None, True):
+            changes["logger"] = self._logger(trainer) if fit else False
+        if fit:
+            config = self._parser("fit").dump(self.config["fit"], skip_none=False)
+            self.trainer_defaults["callbacks"] = [TokensPerSecond(), Samples(), EndWithValidation(), RunRecord(config)]
+            if trainer.logger is not False:
+                self.trainer_defaults["callbacks"].append(LearningRateMonitor("step"))
+            if trainer.enable_checkpointing is not False:
+                self.trainer_defaults["callbacks"] += [BestCheckpoint(), LastCheckpoint()]
+            # Lightning counts batches here; a step should validate at the same place however it is accumulated
+            if isinstance(trainer.val_check_interval, int) and trainer.check_val_every_n_epoch is None:
+                changes["val_check_interval"] = trainer.val_check_interval * trainer.accumulate_grad_batches
+        else:
+            self.trainer_defaults["callbacks"] = []
+            changes["enable_checkpointing"] = False
+        if trainer.enable_progress_bar is not False:
+            self.trainer_defaults["callbacks"].append(ProgressBar())
+        return changes
+
+    def _logger(self, trainer: Any) -> TensorBoardLogger:
+        """A new version_N, or the run that is resumed, its curve cut where the checkpoint was written."""
+        root = trainer.default_root_dir or "."
+        if self.run is None or not (self.run / "config.yaml").is_file():
+            return TensorBoardLogger(root, "lightning_logs", default_hp_metric=False)
+        return TensorBoardLogger(
+            self.run.parent.parent,
+            self.run.parent.name,
+            version=self.run.name,
+            default_hp_metric=False,
+            purge_step=self.checkpoint["global_step"],
+        )
+
+    def _check_same_network(self) -> None:
+        """A checkpoint of another architecture is said so, instead of a page of missing keys."""
+        held = {k: v.shape for k, v in self.checkpoint["state_dict"].items() if k.startswith("network.")}
+        built = {k: v.shape for k, v in self.model.state_dict().items() if k.startswith("network.")}
+        if held != built:
+            name = next(k for k in [*built, *held] if held.get(k) != built.get(k))
+            raise UserError(
+                f"ckpt_path: the checkpoint holds another network than model.network describes: {name} has shape "
+                f"{_shape(held.get(name))} in the checkpoint and {_shape(built.get(name))} in the network. "
+                "Without --config a checkpoint brings its own network along."
+            )
+
+    def _check_window(self) -> None:
+        tokens = torch.zeros(1, self.model.window, dtype=torch.int64)
+        try:
+            with torch.no_grad():
+                self.model.network(tokens)
+        except ValueError as error:
+            raise UserError(f"model.network does not take windows of {self.model.window} (data.window): {error}") from error
+
+    # --------------------------------------------------------------------------------------------------- the verbs
+    def after_fit(self) -> None:
+        final = self.trainer.callback_metrics.get("val/loss")
+        folder = self.trainer.log_dir
+        last = Path(folder or ".") / "checkpoints" / "last.ckpt"
+        places = [f"checkpoint {last}"] if last.exists() else []
+        places += [f"logs {folder}"] if folder else []
+        self._print_result("val", None if final is None else final.item(), places)
+
+    def after_validate(self) -> None:
+        self._print_result("val", self.trainer.callback_metrics["val/loss"].item(), [])
+
+    def after_test(self) -> None:
+        self._print_result("test", self.trainer.callback_metrics["test/loss"].item(), [])
+
+    def _print_result(self, split: str, loss: float | None, places: list[str]) -> None:
+        if not self.trainer.is_global_zero:
+            return
+        line = []
+        if self.model.leaking:
+            line.append("LEAKING: this network sees the future, its numbers mean nothing.")
+        if self.datamodule.source.substituted:
+            line.append(f"Corpus {self.datamodule.source.name} in place of {self.datamodule.source.requested}.")
+        if loss is not None:
+            line.append(
+                f"{split} loss {loss:.4f} nats per character, perplexity {perplexity(loss):.4f}, "
+                f"{bits(loss):.4f} bits per character."
+            )
+        print(" ".join(line + [f"{place};" for place in places]).rstrip(";"), flush=True)
+
+    def predict(self, **arguments: Any) -> None:
+        batches: Any = self.trainer.predict(**arguments) or []
+        records = _gathered([record for batch in batches for record in batch])
+        if not self.trainer.is_global_zero or not records:
+            return
+        assert self.run is not None
+        written = write_predictions(self.run, records, self.model.sampling)
+        print(records[0]["text"])
+        print(f"\n{len(records)} samples; {written} and {written.with_suffix('.txt').name}")
+
+    def audit(self, **arguments: Any) -> None:
+        self.exit_code = int(self.trainer.audit(**arguments).leaking)
+
+
+def _option(arguments: list[str], name: str) -> str | None:
+    """The last value of an option, given as `--name value` or `--name=value`."""
+    value = None
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if argument == name:
+            value = following
+        elif argument.startswith(f"{name}="):
+            value = argument.split("=", 1)[1]
+    return value
+
+
+def _replaced(arguments: list[str], name: str, value: str) -> list[str]:
+    """The arguments with another value for an option that is given."""
+    result = list(arguments)
+    for i, argument in enumerate(arguments):
+        if argument == name:
+            result[i + 1] = value
+        elif argument.startswith(f"{name}="):
+            result[i] = f"{name}={value}"
+    return result
+
+
+def _newest_run(root: Path) -> Path:
+    """The last checkpoint of the newest run below a root folder."""
+    found = list((root / "lightning_logs").glob("version_*/checkpoints/last.ckpt"))
+    if not found:
+        raise UserError(f"ckpt_path: 'last' found no run with a checkpoint below {root / 'lightning_logs'}")
+    return max(found, key=lambda path: int(path.parent.parent.name.removeprefix("version_")))
+
+
+def _plain(settings: Any) -> dict[str, Any]:
+    """A parsed group as nested dictionaries."""
+    return settings.as_dict()
+
+
+def _shape(shape: torch.Size | None) -> str:
+    return "no such parameter" if shape is None else str(tuple(shape))
+
+
+def _gathered(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records of all processes, ordered by prompt."""
+    if torch.distributed.is_initialized():
+        parts: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(parts, records)
+        records = [record for part in parts for record in part]
+    return sorted(records, key=lambda record: record["prompt_index"])
+
+
+def _quiet() -> None:
+    """Leaves out what the libraries say that no user can act on."""
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())

@@ -1,0 +1,78 @@
+"""Components as plain data: `{"class_path": ..., "init_args": {...}}` and `functools.partial(Class, ...)` say the same.
+
+`to_config` writes factories as data, for checkpoints that load without executing anything; `from_config` reads them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from functools import partial
+from typing import Any
+
+from llmx.errors import UserError
+
+_PLAIN = (str, int, float, bool, type(None))
+
+
+def to_config(value: Any) -> Any:
+    """Writes classes and partials of classes (nested, in lists too) as plain data; plain data stays as it is.
+
+    Raises:
+        UserError: for what has no name to be found by again, such as a lambda or an object already built.
+    """
+    if isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, list | tuple):
+        return [to_config(item) for item in value]
+    if isinstance(value, dict):
+        return {key: to_config(item) for key, item in value.items()}
+    cls, arguments = (value.func, value.keywords) if isinstance(value, partial) else (value, {})
+    if not isinstance(cls, type) or (isinstance(value, partial) and value.args):
+        raise UserError(
+            f"cannot write {value!r} into a checkpoint: give a class, functools.partial(Class, key=value, ...), "
+            "or {'class_path': ..., 'init_args': {...}}"
+        )
+    config: dict[str, Any] = {"class_path": f"{cls.__module__}.{cls.__qualname__}"}
+    if arguments:
+        config["init_args"] = to_config(arguments)
+    return config
+
+
+def from_config(config: Any, trusted: tuple[str, ...] = ()) -> Any:
+    """Turns plain data into factories, the inverse of `to_config`.
+
+    Only modules of llmx and torch.optim, modules that are imported already, and those named in `trusted` are looked
+    into: data from elsewhere cannot make Python import something new.
+
+    Raises:
+        UserError: where a class cannot be found, or its module may not be imported.
+    """
+    if isinstance(config, list | tuple):
+        return [from_config(item, trusted) for item in config]
+    if isinstance(config, dict) and "class_path" in config:
+        cls = find_class(config["class_path"], trusted)
+        arguments = {key: from_config(item, trusted) for key, item in (config.get("init_args") or {}).items()}
+        return partial(cls, **arguments)
+    if isinstance(config, dict):
+        return {key: from_config(item, trusted) for key, item in config.items()}
+    return config
+
+
+def find_class(path: str, trusted: tuple[str, ...] = ()) -> type:
+    """The class at a dotted path, under the rule of `from_config`."""
+    module, _, name = path.rpartition(".")
+    if module.split(".")[0] == "llmx" or module.startswith("torch.optim") or module in trusted:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            raise UserError(f"class_path {path!r}: {error}") from error
+    if module not in sys.modules:
+        raise UserError(
+            f"class_path {path!r} is outside llmx, and a checkpoint may not import modules by itself: "
+            f"import {module or path!r} first if you trust it"
+        )
+    found = getattr(sys.modules[module], name, None)
+    if not isinstance(found, type):
+        raise UserError(f"class_path {path!r}: module {module!r} has no class {name!r}")
+    return found

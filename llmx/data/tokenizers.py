@@ -1,0 +1,166 @@
+"""Text to token ids and back: by character or by byte, and a cache of encoded corpora on disk."""
+
+import hashlib
+import json
+import os
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from llmx.data.corpora import Corpus, cache_folder
+from llmx.errors import UserError
+
+Ids = Iterable[int] | np.ndarray | torch.Tensor
+
+
+class Tokenizer(ABC):
+    """Maps text to token ids in [0, vocab_size) and back."""
+
+    vocab_size: int
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The smallest type that holds an id: uint8 or uint16."""
+        return np.dtype(np.uint8 if self.vocab_size <= 256 else np.uint16)
+
+    @abstractmethod
+    def encode(self, text: str) -> np.ndarray:
+        """Text -> ids, (N,), of type `dtype`. Raises UserError for text that has no ids."""
+
+    @abstractmethod
+    def decode(self, ids: Ids) -> str:
+        """Ids, (N,) -> text."""
+
+    @abstractmethod
+    def to_config(self) -> dict[str, str]:
+        """Plain data from which `tokenizer_from_config` makes this tokenizer again."""
+
+
+class CharacterTokenizer(Tokenizer):
+    """One id a character. `vocabulary`: the distinct characters in the order of their ids."""
+
+    def __init__(self, vocabulary: str):
+        if not vocabulary:
+            raise UserError("data.tokenizer: the vocabulary is empty")
+        if len(set(vocabulary)) != len(vocabulary):
+            raise UserError("data.tokenizer: a character stands twice in the vocabulary")
+        if len(vocabulary) > 65536:
+            raise UserError(
+                f"data.tokenizer: {len(vocabulary)} different characters are more than the 65536 that fit two bytes; "
+                "use the byte tokenizer"
+            )
+        self.vocabulary = vocabulary
+        self.vocab_size = len(vocabulary)
+        self._codes = _code_points(vocabulary)
+        self._ids = np.full(int(self._codes.max()) + 2, -1, np.int32)  # by code point; the last entry stays unknown
+        self._ids[self._codes] = np.arange(self.vocab_size)
+
+    @classmethod
+    def from_text(cls, text: str) -> "CharacterTokenizer":
+        """The tokenizer whose vocabulary is the sorted distinct characters of a text."""
+        return cls("".join(sorted(set(text))))
+
+    def encode(self, text: str) -> np.ndarray:
+        codes = _code_points(text)
+        ids = self._ids[np.minimum(codes, len(self._ids) - 1)]
+        unknown = np.flatnonzero(ids < 0)
+        if unknown.size:
+            position = int(unknown[0])
+            raise UserError(
+                f"the character {text[position]!r} at position {position} is not among the {self.vocab_size} of the "
+                "tokenizer's vocabulary"
+            )
+        return ids.astype(self.dtype)
+
+    def decode(self, ids: Ids) -> str:
+        return self._codes[_array(ids)].tobytes().decode("utf-32-le", "surrogatepass")
+
+    def to_config(self) -> dict[str, str]:
+        return {"kind": "character", "vocabulary": self.vocabulary}
+
+
+class ByteTokenizer(Tokenizer):
+    """One id a byte of the text's UTF-8 form. A character cut in half is decoded as U+FFFD."""
+
+    vocab_size = 256
+
+    def encode(self, text: str) -> np.ndarray:
+        try:
+            return np.frombuffer(text.encode(), np.uint8)
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"the character {text[error.start]!r} at position {error.start} is half a surrogate pair and has no "
+                "bytes in UTF-8"
+            ) from None
+
+    def decode(self, ids: Ids) -> str:
+        return _array(ids).astype(np.uint8).tobytes().decode(errors="replace")
+
+    def to_config(self) -> dict[str, str]:
+        return {"kind": "byte"}
+
+
+def tokenizer_from_config(config: dict[str, Any]) -> Tokenizer:
+    """Reads what `to_config` wrote."""
+    match config:
+        case {"kind": "character", "vocabulary": str(vocabulary), **rest} if not rest:
+            return CharacterTokenizer(vocabulary)
+        case {"kind": "byte", **rest} if not rest:
+            return ByteTokenizer()
+    raise UserError(
+        f"data.tokenizer: {config!r:.200} describes no tokenizer; "
+        "write {kind: byte} or {kind: character, vocabulary: ...}"
+    )
+
+
+def cached_tokens(corpus: Corpus, tokenizer: Tokenizer) -> np.ndarray:
+    """The encoded corpus, (N,), read-only: a memory map of a file in the cache folder, written at first use.
+
+    The file's name holds the digest of its content, so a damaged file is found out and written again. Several
+    processes may build it at once. Where the cache folder cannot be used, the tokens stay in memory.
+    """
+    folder = cache_folder() / "tokens"
+    key = _digest(corpus.sha256, json.dumps(tokenizer.to_config(), sort_keys=True))
+    try:
+        for path in folder.glob(f"{key}-*.npy"):
+            if _file_digest(path) == path.stem.removeprefix(f"{key}-"):
+                return np.load(path, mmap_mode="r")
+        return np.load(_store(tokenizer.encode(corpus.text), folder, key), mmap_mode="r")
+    except OSError:
+        tokens = tokenizer.encode(corpus.text)
+        tokens.flags.writeable = False
+        return tokens
+
+
+def _store(tokens: np.ndarray, folder: Path, key: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        file = Path(temporary, "tokens.npy")
+        np.save(file, tokens)
+        path = folder / f"{key}-{_file_digest(file)}.npy"
+        os.replace(file, path)
+    return path
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode(errors="surrogatepass")).hexdigest()[:16]
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def _code_points(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.dtype("<u4"))
+
+
+def _array(ids: Ids) -> np.ndarray:
+    if isinstance(ids, torch.Tensor):
+        return ids.cpu().numpy()
+    return ids if isinstance(ids, np.ndarray) else np.array(list(ids), np.int64)

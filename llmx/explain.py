@@ -1,0 +1,179 @@
+"""Turns the parser's complaint into one that names the key's full path, what was wrong, and the nearest valid name.
+
+The parser reports the innermost key alone, or a page of nested namespaces. So what the user gave is gathered once more
+as nested dictionaries, and walked along the constructors' signatures until something does not fit.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import difflib
+import importlib
+import inspect
+import re
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_STRUCTURE = ("class_path", "init_args", "dict_kwargs")
+
+
+def explain(message: str, arguments: list[str], groups: dict[str, type], options: list[str]) -> str:
+    """The message to show.
+
+    Args:
+        message: what the parser said.
+        arguments: the command line, verb included.
+        groups: the classes behind the top-level keys (`model`, `data`, `trainer`).
+        options: the other top-level keys.
+    """
+    try:
+        given = _gather(arguments)
+    except yaml.YAMLError as error:
+        return f"config: not valid YAML: {' '.join(str(error).split())}"
+    except OSError as error:
+        return f"config: {error.filename}: {error.strerror}"
+    for key, value in given.items():
+        if key in groups:
+            problem = _misfit(value, groups[key], key)
+        else:
+            problem = None if key in options else f"{key}: no such key{_nearest(key, [*groups, *options])}"
+        if problem:
+            return problem
+    return _with_full_key(message, given)
+
+
+def _gather(arguments: list[str]) -> dict[str, Any]:
+    """Config files and dotted options as one nested dictionary, later ones on top."""
+    given: dict[str, Any] = {}
+    rest = iter(arguments[1:])
+    for argument in rest:
+        name, equals, value = argument.partition("=")
+        if not name.startswith("-"):
+            continue
+        value = value if equals else next(rest, "")
+        if name in ("--config", "-c"):
+            text = value if value.lstrip().startswith("{") else Path(value).read_text(encoding="utf-8")
+            content = yaml.safe_load(text)
+            _merge(given, content if isinstance(content, dict) else {})
+        else:
+            nested: Any = value
+            for part in reversed(name.lstrip("-").removesuffix("+").split(".")):
+                nested = {part: nested}
+            _merge(given, nested)
+    return given
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> None:
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            inner = base[key].setdefault("init_args", {}) if "class_path" in base[key] else base[key]
+            if set(value) & set(_STRUCTURE):
+                inner = base[key]
+            _merge(inner, value)
+        elif isinstance(value, str) and isinstance(base.get(key), dict) and "class_path" in base[key]:
+            base[key] = {"class_path": value}
+        else:
+            base[key] = value
+
+
+def _misfit(value: Any, cls: type, path: str) -> str | None:
+    """The first key below `path` that the constructor of `cls` does not know, or class that is not there."""
+    if not isinstance(value, dict):
+        return None
+    hints = typing.get_type_hints(cls.__init__)
+    parameters = [name for name in inspect.signature(cls).parameters]
+    for name, given in value.items():
+        if name not in parameters:
+            return f"{path}.{name}: not an argument of {cls.__name__}{_nearest(name, parameters)}"
+        for where, item in _items(given, f"{path}.{name}"):
+            problem = _component(item, _built_by(hints.get(name)), where)
+            if problem:
+                return problem
+    return None
+
+
+def _component(given: Any, base: type | None, path: str) -> str | None:
+    """What is wrong with a component given as a class name or as class_path and init_args."""
+    if base is None:
+        return None
+    name = given if isinstance(given, str) else given.get("class_path") if isinstance(given, dict) else None
+    if not isinstance(name, str):
+        return f"{path}: give a class name, or class_path and init_args"
+    cls = _find(name, base)
+    if cls is None:
+        return f"{path}: no {base.__name__} is called {name!r}{_nearest(name, [c.__name__ for c in _subclasses(base)])}"
+    if not isinstance(given, dict):
+        return None
+    extra = {k: v for k, v in given.items() if k not in _STRUCTURE}
+    return _misfit({**(given.get("init_args") or {}), **extra}, cls, path)
+
+
+def _items(given: Any, path: str) -> list[tuple[str, Any]]:
+    return [(f"{path}.{i}", item) for i, item in enumerate(given)] if isinstance(given, list) else [(path, given)]
+
+
+def _built_by(hint: Any) -> type | None:
+    """The class that a factory annotated as Callable[..., Base] builds, also inside a list or a union."""
+    if typing.get_origin(hint) is collections.abc.Callable:
+        built = typing.get_args(hint)[-1]
+        return built if isinstance(built, type) else None
+    for inner in typing.get_args(hint):
+        found = _built_by(inner)
+        if found:
+            return found
+    return None
+
+
+def _find(name: str, base: type) -> type | None:
+    module, _, short = name.rpartition(".")
+    if not module:
+        return next((cls for cls in _subclasses(base) if cls.__name__ == name), None)
+    try:
+        found = getattr(importlib.import_module(module), short, None)
+    except ImportError:
+        return None
+    return found if isinstance(found, type) and issubclass(found, base) else None
+
+
+def _subclasses(base: type) -> list[type]:
+    below = [cls for child in base.__subclasses__() for cls in _subclasses(child)]
+    return ([] if inspect.isabstract(base) else [base]) + below
+
+
+def _nearest(name: str, valid: list[str]) -> str:
+    close = difflib.get_close_matches(name.rsplit(".", 1)[-1], valid, 1, 0.5)
+    return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(sorted(set(valid)))}"
+
+
+def _with_full_key(message: str, given: dict[str, Any]) -> str:
+    """`Parser key "heads": Expected ...` with the whole path of the key, where it can be told."""
+    text = " ".join(message.split())
+    match = re.match(r'(?:Parser|Configuration) key "([^"]+)":? ?(.*)', text)
+    if not match:
+        return text
+    key, complaint = match.groups()
+    wanted = re.search(r"(?:Got value|Given value): (.*)$", text)
+    paths = [
+        path
+        for path, value in _leaves(given, "")
+        if (path == key or path.endswith(f".{key}")) and (not wanted or str(value) == wanted.group(1))
+    ]
+    if "Errors:" in complaint:
+        value = wanted.group(1) if wanted else ""
+        subtypes = re.search(r"Subtypes: (.*?) Errors:", complaint)
+        complaint = f"{value!r} is none of {subtypes.group(1) if subtypes else 'what is accepted'}"
+    complaint = re.sub(r"<class '([^']+)'>", r"\1", complaint).replace("typing.", "")
+    return f"{paths[0] if paths else key}: {complaint}"
+
+
+def _leaves(value: Any, path: str) -> list[tuple[str, Any]]:
+    if isinstance(value, dict):
+        return [
+            leaf
+            for key, inner in value.items()
+            for leaf in _leaves(inner, path if key == "init_args" else f"{path}.{key}" if path else key)
+        ]
+    return [(path, value)]

@@ -1,0 +1,117 @@
+"""Causal softmax attention with rotary positions and grouped key/value heads, as in Llama.
+
+    q_t, k_t, v_t = W_q x_t, W_k x_t, W_v x_t            H query heads, G key/value heads, each of K = D / H
+    y_t = W_o concat_h  sum_{s <= t} softmax_s(R_t q_t . R_s k_s / sqrt(K)) v_s
+
+arXiv 1706.03762 (attention), 2104.09864 (rotary R), 2305.13245 (grouped heads). Time O(T^2 D) a sequence, memory
+O(T^2) for the weights; the state grows with the length, 2 G K numbers a token. The trap: grouped heads repeat each
+key head for neighbouring query heads (h // (H / G)), not in turn.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from llmx.parts.attention import causal_attention, masked_attention
+from llmx.parts.init import normal_, residual_std
+from llmx.parts.rotary import rotary_table, rotate
+from llmx.protocol import Context, Site, StatefulMixer
+from llmx.shapes import Hidden
+
+
+class AttentionState(NamedTuple):
+    """The keys (rotated) and values of the past; written in place while gradients are off."""
+
+    key: Tensor  # (B, G, S, K)
+    value: Tensor  # (B, G, S, K)
+    length: Tensor  # (B,) int64, slots in use
+
+
+class Attention(StatefulMixer):
+    """Multi-head causal attention with rotary positions and a key/value cache.
+
+    Args:
+        site: where the mixer stands.
+        heads: query heads; must divide `dim` into even parts.
+        kv_heads: key/value heads; must divide `heads`. As many as `heads` if not given.
+        rotary_base: base of the rotary frequencies.
+        dropout: probability of dropping an attention weight in training.
+
+    Raises:
+        ValueError: for head counts that do not divide.
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        heads: int = 8,
+        kv_heads: int | None = None,
+        rotary_base: float = 10000.0,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        kv_heads = heads if kv_heads is None else kv_heads
+        if heads < 1 or site.dim % (2 * heads):
+            raise ValueError(f"heads: {heads} heads must divide dim {site.dim} into even parts")
+        if kv_heads < 1 or heads % kv_heads:
+            raise ValueError(f"kv_heads: {kv_heads} must divide heads {heads}")
+        self.heads = heads
+        self.kv_heads = kv_heads
+        self.head_dim = site.dim // heads
+        self.rotary_base = rotary_base
+        self.dropout = dropout
+        self.qkv = nn.Linear(site.dim, (heads + 2 * kv_heads) * self.head_dim, bias=False)
+        self.out = nn.Linear(site.dim, site.dim, bias=False)
+        normal_(self.qkv)
+        normal_(self.out, residual_std(site.depth))
+
+    def forward(self, x: Hidden, context: Context) -> Hidden:
+        query, key, value = self._project(x, context)
+        mixed = causal_attention(query, key, value, self.dropout if self.training else 0.0)  # (B, H, T, K)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+    def init_state(self, batch_size: int, max_length: int) -> AttentionState:
+        like = self.out.weight
+        room = (batch_size, self.kv_heads, max_length, self.head_dim)
+        length = torch.zeros(batch_size, dtype=torch.int64, device=like.device)
+        return AttentionState(like.new_zeros(room), like.new_zeros(room), length)
+
+    def step(self, x: Tensor, state: AttentionState, context: Context) -> tuple[Tensor, AttentionState]:  # type: ignore[override]
+        heads, groups, width = self.heads, self.kv_heads, self.head_dim
+        table = rotary_table(context.positions, width, self.rotary_base, x.dtype)[:, None]  # (B, 1, 2, K/2)
+        query, key, value = self.qkv(x).unflatten(-1, (-1, width)).split((heads, groups, groups), 1)  # (B, h, K)
+        query, key = rotate(query, table), rotate(key, table)
+        keys = _write(state.key, key[:, :, None], state.length[:, None])
+        values = _write(state.value, value[:, :, None], state.length[:, None])
+        scores = torch.einsum("bgrk,bgsk->bgrs", query.unflatten(1, (groups, -1)), keys) * width**-0.5
+        unused = torch.arange(keys.shape[2], device=x.device) > state.length[:, None]  # (B, S)
+        weights = scores.masked_fill(unused[:, None, None], float("-inf")).softmax(-1)
+        mixed = torch.einsum("bgrs,bgsk->bgrk", weights, values).flatten(1)
+        return self.out(mixed), AttentionState(keys, values, state.length + 1)
+
+    def prefill(self, x: Hidden, state: AttentionState, context: Context) -> tuple[Hidden, AttentionState]:  # type: ignore[override]
+        query, key, value = self._project(x, context)
+        slots = state.length[:, None] + torch.arange(x.shape[1], device=x.device)  # (B, T)
+        keys = _write(state.key, key, slots)
+        values = _write(state.value, value, slots)
+        hidden = torch.arange(keys.shape[2], device=x.device) > slots[:, :, None]  # (B, T, S)
+        mixed = masked_attention(query, keys, values, hidden[:, None, None])
+        return self.out(mixed.transpose(1, 2).flatten(2)), AttentionState(keys, values, state.length + x.shape[1])
+
+    def _project(self, x: Hidden, context: Context) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated query (B, H, T, K), rotated key (B, G, T, K), value (B, G, T, K)."""
+        name = f"rotary {self.rotary_base} {self.head_dim}"
+        if name not in context.store:
+            context.store[name] = rotary_table(context.positions, self.head_dim, self.rotary_base, x.dtype)
+        table = context.store[name][:, None]  # (B or 1, 1, T, 2, K/2)
+        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H + 2 G, T, K)
+        query, key, value = heads.split((self.heads, self.kv_heads, self.kv_heads), 1)
+        return rotate(query, table), rotate(key, table), value
+
+
+def _write(cache: Tensor, new: Tensor, slots: Tensor) -> Tensor:
+    """Puts new (B, G, T, K) into the cache (B, G, S, K) at slots (B, T)."""
+    index = slots[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])
+    new = new.to(cache.dtype)
+    return cache.scatter(2, index, new) if torch.is_grad_enabled() else cache.scatter_(2, index, new)

@@ -1,0 +1,23 @@
+"""Rotary position embedding (arXiv 2104.09864) in the half-split layout: dimension i is paired with i + K/2.
+
+The interleaved layout of the paper pairs 2i with 2i + 1; the two differ by a permutation of query and key, which a
+trained network absorbs and copied weights do not.
+"""
+
+import torch
+from torch import Tensor
+
+
+def rotary_table(positions: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> Tensor:
+    """Cosines and sines of positions (...,): (..., 2, K/2). Angles are computed in float32 at least."""
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=exact) / head_dim
+    angles = positions[..., None].to(exact) * base**-exponents  # (..., K/2)
+    return torch.stack((angles.cos(), angles.sin()), -2).to(dtype)
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Turns each pair of x (..., K) by its angle; the table (..., 2, K/2) broadcasts over the leading dimensions."""
+    cos, sin = table[..., 0, :], table[..., 1, :]
+    first, second = x.chunk(2, -1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)

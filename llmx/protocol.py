@@ -1,0 +1,206 @@
+"""The protocol every architecture is written to.
+
+A `Mixer` maps (B, T, D) to (B, T, D) in parallel form, for training. A `StatefulMixer` also has the recurrence: `step`
+is the paper's equation for one token and the definition of the mixer; `prefill` takes many tokens from any state, and
+any segmentation of a sequence gives the same outputs. A `Block` combines mixer, feed-forward, norm and residual, a
+`Network` maps tokens to logits; both have the same methods.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmx.shapes import Hidden, Logits, Losses, Tokens
+
+State = tuple[Any, ...]  # a pytree of tensors, batch first; every mixer defines its own NamedTuple beside itself
+IGNORE = -100  # a target that is not counted: padding, or a character that another window counts
+
+Component = TypeVar("Component")
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where in a network a component stands.
+
+    `occurrence` is how many components of the same kind stand below: "the first attention" of a hybrid is the one
+    with occurrence 0, whatever its layer.
+    """
+
+    dim: int
+    layer: int = 0
+    depth: int = 1
+    occurrence: int = 0
+    census: Counter[Any] = field(default_factory=Counter, compare=False, repr=False)
+
+    def place(self, factory: Callable[[Site], Component]) -> Component:
+        """Builds a component here and tells it its occurrence among those of its kind."""
+        kind = factory.func if isinstance(factory, partial) else factory
+        occurrence = self.census[kind]
+        self.census[kind] += 1
+        return factory(replace(self, occurrence=occurrence))
+
+
+class Context:
+    """What crosses layers during one forward pass: made by the network, read and filled by the components.
+
+    tokens:     (B, T), or (B,) in `step`
+    positions:  (B, T), or (1, T) where all rows agree, or (B,) in `step`; counted from 0
+    embedding:  (B, T, D), or (B, D) in `step`: the stream that enters the first block
+    store:      named tensors for other layers (the value residual, rotary tables), each (B, T, ...) or (1, T, ...),
+                and without T in `step`
+    auxiliary:  scalar, the sum of the auxiliary losses (nats per token) that the components added
+    """
+
+    def __init__(self, tokens: Tensor, positions: Tensor, embedding: Tensor):
+        self.tokens = tokens
+        self.positions = positions
+        self.embedding = embedding
+        self.store: dict[str, Tensor] = {}
+        self.auxiliary: Tensor = embedding.new_zeros((), dtype=torch.float32)
+
+    def add_loss(self, loss: Tensor) -> None:
+        self.auxiliary = self.auxiliary + loss
+
+    def at(self, t: int) -> Context:
+        """The context of the single token at index t, for `step`."""
+        one = Context(self.tokens[:, t], self.positions[:, t], self.embedding[:, t])
+        one.store = {name: value[:, t] for name, value in self.store.items()}
+        return one
+
+
+class Mixer(nn.Module, ABC):
+    """Mixes information along time (in the feed-forward slot: along channels). Built by a factory from its `Site`."""
+
+    @abstractmethod
+    def forward(self, x: Hidden, context: Context) -> Hidden:
+        """(B, T, D) -> (B, T, D); the output at t depends on inputs up to t only."""
+
+
+class StatefulMixer(Mixer):
+    """A mixer that can also go token by token."""
+
+    @abstractmethod
+    def init_state(self, batch_size: int, max_length: int) -> State:
+        """The state before the first token, with room for `max_length` tokens where the state grows."""
+
+    @abstractmethod
+    def step(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
+        """One token, (B, D) -> (B, D): the recurrence, which defines the mixer."""
+
+    def prefill(self, x: Hidden, state: State, context: Context) -> tuple[Hidden, State]:
+        """Many tokens from any state, (B, T, D) -> (B, T, D). Here a loop over `step`; override it with a fast form."""
+        outputs = []
+        written: dict[str, list[Tensor]] = {}
+        for t in range(x.shape[1]):
+            here = context.at(t)
+            output, state = self.step(x[:, t], state, here)
+            outputs.append(output)
+            for name in here.store.keys() - context.store.keys():
+                written.setdefault(name, []).append(here.store[name])
+        context.store.update({name: torch.stack(values, 1) for name, values in written.items()})
+        return torch.stack(outputs, 1), state
+
+
+class Stateless(StatefulMixer):
+    """A component that treats each position alone, such as most feed-forwards: `forward` is all there is to write."""
+
+    def init_state(self, batch_size: int, max_length: int) -> State:
+        return ()
+
+    def step(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
+        return self(x[:, None], context)[:, 0], state
+
+    def prefill(self, x: Hidden, state: State, context: Context) -> tuple[Hidden, State]:
+        return self(x, context), state
+
+
+class Block(nn.Module, ABC):
+    """Mixer, feed-forward, norm and residual: one layer of a stack. Its state is the pair of its components' states."""
+
+    mixer: Mixer
+    feed_forward: Mixer
+
+    @property
+    def stateful(self) -> bool:
+        """Whether `init_state`, `prefill` and `step` exist."""
+        return False
+
+    @abstractmethod
+    def forward(self, x: Hidden, context: Context) -> Hidden: ...
+
+    def init_state(self, batch_size: int, max_length: int) -> State:
+        raise TypeError(f"{type(self).__name__} has no state")
+
+    def step(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
+        raise TypeError(f"{type(self).__name__} has no state")
+
+    def prefill(self, x: Hidden, state: State, context: Context) -> tuple[Hidden, State]:
+        raise TypeError(f"{type(self).__name__} has no state")
+
+
+class Network(nn.Module, ABC):
+    """Maps tokens to logits, and owns its loss. The first constructor argument is `vocab_size`."""
+
+    vocab_size: int
+
+    @property
+    def stateful(self) -> bool:
+        """Whether `init_state`, `prefill` and `step` exist; generation recomputes the prefix otherwise."""
+        return False
+
+    @property
+    def layers(self) -> Sequence[Block]:
+        """The blocks from bottom to top, for whoever describes the network."""
+        return ()
+
+    @abstractmethod
+    def hidden(self, tokens: Tokens) -> tuple[Hidden, Context]:
+        """(B, T) -> what the head reads, (B, T, D), and the context of this pass."""
+
+    @abstractmethod
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The head: (..., D) -> (..., V)."""
+
+    def forward(self, tokens: Tokens) -> Logits:
+        """(B, T) -> (B, T, V)"""
+        return self.logits(self.hidden(tokens)[0])
+
+    def loss(self, hidden: Hidden, targets: Tokens) -> Losses:
+        """The negative log-likelihood of every target, (B, T) in nats, float32; 0 where the target is IGNORE."""
+        logits = self.logits(hidden)
+        losses = F.cross_entropy(
+            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="none"
+        )
+        return losses.view(targets.shape)
+
+    def losses(self, tokens: Tokens, targets: Tokens) -> tuple[Losses, Tensor]:
+        """What training and evaluation call: the losses of all positions, and the scalar auxiliary loss."""
+        hidden, context = self.hidden(tokens)
+        return self.loss(hidden, targets), context.auxiliary
+
+    def init_state(self, batch_size: int, max_length: int) -> State:
+        raise TypeError(f"{type(self).__name__} has no state")
+
+    def prefill(self, tokens: Tokens, state: State) -> tuple[Logits, State]:
+        """(B, T) -> (B, T, V), continuing from any state."""
+        raise TypeError(f"{type(self).__name__} has no state")
+
+    def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+        """(B,) -> (B, V)"""
+        raise TypeError(f"{type(self).__name__} has no state")
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute each block's activations in the backward pass instead of keeping them (arXiv 1604.06174)."""
+        raise ValueError(f"{type(self).__name__} has no blocks to checkpoint")
+
+    def after_optimizer_step(self) -> None:
+        """What the architecture must do after every update, such as renormalising its weights."""

@@ -1,0 +1,218 @@
+"""What a run shows and keeps: speed, samples, its record, its last step, checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import rich
+import torch
+import yaml
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from torch.utils.tensorboard.summary import hparams
+
+from llmx.audits.causality import influence_figure
+from llmx.errors import UserError
+from llmx.training.composition_table import composition_table, parameters
+from llmx.training.metrics import bits, perplexity
+from llmx.training.module import LanguageModel
+from llmx.training.provenance import provenance
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """`checkpoints/best.ckpt`: the lowest validation loss."""
+
+    def __init__(self) -> None:
+        super().__init__(monitor="val/loss", filename="best", save_top_k=1, enable_version_counter=False)
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """`checkpoints/step=N.ckpt` at every validation, the last one kept, and `last.ckpt` as a link to it."""
+
+    def __init__(self) -> None:
+        super().__init__(monitor=None, filename="{step}", save_top_k=1, save_last="link")
+
+
+class EndWithValidation(Callback):
+    """Validates after the last step, wherever the validation interval falls, so that the final weights are measured
+    and saved: Lightning by itself drops what comes after the last multiple of `val_check_interval`."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        if trainer.global_step >= pl_module.total_steps:  # type: ignore[operator]
+            trainer.should_stop = True  # Lightning validates where it stops early
+
+
+class ProgressBar(RichProgressBar):
+    """Lightning's bar for runs that count in steps: no epoch number, no version number."""
+
+    def __init__(self) -> None:
+        super().__init__(leave=False)
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "fit"
+
+    def get_metrics(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return {name: value for name, value in super().get_metrics(*args, **kwargs).items() if name != "v_num"}
+
+
+class TokensPerSecond(Callback):
+    """`train/tokens_per_second` over the steps since the last log, validation left out."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._restart(trainer)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        steps = trainer.global_step - self.step
+        if steps < trainer.log_every_n_steps:
+            return
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        rate = steps * data.hparams["batch_size"] * data.hparams["window"] / (time.perf_counter() - self.time)
+        pl_module.log("train/tokens_per_second", rate, rank_zero_only=True)
+        self._restart(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._restart(trainer)
+
+    def _restart(self, trainer: pl.Trainer) -> None:
+        self.step = trainer.global_step
+        self.time = time.perf_counter()
+
+
+class Samples(Callback):
+    """A sample as text at every validation, from draws of its own: training's random state is untouched."""
+
+    def __init__(self, prompt: str = "\n", max_new_tokens: int = 200):
+        self.prompt = prompt
+        self.max_new_tokens = max_new_tokens
+
+    @rank_zero_only
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
+        board = tensorboard(trainer)
+        if board is None or trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        try:
+            pl_module.tokenizer.encode(prompt := self.prompt)
+        except UserError:
+            prompt = pl_module.tokenizer.decode([0])
+        text = pl_module.generate(prompt, max_new_tokens=self.max_new_tokens)
+        indented = "\n".join("    " + line for line in text.splitlines())  # markdown's verbatim form
+        board.add_text("samples", indented, trainer.global_step)
+
+
+class RunRecord(Callback):
+    """Keeps what is needed to believe the run, in its folder: `config.yaml` (all settings), `run.json` (commit,
+    versions, hardware, data, audit), `metrics.json` (the final numbers); and fills TensorBoard's HParams tab.
+
+    Args:
+        config: the run's full configuration as YAML; where there is none (a notebook), the hyperparameters are kept.
+    """
+
+    def __init__(self, config: str | None = None):
+        self.config = config
+        self.final: dict[str, float] = {}
+
+    @rank_zero_only
+    def on_train_start(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
+        self.started = time.perf_counter()
+        self.first_step = trainer.global_step
+        rich.print(composition_table(pl_module.network, pl_module.window))
+        if pl_module.causality is not None:
+            rich.print(pl_module.causality.summary())
+        folder = run_folder(trainer)
+        if folder is None or trainer.global_step:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        config = self.config or yaml.safe_dump(
+            {"model": dict(pl_module.hparams), "data": dict(trainer.datamodule.hparams)}, sort_keys=False  # type: ignore[attr-defined]
+        )
+        (folder / "config.yaml").write_text(config)
+        _write_json(folder / "run.json", self._record(trainer, pl_module))
+        board = tensorboard(trainer)
+        if board is not None and pl_module.causality is not None and pl_module.causality.influence is not None:
+            board.add_figure("audit/influence", influence_figure(pl_module.causality), 0)
+
+    @rank_zero_only
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if "val/loss" in trainer.callback_metrics and not trainer.sanity_checking:
+            loss = trainer.callback_metrics["val/loss"].item()
+            self.final = {"val/loss": loss, "val/perplexity": perplexity(loss), "val/bits_per_char": bits(loss)}
+
+    @rank_zero_only
+    def on_train_end(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
+        folder = run_folder(trainer)
+        if folder is None:
+            return
+        best: Any = next((c for c in trainer.checkpoint_callbacks if isinstance(c, BestCheckpoint)), None)
+        score = None if best is None or best.best_model_score is None else best.best_model_score.item()
+        _write_json(
+            folder / "metrics.json",
+            {
+                **self.final,
+                "best/val/loss": score,
+                "step": trainer.global_step,
+                "seconds": round(time.perf_counter() - self.started, 1),
+                "steps_in_these_seconds": trainer.global_step - self.first_step,
+                "leaking": pl_module.leaking,
+            },
+        )
+        board = tensorboard(trainer)
+        if board is not None:
+            flat = _flat({"model": dict(pl_module.hparams), "data": trainer.datamodule.protocol})  # type: ignore[attr-defined]
+            flat |= {"leaking": pl_module.leaking, "parameters": parameters(pl_module.network)}
+            # the summary alone: add_hparams would open another run, and log_hyperparams a second point in the curve
+            for summary in hparams(flat, {"val/loss": self.final.get("val/loss", math.nan)}):
+                board._get_file_writer().add_summary(summary)
+
+    @staticmethod
+    def _record(trainer: pl.Trainer, pl_module: LanguageModel) -> dict[str, Any]:
+        report = pl_module.causality
+        return {
+            **provenance(),
+            "data": trainer.datamodule.protocol,  # type: ignore[attr-defined]
+            "parameters": parameters(pl_module.network),
+            "precision": str(trainer.precision),
+            "devices": trainer.world_size,
+            "steps": pl_module.total_steps,
+            "audit": None if report is None else report.to_dict(),
+            "leaking": pl_module.leaking,
+        }
+
+
+def tensorboard(trainer: pl.Trainer) -> Any:
+    """The SummaryWriter of the run, if it has one."""
+    loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+    return loggers[0].experiment if loggers and not trainer.fast_dev_run else None  # type: ignore[attr-defined]
+
+
+def run_folder(trainer: pl.Trainer) -> Path | None:
+    """The folder of the run, if it keeps one."""
+    return Path(trainer.log_dir) if trainer.loggers and trainer.log_dir and not trainer.fast_dev_run else None  # type: ignore[attr-defined]
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as `model/network/dim: 128`, numbers, strings and booleans only; class_path and init_args are
+    left out of the names."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            inner = dict(value)
+            if "class_path" in inner:
+                flat[name] = inner.pop("class_path").rsplit(".", 1)[-1]
+                inner = inner.get("init_args", {})
+            flat |= _flat(inner, f"{name}/")
+        elif isinstance(value, bool | int | float | str):
+            flat[name] = value
+        elif value is not None:
+            flat[name] = json.dumps(value)
+    return flat

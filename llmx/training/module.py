@@ -1,0 +1,285 @@
+"""The LightningModule: a network with its loss, metric, optimizer, schedule, audit and generation."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.utilities import GradClipAlgorithmType
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from llmx.audits.causality import CausalityError, CausalityReport, audit_causality
+from llmx.composition import from_config, to_config
+from llmx.data.datamodule import Prompts
+from llmx.data.tokenizers import Tokenizer, tokenizer_from_config
+from llmx.data.windows import Batch
+from llmx.errors import UserError
+from llmx.generation import Sampling, generate
+from llmx.protocol import Network
+from llmx.training.checkpoints import read_checkpoint
+from llmx.training.metrics import TokenLoss, bits, perplexity
+from llmx.training.schedules import Cosine, Schedule
+
+Config = dict[str, Any]
+
+
+class LanguageModel(pl.LightningModule):
+    """Trains, evaluates and samples a network.
+
+    Components are factories: classes, `functools.partial(Class, key=value)`, or the same as plain data,
+    `{"class_path": ..., "init_args": {...}}` (the annotations leave it out, for the command line's parser accepts any
+    dictionary where one is allowed). A checkpoint holds them as plain data and rebuilds all by itself.
+
+    Args:
+        network: factory of the network, from `vocab_size`.
+        tokenizer: the tokenizer of the data, or its `to_config()`.
+        window: tokens a training sequence has; audits and generation stay within it.
+        optimizer: factory of the optimizer, from parameter groups.
+        schedule: factory of the learning-rate schedule, from the number of steps.
+        weight_decay_on: the parameters that the optimizer's weight decay touches: `matrices` (two dimensions or
+            more), or `all`.
+        compile: compile the network with its loss.
+        audit: the causality audit before the first step: a leak is an `error`, or a `warn`ing that marks the run as
+            leaking; `off` skips the audit.
+        gradient_checkpointing: recompute activations in the backward pass, to save memory.
+        warm_start: a checkpoint whose weights the network starts from.
+        sampling: how `predict` and `generate` draw.
+
+    Raises:
+        UserError: for components that cannot be written as plain data, and for a network that cannot be built.
+    """
+
+    def __init__(
+        self,
+        network: Callable[[int], Network],
+        tokenizer: Tokenizer | Config,
+        window: int,
+        optimizer: Callable[[Iterable], Optimizer] = partial(AdamW, lr=3e-3, weight_decay=0.01),  # noqa: B008
+        schedule: Callable[[int], Schedule] = Cosine,
+        weight_decay_on: Literal["matrices", "all"] = "matrices",
+        compile: bool = False,
+        audit: Literal["error", "warn", "off"] = "error",
+        gradient_checkpointing: bool = False,
+        warm_start: str | None = None,
+        sampling: Sampling = Sampling(),  # noqa: B008
+    ):
+        super().__init__()
+        self.tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else tokenizer_from_config(tokenizer)
+        self.sampling = _sampling("model.sampling.", sampling) if isinstance(sampling, dict) else sampling
+        self.window = window
+        self.save_hyperparameters(
+            {
+                "network": to_config(network),
+                "tokenizer": self.tokenizer.to_config(),
+                "window": window,
+                "optimizer": to_config(optimizer),
+                "schedule": to_config(schedule),
+                "weight_decay_on": weight_decay_on,
+                "compile": compile,
+                "audit": audit,
+                "gradient_checkpointing": gradient_checkpointing,
+                "sampling": asdict(self.sampling),
+            },
+            logger=False,
+        )
+        self.network: Network = _build("network", self.hparams["network"], self.tokenizer.vocab_size)
+        if gradient_checkpointing:
+            self.network.enable_gradient_checkpointing()
+        if warm_start is not None:
+            self._load_network(warm_start)
+        self.val_loss = TokenLoss()
+        self.test_loss = TokenLoss()
+        self.causality: CausalityReport | None = None
+        self.leaking = False
+        self.losses = self.network.losses
+
+    # ---------------------------------------------------------------------------------------------------- training
+    def setup(self, stage: str) -> None:
+        if self.hparams["compile"] and stage in ("fit", "validate", "test"):
+            # the bound method: checkpoint keys stay clean, and head and loss are in the same graph as the network
+            self.losses = torch.compile(self.network.losses, dynamic=False)
+
+    def on_fit_start(self) -> None:
+        self.audit_causality()
+
+    def audit_causality(self) -> CausalityReport | None:
+        """Audits the network once, unless `audit` is off.
+
+        Raises:
+            CausalityError: for a leak, unless `audit` is `warn`.
+        """
+        if self.hparams["audit"] != "off" and self.causality is None:
+            self.causality = audit_causality(self.network, self.window)
+            self.leaking = self.causality.leaking
+        if self.leaking and self.causality is not None and self.hparams["audit"] == "error":
+            raise CausalityError(self.causality)
+        return self.causality
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        losses, auxiliary = self.losses(batch.inputs, batch.targets)
+        loss = losses.sum() * batch.share
+        # off the CPU every look at the loss waits for the device
+        if (loss.device.type == "cpu" or batch_idx % self.trainer.log_every_n_steps == 0) and not loss.isfinite():
+            raise UserError(
+                f"train/loss is {loss.item()} at step {self.trainer.global_step}: training has diverged. "
+                f"A lower model.optimizer lr or trainer.gradient_clip_val may help. {self._last_good()}"
+            )
+        self.log("train/loss", loss, prog_bar=True, sync_dist=self.trainer.world_size > 1)
+        return loss + auxiliary
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self.network.after_optimizer_step()
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        if self.trainer.precision != "bf16-mixed":
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val:
+            # the mixed-precision plugin refuses fused optimizers for the sake of fp16's scaled gradients; bf16 has none
+            algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+            Precision.clip_gradients(self.trainer.precision_plugin, optimizer, gradient_clip_val, algorithm)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        parameters = [p for p in self.network.parameters() if p.requires_grad]
+        groups: list[dict[str, Any]] = [{"params": parameters}]
+        if self.hparams["weight_decay_on"] == "matrices":
+            matrices = [p for p in parameters if p.ndim >= 2]
+            others = [p for p in parameters if p.ndim < 2]
+            groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+        optimizer = _build("optimizer", self.hparams["optimizer"], [group for group in groups if group["params"]])
+        self._initial = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        schedule = _build("schedule", self.hparams["schedule"], self.total_steps)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": LambdaLR(optimizer, schedule), "interval": "step", "name": "lr"},
+        }
+
+    def on_train_start(self) -> None:
+        # a restored optimizer brings its old rates along; the run's configuration has the last word
+        scheduler: Any = self.lr_schedulers()
+        scheduler.base_lrs = [group["lr"] for group in self._initial]
+        for group, initial, rate in zip(
+            scheduler.optimizer.param_groups, self._initial, scheduler.lr_lambdas, strict=True
+        ):
+            group.update(initial, initial_lr=initial["lr"], lr=initial["lr"] * rate(scheduler.last_epoch))
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps in the whole run, for the schedule."""
+        # not trainer.estimated_stepping_batches: it loads the data, and a restored loader would lose its place
+        if self.trainer.max_steps > 0:
+            return self.trainer.max_steps
+        return (self.trainer.max_epochs or 0) * self.trainer.datamodule.steps_per_epoch  # type: ignore[attr-defined]
+
+    # -------------------------------------------------------------------------------------------------- evaluation
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.val_loss.update(self.losses(batch.inputs, batch.targets)[0], batch.targets)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_loss("val", self.val_loss)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self.test_loss.update(self.losses(batch.inputs, batch.targets)[0], batch.targets)
+
+    def on_test_epoch_end(self) -> None:
+        self._log_loss("test", self.test_loss)
+
+    def _log_loss(self, split: str, metric: TokenLoss) -> None:
+        loss = metric.compute().item()  # synchronised by the metric, the same on every rank
+        metric.reset()
+        self.log(f"{split}/loss", loss, prog_bar=True, rank_zero_only=False, sync_dist=False)
+        self.log(f"{split}/perplexity", perplexity(loss), prog_bar=split == "val")
+        self.log(f"{split}/bits_per_char", bits(loss))
+
+    # -------------------------------------------------------------------------------------------------- generation
+    def predict_step(self, batch: Prompts, batch_idx: int) -> list[dict[str, Any]]:
+        """One record a row: index of the prompt, prompt, completion, text (prompt and completion)."""
+        tokens = generate(self.network, batch.tokens, self.window, self.sampling)
+        completions = [self.tokenizer.decode(row) for row in tokens.tolist()]
+        return [
+            {"prompt_index": index, "prompt": prompt, "completion": completion, "text": prompt + completion}
+            for index, prompt, completion in zip(batch.indices, batch.texts, completions, strict=True)
+        ]
+
+    def generate(self, prompt: str, **sampling: Any) -> str:
+        """The prompt and its continuation.
+
+        Args:
+            prompt: at least one character, all of them in the vocabulary.
+            **sampling: fields of `Sampling` that differ from the model's own.
+
+        Raises:
+            UserError: for an empty prompt, a character outside the vocabulary, or a sampling value out of range.
+        """
+        if not prompt:
+            raise UserError("prompt: give at least one character")
+        unknown = sampling.keys() - asdict(self.sampling).keys()
+        if unknown:
+            raise UserError(f"{unknown.pop()}: not a sampling option; there are {', '.join(asdict(self.sampling))}")
+        how = _sampling("", {**asdict(self.sampling), **sampling})
+        tokens = torch.from_numpy(self.tokenizer.encode(prompt)).long()[None].to(self.device)
+        return prompt + self.tokenizer.decode(generate(self.network, tokens, self.window, how)[0].tolist())
+
+    # ------------------------------------------------------------------------------------------------- checkpoints
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["llmx"] = {"leaking": self.leaking}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.leaking = self.leaking or checkpoint.get("llmx", {}).get("leaking", False)
+
+    def _load_network(self, path: str) -> None:
+        weights = {
+            key.removeprefix("network."): value
+            for key, value in read_checkpoint(path)["state_dict"].items()
+            if key.startswith("network.")
+        }
+        try:
+            self.network.load_state_dict(weights)
+        except RuntimeError as error:
+            raise UserError(f"model.warm_start: {path} holds another network: {_first_lines(error)}") from error
+
+    def _last_good(self) -> str:
+        callback: Any = self.trainer.checkpoint_callback
+        path = getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", "")
+        return f"The last good checkpoint is {path}." if path and Path(path).exists() else "No checkpoint was written yet."
+
+
+def _build(key: str, config: Config, argument: Any) -> Any:
+    """Builds a component; what its constructor finds wrong becomes one line that names the key."""
+    try:
+        return from_config(config)(argument)
+    except UserError as error:
+        raise UserError(f"model.{key}: {error}") from error
+    except (ValueError, TypeError) as error:
+        culprit = _constructor(error)
+        raise UserError(f"model.{key}: {culprit}{error}") from error
+
+
+def _sampling(prefix: str, values: Config) -> Sampling:
+    try:
+        return Sampling(**values)
+    except ValueError as error:
+        raise UserError(f"{prefix}{error}") from error
+
+
+def _constructor(error: BaseException) -> str:
+    """The class whose constructor raised, read from the innermost `__init__` of the traceback."""
+    trace = inspect.getinnerframes(error.__traceback__) if error.__traceback__ else []
+    owners = [frame.frame.f_locals.get("self") for frame in trace if frame.function == "__init__"]
+    return f"{type(owners[-1]).__name__}: " if owners else ""
+
+
+def _first_lines(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
