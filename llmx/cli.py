@@ -7,6 +7,7 @@ is wrong with it becomes one message and exit code 2; nothing is written before 
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import logging
 import os
@@ -14,10 +15,10 @@ import pkgutil
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -26,6 +27,7 @@ import llmx.feedforward
 import llmx.mixers
 import llmx.networks
 import llmx.parts
+from llmx.composition import to_config
 from llmx.data.datamodule import TextDataModule
 from llmx.errors import UserError
 from llmx.explain import explain
@@ -33,10 +35,12 @@ from llmx.training.callbacks import (
     BestCheckpoint,
     EndWithValidation,
     LastCheckpoint,
+    LearningRate,
     ProgressBar,
     RunRecord,
     Samples,
     TokensPerSecond,
+    run_folder,
 )
 from llmx.training.checkpoints import read_checkpoint
 from llmx.training.metrics import bits, perplexity
@@ -46,7 +50,10 @@ from llmx.training.trainer import Trainer
 
 
 def main(args: list[str] | None = None) -> int:
-    """Runs one command, `sys.argv` by default. Returns the exit code: 1 for a leak that `audit` found, 2 for bad input."""
+    """Runs one command, `sys.argv` by default.
+
+    Returns the exit code: 0, 1 for a leak that `audit` found, 2 for bad input.
+    """
     # the working directory is importable: one file there and one YAML make a new architecture
     sys.path.insert(0, os.getcwd())
     arguments = sys.argv[1:] if args is None else args
@@ -113,6 +120,9 @@ class CLI(LightningCLI):
         # both come from the data
         parser.add_class_arguments(LanguageModel, "model", fail_untyped=False, skip={"tokenizer", "window"})
         parser.add_class_arguments(TextDataModule, "data")
+        # the parser cannot write partials into a config file, so it gets the same defaults as data
+        defaults = inspect.signature(LanguageModel).parameters
+        parser.set_defaults({f"model.{key}": to_config(defaults[key].default) for key in ("optimizer", "schedule")})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)  # without Lightning's warning that sys.argv exists too
@@ -172,29 +182,28 @@ class CLI(LightningCLI):
             self.model.audit_causality()  # before there is a run folder
         self.config_init = self.parser.instantiate_classes(self.config)  # of the trainer; see _add_instantiators
         self.trainer = self.instantiate_trainer(**self._trainer_arguments(settings.trainer))
+        if verb == "fit":
+            self.datamodule.trainer = self.trainer
+            self.datamodule.train_dataloader()  # whether devices and accumulation divide the batch
 
     def _trainer_arguments(self, trainer: Any) -> dict[str, Any]:
-        """What differs from the user's trainer settings: logger, callbacks, and steps counted in optimizer steps."""
-        changes: dict[str, Any] = {}
+        """What differs from the user's trainer settings: callbacks, logger, and steps counted in optimizer steps."""
         fit = self.subcommand == "fit"
-        if trainer.logger in (None, True):
-            changes["logger"] = self._logger(trainer) if fit else False
-        if fit:
-            config = self._parser("fit").dump(self.config["fit"], skip_none=False)
-            self.trainer_defaults["callbacks"] = [TokensPerSecond(), Samples(), EndWithValidation(), RunRecord(config)]
-            if trainer.logger is not False:
-                self.trainer_defaults["callbacks"].append(LearningRateMonitor("step"))
-            if trainer.enable_checkpointing is not False:
-                self.trainer_defaults["callbacks"] += [BestCheckpoint(), LastCheckpoint()]
-            # Lightning counts batches here; a step should validate at the same place however it is accumulated
-            if isinstance(trainer.val_check_interval, int) and trainer.check_val_every_n_epoch is None:
-                changes["val_check_interval"] = trainer.val_check_interval * trainer.accumulate_grad_batches
-        else:
-            self.trainer_defaults["callbacks"] = []
-            changes["enable_checkpointing"] = False
+        self.trainer_defaults["callbacks"] = self._callbacks(trainer) if fit else []
         if trainer.enable_progress_bar is not False:
             self.trainer_defaults["callbacks"].append(ProgressBar())
+        changes: dict[str, Any] = {} if fit else {"enable_checkpointing": False}
+        if trainer.logger in (None, True):
+            changes["logger"] = self._logger(trainer) if fit else False
+        # Lightning counts batches here; a run should validate at the same steps however they are accumulated
+        if fit and isinstance(trainer.val_check_interval, int) and trainer.check_val_every_n_epoch is None:
+            changes["val_check_interval"] = trainer.val_check_interval * trainer.accumulate_grad_batches
         return changes
+
+    def _callbacks(self, trainer: Any) -> list[Callback]:
+        config = self._parser("fit").dump(self.config["fit"], skip_none=False)
+        callbacks = [LearningRate(), TokensPerSecond(), Samples(), EndWithValidation(), RunRecord(config)]
+        return callbacks + ([] if trainer.enable_checkpointing is False else [BestCheckpoint(), LastCheckpoint()])
 
     def _logger(self, trainer: Any) -> TensorBoardLogger:
         """A new version_N, or the run that is resumed, its curve cut where the checkpoint was written."""
@@ -227,15 +236,17 @@ class CLI(LightningCLI):
             with torch.no_grad():
                 self.model.network(tokens)
         except ValueError as error:
-            raise UserError(f"model.network does not take windows of {self.model.window} (data.window): {error}") from error
+            raise UserError(
+                f"model.network does not take windows of {self.model.window} (data.window): {error}"
+            ) from error
 
     # --------------------------------------------------------------------------------------------------- the verbs
     def after_fit(self) -> None:
         final = self.trainer.callback_metrics.get("val/loss")
-        folder = self.trainer.log_dir
-        last = Path(folder or ".") / "checkpoints" / "last.ckpt"
-        places = [f"checkpoint {last}"] if last.exists() else []
-        places += [f"logs {folder}"] if folder else []
+        folder = run_folder(self.trainer)
+        last = None if folder is None else folder / "checkpoints" / "last.ckpt"
+        places = [f"checkpoint {last}"] if last is not None and last.exists() else []
+        places += [] if folder is None else [f"logs {folder}"]
         self._print_result("val", None if final is None else final.item(), places)
 
     def after_validate(self) -> None:
@@ -270,7 +281,7 @@ class CLI(LightningCLI):
         print(f"\n{len(records)} samples; {written} and {written.with_suffix('.txt').name}")
 
     def audit(self, **arguments: Any) -> None:
-        self.exit_code = int(self.trainer.audit(**arguments).leaking)
+        self.exit_code = int(cast(Trainer, self.trainer).audit(**arguments).leaking)
 
 
 def _option(arguments: list[str], name: str) -> str | None:
@@ -324,4 +335,8 @@ def _gathered(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _quiet() -> None:
     """Leaves out what the libraries say that no user can act on."""
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # a resumed run's
+    warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`, callbacks")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "Tip:" not in record.getMessage()
+    )

@@ -28,9 +28,10 @@ def to_config(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: to_config(item) for key, item in value.items()}
     cls, arguments = (value.func, value.keywords) if isinstance(value, partial) else (value, {})
-    if not isinstance(cls, type) or (isinstance(value, partial) and value.args):
+    findable = isinstance(cls, type) and "." not in cls.__qualname__
+    if not findable or (isinstance(value, partial) and value.args):
         raise UserError(
-            f"cannot write {value!r} into a checkpoint: give a class, functools.partial(Class, key=value, ...), "
+            f"cannot write {value!r} into a checkpoint: give a class of a module, functools.partial(Class, key=value, ...), "
             "or {'class_path': ..., 'init_args': {...}}"
         )
     config: dict[str, Any] = {"class_path": f"{cls.__module__}.{cls.__qualname__}"}

@@ -83,8 +83,8 @@ def _misfit(value: Any, cls: type, path: str) -> str | None:
     """The first key below `path` that the constructor of `cls` does not know, or class that is not there."""
     if not isinstance(value, dict):
         return None
-    hints = typing.get_type_hints(cls.__init__)
-    parameters = [name for name in inspect.signature(cls).parameters]
+    hints = typing.get_type_hints(cls.__init__)  # type: ignore[misc]
+    parameters = list(inspect.signature(cls).parameters)
     for name, given in value.items():
         if name not in parameters:
             return f"{path}.{name}: not an argument of {cls.__name__}{_nearest(name, parameters)}"
@@ -139,8 +139,11 @@ def _find(name: str, base: type) -> type | None:
 
 
 def _subclasses(base: type) -> list[type]:
-    below = [cls for child in base.__subclasses__() for cls in _subclasses(child)]
-    return ([] if inspect.isabstract(base) else [base]) + below
+    found = [] if inspect.isabstract(base) else [base]
+    child: type
+    for child in base.__subclasses__():
+        found += _subclasses(child)
+    return found
 
 
 def _nearest(name: str, valid: list[str]) -> str:
@@ -166,6 +169,7 @@ def _with_full_key(message: str, given: dict[str, Any]) -> str:
         subtypes = re.search(r"Subtypes: (.*?) Errors:", complaint)
         complaint = f"{value!r} is none of {subtypes.group(1) if subtypes else 'what is accepted'}"
     complaint = re.sub(r"<class '([^']+)'>", r"\1", complaint).replace("typing.", "")
+    complaint = complaint.replace("Expected a ", "expected ")
     return f"{paths[0] if paths else key}: {complaint}"
 
 

@@ -54,10 +54,11 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Te
     """Draws one token a row: logits (B, V) -> (B,) int64. The cuts apply one after the other, top_k first."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / sampling.temperature
+    # differences to the highest: a tiny temperature then gives -inf and never inf
+    logits = (logits.float() - logits.amax(-1, keepdim=True)) / max(sampling.temperature, 1e-30)
     if sampling.top_k is not None:
-        lowest = logits.topk(min(sampling.top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < lowest, float("-inf"))
+        kept = logits.topk(min(sampling.top_k, logits.shape[-1]))
+        logits = torch.full_like(logits, float("-inf")).scatter(-1, kept.indices, kept.values)
     if sampling.top_p is not None:
         ordered, order = logits.softmax(-1).sort(-1, descending=True)
         beyond = ordered.cumsum(-1) - ordered >= sampling.top_p  # what stands before it holds enough already

@@ -57,7 +57,8 @@ class Context:
     embedding:  (B, T, D), or (B, D) in `step`: the stream that enters the first block
     store:      named tensors for other layers (the value residual, rotary tables), each (B, T, ...) or (1, T, ...),
                 and without T in `step`
-    auxiliary:  scalar, the sum of the auxiliary losses (nats per token) that the components added
+    auxiliary:  scalar, the sum of the auxiliary losses (nats per token) that the components added; for training,
+                where `forward` runs
     """
 
     def __init__(self, tokens: Tensor, positions: Tensor, embedding: Tensor):
@@ -117,7 +118,11 @@ class Stateless(StatefulMixer):
         return ()
 
     def step(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
-        return self(x[:, None], context)[:, 0], state
+        whole = Context(context.tokens[:, None], context.positions[:, None], context.embedding[:, None])
+        whole.store = {name: value[:, None] for name, value in context.store.items()}
+        output = self(x[:, None], whole)[:, 0]
+        context.store.update({name: value[:, 0] for name, value in whole.store.items()})
+        return output, state
 
     def prefill(self, x: Hidden, state: State, context: Context) -> tuple[Hidden, State]:
         return self(x, context), state
@@ -177,9 +182,7 @@ class Network(nn.Module, ABC):
     def loss(self, hidden: Hidden, targets: Tokens) -> Losses:
         """The negative log-likelihood of every target, (B, T) in nats, float32; 0 where the target is IGNORE."""
         logits = self.logits(hidden)
-        losses = F.cross_entropy(
-            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="none"
-        )
+        losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="none")
         return losses.view(targets.shape)
 
     def losses(self, tokens: Tokens, targets: Tokens) -> tuple[Losses, Tensor]:

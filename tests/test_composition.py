@@ -59,7 +59,10 @@ def test_nested_factories_become_json():
     assert json.loads(json.dumps(config)) == config
     assert config["block"]["class_path"] == "llmx.blocks.prenorm.PreNormBlock"
     assert config["block"]["init_args"]["mixer"]["init_args"] == {"heads": 2, "kv_heads": 1}
-    assert config["norms"] == [{"class_path": "llmx.parts.norm.RMSNorm"}, [{"class_path": "llmx.parts.norm.RMSNorm"}, 3]]
+    assert config["norms"] == [
+        {"class_path": "llmx.parts.norm.RMSNorm"},
+        [{"class_path": "llmx.parts.norm.RMSNorm"}, 3],
+    ]
 
 
 @pytest.mark.parametrize("value", [BLOCK, RMSNorm, [BLOCK, [RMSNorm]], {"a": {"b": BLOCK}, "c": None}])
@@ -165,7 +168,10 @@ def stranger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_class_of_a_module_not_imported_is_refused_and_its_module_not_executed(stranger: Path):
-    config = {"class_path": "llmx.parts.norm.RMSNorm", "init_args": {"x": [{"class_path": "stranger_on_the_path.Thing"}]}}
+    config = {
+        "class_path": "llmx.parts.norm.RMSNorm",
+        "init_args": {"x": [{"class_path": "stranger_on_the_path.Thing"}]},
+    }
     with pytest.raises(UserError, match=r"stranger_on_the_path\.Thing.*import 'stranger_on_the_path' first"):
         from_config(config)
     assert not stranger.exists()

@@ -56,7 +56,9 @@ def below(name: str, packages: tuple[str, ...]) -> bool:
 def test_the_walk_finds_the_modules_and_reads_every_form_of_import():
     assert "llmx.protocol" in MODULES
     assert "llmx.mixers.attention" in MODULES
-    source = "import a.b\nfrom c import d as e\nfrom . import f\nfrom .g import h\nfrom ..i import j\ndef k():\n import m"
+    source = (
+        "import a.b\nfrom c import d as e\nfrom . import f\nfrom .g import h\nfrom ..i import j\ndef k():\n import m"
+    )
     assert list(imports(source, "x.y")) == ["a.b", "c.d", "x.y.f", "x.y.g.h", "x.i.j", "m"]
 
 

@@ -9,7 +9,9 @@ def run(code: str) -> str:
 
 
 def test_import_llmx_loads_neither_torch_nor_lightning():
-    heavy = run("import sys, llmx; print([name for name in ('torch', 'lightning', 'torchmetrics') if name in sys.modules])")
+    heavy = run(
+        "import sys, llmx; print([name for name in ('torch', 'lightning', 'torchmetrics') if name in sys.modules])"
+    )
     assert heavy == "[]"
 
 

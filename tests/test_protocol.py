@@ -12,7 +12,7 @@ from llmx.blocks.prenorm import PreNormBlock
 from llmx.feedforward.swiglu import SwiGLU
 from llmx.mixers.attention import Attention
 from llmx.networks.decoder import Decoder
-from llmx.protocol import IGNORE, Context, Mixer, Network, Site, Stateless, StatefulMixer
+from llmx.protocol import IGNORE, Context, Mixer, Network, Site, StatefulMixer, Stateless
 
 VOCAB = 11
 

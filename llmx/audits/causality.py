@@ -236,7 +236,7 @@ class Probe:
         self.name = type(network).__name__
         parameters = sum(parameter.numel() for parameter in network.parameters())
         self.budget = min(MAX_TOKENS, int(MAX_WORK / max(parameters, 1)))  # tokens in one pass
-        longest = min(max_length, max(97, self.budget // 4))
+        longest = min(max_length, max(97, self.budget // 3))
         middle = _prime(min(longest, 97)) if longest > 64 else longest
         self.lengths = tuple(sorted({_prime(min(longest, 13)), middle, longest}))
         exact = _exact(network)
@@ -585,10 +585,9 @@ class _Casts(TorchFunctionMode):
         output = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         target = args[0] if name in ("__setitem__", "copy_") else output
-        valueless = name.startswith("new_") or name.endswith("_like")
-        if isinstance(target, Tensor) and target.dtype in CAST_TOLERANCE and not valueless:
-            if any(isinstance(value, Tensor) and value.dtype == torch.float64 for value in args):
-                self.tolerance = max(self.tolerance, CAST_TOLERANCE[target.dtype])
+        exact = any(isinstance(value, Tensor) and value.dtype == torch.float64 for value in args)
+        if exact and isinstance(target, Tensor) and not (name.startswith("new_") or name.endswith("_like")):
+            self.tolerance = max(self.tolerance, CAST_TOLERANCE.get(target.dtype, 0))
         return output
 
 
@@ -629,18 +628,19 @@ def influence_figure(report: CausalityReport) -> Figure:
 
     if report.influence is None:
         raise ValueError("the report has no influence map: " + "; ".join(report.skipped))
-    influence = report.influence.numpy()
+    influence = report.influence.nan_to_num(0, 0, 0).numpy()
     length = len(influence)
-    largest = float(np.nanmax(influence, initial=1e-300))
+    largest = float(influence.max()) or 1.0
     figure = Figure(figsize=(5.6, 4.8), dpi=110, layout="constrained")
     axes = figure.add_subplot()
-    colors = axes.imshow(np.ma.masked_less_equal(influence, 0), norm=LogNorm(largest * 1e-6, largest), cmap="viridis")
-    axes.set_facecolor("white")
+    above_rounding = np.ma.masked_less_equal(influence, report.tolerance * largest)
+    colors = axes.imshow(above_rounding, norm=LogNorm(largest * 1e-6, largest), cmap="viridis")
     corners = [(0.5, -0.5)] + [c for t in range(length - 1) for c in ((t + 0.5, t + 0.5), (t + 1.5, t + 0.5))]
     corners += [(length - 0.5, -0.5)]
     axes.add_patch(Polygon(corners, closed=True, fill=False, hatch="//", edgecolor="crimson", linewidth=1.0, alpha=0.6))
     axes.set_xlabel("input position s")
     axes.set_ylabel("output position t")
-    axes.set_title("LEAKING: later inputs move earlier outputs" if report.leaking else "causal", fontsize=11)
+    seen_by = ", ".join(dict.fromkeys(breach.check for breach in report.breaches))
+    axes.set_title(f"LEAKING ({seen_by})" if report.leaking else "causal")
     figure.colorbar(colors, label="norm of d output t / d embedding s")
     return figure

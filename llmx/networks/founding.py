@@ -144,7 +144,7 @@ class FoundingNetwork(Network):
         self.window = window
         self.embedding = nn.Embedding(vocab_size, dim)
         self.blocks = nn.ModuleList(
-            FoundingBlock(Site(dim=dim, layer=layer, depth=depth, occurrence=layer), window, mixer, feed_forward)
+            FoundingBlock(Site(dim=dim, layer=layer, depth=depth), window, mixer, feed_forward)
             for layer in range(depth)
         )
         self.head = nn.Linear(dim, vocab_size)

@@ -10,7 +10,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import rich
-import torch
 import yaml
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -18,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.tensorboard.summary import hparams
 
 from llmx.audits.causality import influence_figure
+from llmx.data.datamodule import TextDataModule
 from llmx.errors import UserError
 from llmx.training.composition_table import composition_table, parameters
 from llmx.training.metrics import bits, perplexity
@@ -61,6 +61,13 @@ class ProgressBar(RichProgressBar):
         return {name: value for name, value in super().get_metrics(*args, **kwargs).items() if name != "v_num"}
 
 
+class LearningRate(Callback):
+    """`lr`, the rate of the first parameter group."""
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        pl_module.log("lr", trainer.optimizers[0].param_groups[0]["lr"], rank_zero_only=True)
+
+
 class TokensPerSecond(Callback):
     """`train/tokens_per_second` over the steps since the last log, validation left out."""
 
@@ -69,10 +76,10 @@ class TokensPerSecond(Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         steps = trainer.global_step - self.step
-        if steps < trainer.log_every_n_steps:
+        if steps < trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        rate = steps * data.hparams["batch_size"] * data.hparams["window"] / (time.perf_counter() - self.time)
+        tokens = steps * _data(trainer).batch_size * _data(trainer).window
+        rate = tokens / (time.perf_counter() - self.time)
         pl_module.log("train/tokens_per_second", rate, rank_zero_only=True)
         self._restart(trainer)
 
@@ -128,9 +135,8 @@ class RunRecord(Callback):
         if folder is None or trainer.global_step:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        config = self.config or yaml.safe_dump(
-            {"model": dict(pl_module.hparams), "data": dict(trainer.datamodule.hparams)}, sort_keys=False  # type: ignore[attr-defined]
-        )
+        settings = {"model": dict(pl_module.hparams), "data": dict(_data(trainer).hparams)}
+        config = self.config or yaml.safe_dump(settings, sort_keys=False)
         (folder / "config.yaml").write_text(config)
         _write_json(folder / "run.json", self._record(trainer, pl_module))
         board = tensorboard(trainer)
@@ -163,7 +169,7 @@ class RunRecord(Callback):
         )
         board = tensorboard(trainer)
         if board is not None:
-            flat = _flat({"model": dict(pl_module.hparams), "data": trainer.datamodule.protocol})  # type: ignore[attr-defined]
+            flat = _flat({"model": dict(pl_module.hparams), "data": _data(trainer).protocol})
             flat |= {"leaking": pl_module.leaking, "parameters": parameters(pl_module.network)}
             # the summary alone: add_hparams would open another run, and log_hyperparams a second point in the curve
             for summary in hparams(flat, {"val/loss": self.final.get("val/loss", math.nan)}):
@@ -174,7 +180,7 @@ class RunRecord(Callback):
         report = pl_module.causality
         return {
             **provenance(),
-            "data": trainer.datamodule.protocol,  # type: ignore[attr-defined]
+            "data": _data(trainer).protocol,
             "parameters": parameters(pl_module.network),
             "precision": str(trainer.precision),
             "devices": trainer.world_size,
@@ -192,7 +198,13 @@ def tensorboard(trainer: pl.Trainer) -> Any:
 
 def run_folder(trainer: pl.Trainer) -> Path | None:
     """The folder of the run, if it keeps one."""
-    return Path(trainer.log_dir) if trainer.loggers and trainer.log_dir and not trainer.fast_dev_run else None  # type: ignore[attr-defined]
+    # not trainer.log_dir: that is a broadcast, which hangs where one rank alone asks
+    folder = trainer.logger.log_dir if trainer.logger is not None else None
+    return Path(folder) if folder and not trainer.fast_dev_run else None  # type: ignore[attr-defined]
+
+
+def _data(trainer: pl.Trainer) -> TextDataModule:
+    return trainer.datamodule  # type: ignore[attr-defined]
 
 
 def _write_json(path: Path, content: Any) -> None:

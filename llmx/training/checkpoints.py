@@ -27,7 +27,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             ) from error
         raise UserError(f"ckpt_path: {path} is damaged or no checkpoint") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"ckpt_path: {path} is damaged or no checkpoint ({' '.join(str(error).split())[:120]})") from error
+        raise UserError(
+            f"ckpt_path: {path} is damaged or no checkpoint ({' '.join(str(error).split())[:120]})"
+        ) from error
     parts = ("state_dict", "hyper_parameters")
     if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(part), dict) for part in parts):
         raise UserError(f"ckpt_path: {path} is not a checkpoint of a LanguageModel")

@@ -36,7 +36,7 @@ class TokenLoss(Metric):
 
 def perplexity(loss: float) -> float:
     """exp(loss), inf where a float cannot hold it."""
-    return math.exp(loss) if loss < 700 else math.inf
+    return math.inf if loss > 709 else math.exp(loss)
 
 
 def bits(loss: float) -> float:

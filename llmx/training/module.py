@@ -129,7 +129,8 @@ class LanguageModel(pl.LightningModule):
         losses, auxiliary = self.losses(batch.inputs, batch.targets)
         loss = losses.sum() * batch.share
         # off the CPU every look at the loss waits for the device
-        if (loss.device.type == "cpu" or batch_idx % self.trainer.log_every_n_steps == 0) and not loss.isfinite():
+        look = loss.device.type == "cpu" or batch_idx % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        if look and not loss.isfinite():
             raise UserError(
                 f"train/loss is {loss.item()} at step {self.trainer.global_step}: training has diverged. "
                 f"A lower model.optimizer lr or trainer.gradient_clip_val may help. {self._last_good()}"
@@ -234,10 +235,17 @@ class LanguageModel(pl.LightningModule):
 
     # ------------------------------------------------------------------------------------------------- checkpoints
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["llmx"] = {"leaking": self.leaking}
+        checkpoint["llmx"] = {"leaking": self.leaking, "accumulate": self.trainer.accumulate_grad_batches}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.leaking = self.leaking or checkpoint.get("llmx", {}).get("leaking", False)
+        held = checkpoint.get("llmx", {})
+        self.leaking = self.leaking or held.get("leaking", False)
+        if self._trainer is not None and self.trainer.state.fn == "fit":
+            accumulate = self.trainer.accumulate_grad_batches
+            if held.get("accumulate", accumulate) != accumulate:  # Lightning counts the epoch's batches, not its steps
+                raise UserError(
+                    f"trainer.accumulate_grad_batches: {accumulate} cannot continue a run that has {held['accumulate']}"
+                )
 
     def _load_network(self, path: str) -> None:
         weights = {
@@ -253,7 +261,9 @@ class LanguageModel(pl.LightningModule):
     def _last_good(self) -> str:
         callback: Any = self.trainer.checkpoint_callback
         path = getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", "")
-        return f"The last good checkpoint is {path}." if path and Path(path).exists() else "No checkpoint was written yet."
+        return (
+            f"The last good checkpoint is {path}." if path and Path(path).exists() else "No checkpoint was written yet."
+        )
 
 
 def _build(key: str, config: Config, argument: Any) -> Any:

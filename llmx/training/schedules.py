@@ -13,7 +13,8 @@ class Schedule(ABC):
 
 
 class Cosine(Schedule):
-    """Linear warm-up, then half a cosine from 1 to `minimum_ratio` at the last step (arXiv 1608.03983).
+    """Linear warm-up, then half a cosine from 1 to `minimum_ratio`, reached when the last step is done
+    (arXiv 1608.03983).
 
     Args:
         total_steps: optimizer steps in the run.

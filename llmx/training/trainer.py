@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import lightning.pytorch as pl
 import numpy as np
 import rich
@@ -17,9 +16,7 @@ from llmx.training.module import LanguageModel
 class Trainer(pl.Trainer):
     """A Trainer that can also audit."""
 
-    def audit(
-        self, model: LanguageModel, datamodule: TextDataModule, ckpt_path: str | None = None
-    ) -> CausalityReport:
+    def audit(self, model: LanguageModel, datamodule: TextDataModule, ckpt_path: str | None = None) -> CausalityReport:
         """Audit the network for leaks: later tokens, other rows.
 
         Args:
@@ -32,13 +29,9 @@ class Trainer(pl.Trainer):
         if ckpt_path is not None and report.leaking:
             model.load_state_dict(read_checkpoint(ckpt_path)["state_dict"])
             counts = np.bincount(datamodule.tokens("train"), minlength=model.tokenizer.vocab_size)
-            honest = hidden_future_loss(
-                model.network, datamodule.tokens("val"), counts / counts.sum(), model.window
-            )
+            honest = hidden_future_loss(model.network, datamodule.tokens("val"), counts / counts.sum(), model.window)
             rich.print(
                 f"val loss with the future hidden: {honest.loss:.4f} nats, "
                 f"mean of {honest.draws} draws (spread {honest.spread:.4f}) over {honest.predictions:,} characters"
             )
         return report
-
-

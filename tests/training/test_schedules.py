@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -23,7 +24,7 @@ def test_cosine_never_rises_after_the_warm_up_and_ends_at_the_minimum(run: tuple
     total, warmup = run
     factor = Cosine(total, warmup, ratio)
     after = [factor(step) for step in range(warmup, total + 1)]
-    assert all(later < earlier for earlier, later in zip(after, after[1:], strict=False))
+    assert all(later < earlier for earlier, later in pairwise(after))
     assert factor(total) == pytest.approx(ratio)
     assert all(ratio <= value <= 1 for value in after)
 

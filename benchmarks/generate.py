@@ -1,0 +1,105 @@
+"""Generation with a cache: ours against transformers' `generate`, and the time to the first token of a long prompt.
+
+All in float32, eager: what `predict` and `generate` do without any setting. Both draw from the plain softmax.
+
+    python -m benchmarks.generate --out docs/results/generate.json
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import Case, Contender, Measure, finish, measure_in_turns, parser, use_threads
+from benchmarks.peers import SETTINGS, hf_gpt2, hf_llama, ours
+from llmx.generation import Sampling, generate
+
+WINDOWS = (32, 256)
+Generate = Callable[["Text"], Tensor]  # -> prompts and continuations, or continuations alone
+
+
+@dataclass(frozen=True)
+class Text(Case):
+    """Prompts of `prompt` characters, continued by `new` within the window."""
+
+    batch_size: int = 1
+    window: int = 32
+    prompt: int = 1
+    new: int = 31
+    temperature: float = 0.0  # 0: greedy
+
+
+def cases() -> list[Text]:
+    decoding = [
+        Text(
+            f"batch {batch_size}, {window - 1} tokens, {'sampling' if temperature else 'greedy'}",
+            batch_size=batch_size,
+            window=window,
+            new=window - 1,
+            temperature=temperature,
+        )
+        for window in WINDOWS
+        for batch_size in (1, 64)
+        for temperature in (0.0, 1.0)
+    ]
+    return [*decoding, Text("first token, prompt 256", unit="s", window=256, prompt=256, new=1)]
+
+
+def prepare_ours(calls: int) -> Measure:
+    network = ours(SETTINGS["founding"])
+
+    def continued(text: Text) -> Tensor:
+        prompts = torch.zeros(text.batch_size, text.prompt, dtype=torch.int64)
+        return generate(network, prompts, text.window, Sampling(text.new, text.temperature))
+
+    return partial(_measure, continued, calls)
+
+
+def prepare_transformers(build: Callable[..., Any], calls: int) -> Measure:
+    networks = {window: build(replace(SETTINGS["founding"], window=window)).eval() for window in WINDOWS}
+
+    def continued(text: Text) -> Tensor:
+        prompts = torch.zeros(text.batch_size, text.prompt, dtype=torch.int64)
+        draws = {"do_sample": True, "temperature": text.temperature, "top_k": 0} if text.temperature else {}
+        options = {"do_sample": False, "use_cache": True, "max_new_tokens": text.new, **draws}
+        tokens = networks[text.window].generate(prompts, attention_mask=torch.ones_like(prompts), **options)
+        return tokens[:, text.prompt :]
+
+    return partial(_measure, continued, calls)
+
+
+def _measure(continued: Generate, calls: int, text: Text) -> float:
+    """Tokens per second over all rows, or seconds a call. Raises RuntimeError for a continuation that stops early."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        tokens = continued(text)
+    seconds = (time.perf_counter() - start) / calls
+    if tokens.shape != (text.batch_size, text.new):
+        raise RuntimeError(f"generated {tuple(tokens.shape)} tokens instead of {(text.batch_size, text.new)}")
+    return seconds if text.unit == "s" else tokens.numel() / seconds
+
+
+def main() -> int:
+    options = parser(__doc__)
+    options.add_argument("--calls", type=int, default=5, help="calls a round")
+    chosen = options.parse_args()
+    use_threads(chosen.threads)
+    calls = chosen.calls
+    flags = {"precision": "32-true", "compile": False, "cache": True}
+    contenders = [
+        Contender("llmx", partial(prepare_ours, calls), {**flags, "attention": "written out"}),
+        Contender("transformers Llama", partial(prepare_transformers, hf_llama, calls), {**flags, "attention": "sdpa"}),
+        Contender("transformers GPT-2", partial(prepare_transformers, hf_gpt2, calls), {**flags, "attention": "sdpa"}),
+    ]
+    return finish("generation", measure_in_turns(contenders, cases(), chosen.repeats), chosen)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,265 @@
+"""Contenders measured in turns, and what is made of their numbers.
+
+Absolute speeds on a shared machine drift from minute to minute. So every contender waits, prepared, in a process of its
+own (its own compile caches, its own memory); they measure in turns, A B A B ..., after one round that is thrown away;
+and ratios are taken within a round, between numbers that are neighbours in time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+# torch is imported only where it is needed: a process that only starts commands stays small, and so does the least
+# peak of memory that the system reports for its children
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+PEER_PACKAGES = ("transformers", "litgpt", "x-transformers")
+_SPAWN = multiprocessing.get_context("spawn")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured; `unit` is one per second (`tokens/s`), where more is better, or `s`, where less is."""
+
+    name: str
+    unit: str = "tokens/s"
+
+
+Measure = Callable[[Any], float]  # a Case -> the value in its unit
+
+
+@dataclass(frozen=True)
+class Contender:
+    """`prepare` runs once, in the contender's own process, so it must be picklable; `flags` says how it was run."""
+
+    name: str
+    prepare: Callable[[], Measure]
+    flags: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Result:
+    """One contender in one case: the value of every round, in the case's unit; or why there is none."""
+
+    case: Case
+    contender: str
+    flags: Mapping[str, Any]
+    values: list[float]
+    peak_bytes: int = 0  # of the largest process of the contender so far
+    error: str | None = None
+    roof_fraction: list[float] | None = None  # share of the machine's measured matrix product rate
+
+
+class Summary(NamedTuple):
+    median: float
+    low: float
+    high: float
+
+
+def summarise(values: Sequence[float]) -> Summary:
+    return Summary(median(values), min(values), max(values))
+
+
+def speedups(ours: Sequence[float], theirs: Sequence[float], unit: str) -> list[float]:
+    """How many times as fast ours is, round by round. Raises ValueError for unequal numbers of rounds."""
+    quotients = [our / their for our, their in zip(ours, theirs, strict=True)]
+    return [1 / quotient for quotient in quotients] if unit == "s" else quotients
+
+
+def measure_in_turns(contenders: Sequence[Contender], cases: Sequence[Case], repeats: int) -> list[Result]:
+    """All contenders in all cases, `repeats` rounds each after one that warms up.
+
+    A contender that fails, or whose package is not installed, has `error` and no values from there on.
+    """
+    workers = [_Worker(contender) for contender in contenders]
+    results = []
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=len(cases) * (repeats + 1) * len(workers))
+        for case in cases:
+            values: list[list[float]] = [[] for _ in workers]
+            for round_number in range(repeats + 1):
+                for worker, row in zip(workers, values, strict=True):
+                    progress.update(task, description=f"{case.name}: {worker.contender.name}")
+                    value = worker.measure(case)
+                    if value is not None and round_number:
+                        row.append(value)
+                    progress.advance(task)
+            for worker, row in zip(workers, values, strict=True):
+                name, flags = worker.contender.name, worker.contender.flags
+                row = [] if worker.error else row
+                results.append(Result(case, name, flags, row, worker.peak_bytes, worker.error))
+    for worker in workers:
+        worker.close()
+    return results
+
+
+class _Worker:
+    """A contender's process, from this side."""
+
+    def __init__(self, contender: Contender):
+        self.contender = contender
+        self.peak_bytes = 0
+        self.error: str | None = None
+        self.connection, theirs = _SPAWN.Pipe()
+        self.process = _SPAWN.Process(target=_serve, args=(contender.prepare, theirs), daemon=True)
+        self.process.start()
+        theirs.close()
+        self._receive()  # prepared: nothing else runs while it prepares
+
+    def measure(self, case: Case) -> float | None:
+        if self.error is not None:
+            return None
+        self.connection.send(case)
+        return self._receive()
+
+    def close(self) -> None:
+        if self.error is None:
+            self.connection.send(None)
+        self.process.join()
+
+    def _receive(self) -> float | None:
+        try:
+            value, peak_bytes, self.error = self.connection.recv()
+        except EOFError:
+            self.process.join()
+            value, peak_bytes, self.error = None, 0, f"its process ended with exit code {self.process.exitcode}"
+        self.peak_bytes = max(self.peak_bytes, peak_bytes)
+        return value
+
+
+def _serve(prepare: Callable[[], Measure], connection: Connection) -> None:
+    """A contender's process, from inside: answers each case with (value, peak memory, error)."""
+    try:
+        measure = prepare()
+        connection.send((None, _peak_bytes(), None))
+        while (case := connection.recv()) is not None:
+            value = measure(case)
+            connection.send((value, _peak_bytes(), None))
+    except ModuleNotFoundError as error:
+        connection.send((None, 0, f"{error.name} is not installed"))
+    except Exception as error:  # one contender's failure is a line in the table
+        connection.send((None, 0, f"{type(error).__name__}: {error}"))
+
+
+def _peak_bytes() -> int:
+    """Peak resident memory of this process, or of the largest of its children that have ended."""
+    largest = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return largest if sys.platform == "darwin" else largest * 1024
+
+
+def run(command: Sequence[str]) -> None:
+    """Runs a command in the checkout. Raises RuntimeError with the end of what it said, should it fail."""
+    result = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True)
+    if result.returncode:
+        said = (result.stderr or result.stdout).strip()
+        raise RuntimeError(f"{' '.join(command)} ended with exit code {result.returncode}: {said[-500:]}")
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The options that all benchmarks share."""
+    options = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    options.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of every contender")
+    options.add_argument("--repeats", type=int, default=5, help="rounds that count")
+    options.add_argument("--out", type=Path, help="JSON file for all that was measured")
+    return options
+
+
+def use_threads(threads: int) -> None:
+    """Every process started from here on computes with this many threads."""
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
+
+
+def finish(title: str, results: Sequence[Result], options: argparse.Namespace) -> int:
+    """Prints the table, writes the JSON file, and returns the exit code: 1 where a first contender, ours, failed."""
+    Console().print(table(title, results))
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(record(title, results, vars(options)), indent=2) + "\n")
+    return int(any(group[0].error is not None for group in _by_case(results)))
+
+
+def table(title: str, results: Sequence[Result]) -> Table:
+    """A row a result; the first contender of every case is ours, which the others are compared with."""
+    rows = Table(title=title, caption="median (min - max) of all rounds; ratios are taken round by round")
+    for heading in ("case", "contender", "speed", "ours is ... times as fast", "of GEMM roof", "peak memory"):
+        rows.add_column(heading, justify="left" if heading in ("case", "contender") else "right")
+    for group in _by_case(results):
+        for result in group:
+            label = group[0].case.name if result is group[0] else ""
+            if result.error is not None:
+                rows.add_row(label, result.contender, Text(result.error.strip().splitlines()[-1][-60:]))
+                continue
+            unit = result.case.unit
+            ratio = _ratio(group[0], result)
+            rows.add_row(
+                label,
+                result.contender,
+                f"{_span(result.values)} {unit}",
+                "" if ratio is None or result is group[0] else _span(ratio),
+                "" if result.roof_fraction is None else f"{median(result.roof_fraction):.1%}",
+                f"{result.peak_bytes / 2**20:,.0f} MiB",
+            )
+        rows.add_section()
+    return rows
+
+
+def record(title: str, results: Sequence[Result], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that was measured and under what conditions, as plain data."""
+    from llmx.training.provenance import provenance
+
+    where = provenance()
+    where["versions"] |= {package: _version(package) for package in PEER_PACKAGES}
+    where["hardware"]["threads"] = options["threads"]
+    rows = []
+    for group in _by_case(results):
+        for result in group:
+            row = asdict(result)
+            if result.error is None:
+                row["summary"] = summarise(result.values)._asdict()
+                row["ours_times_as_fast"] = _ratio(group[0], result)
+            rows.append(row)
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
+    return {"benchmark": title, **where, "options": settings, "results": rows}
+
+
+def _by_case(results: Sequence[Result]) -> list[list[Result]]:
+    cases = list(dict.fromkeys(result.case for result in results))
+    return [[result for result in results if result.case == case] for case in cases]
+
+
+def _ratio(ours: Result, theirs: Result) -> list[float] | None:
+    return None if ours.error is not None else speedups(ours.values, theirs.values, theirs.case.unit)
+
+
+def _span(values: Sequence[float]) -> str:
+    middle, low, high = (_number(value) for value in summarise(values))
+    return f"{middle} ({low} - {high})"
+
+
+def _number(value: float) -> str:
+    """Three significant digits, in full."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

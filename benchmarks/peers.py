@@ -1,0 +1,170 @@
+"""The networks that compete: ours, and the same dimensions in other libraries, tokens (B, T) -> logits (B, T, V).
+
+A peer's package is imported when its network is built. Attention is what each library takes by default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmx.blocks.prenorm import PreNormBlock
+from llmx.feedforward.swiglu import SwiGLU
+from llmx.mixers.attention import Attention
+from llmx.networks.decoder import Decoder
+from llmx.parts.norm import RMSNorm
+from llmx.protocol import Network
+from llmx.shapes import Logits, Tokens
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The dimensions of a network and of its batch."""
+
+    depth: int
+    dim: int
+    heads: int
+    hidden: int
+    window: int
+    batch_size: int
+    vocab_size: int = 65
+
+
+SETTINGS = {
+    "founding": Shape(depth=4, dim=128, heads=8, hidden=341, window=32, batch_size=64),
+    "large": Shape(depth=6, dim=384, heads=6, hidden=1024, window=256, batch_size=16),
+}
+
+
+@dataclass(frozen=True)
+class Peer:
+    name: str
+    attention: str
+    build: Callable[[Shape], nn.Module]
+
+
+def ours(shape: Shape) -> Network:
+    """The network of configs/transformer.yaml in any dimensions."""
+    block = partial(
+        PreNormBlock,
+        mixer=partial(Attention, heads=shape.heads),
+        feed_forward=partial(SwiGLU, hidden=shape.hidden),
+        norm=RMSNorm,
+    )
+    return Decoder(shape.vocab_size, block=block, dim=shape.dim, depth=shape.depth)
+
+
+class _HuggingFace(nn.Module):
+    """Logits alone, and no cache, as in training."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tokens) -> Logits:
+        return self.model(input_ids=tokens, use_cache=False).logits
+
+
+def hf_llama(shape: Shape) -> Any:
+    """transformers' LlamaForCausalLM; layer by layer the same shapes as ours."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.dim,
+        intermediate_size=shape.hidden,
+        num_hidden_layers=shape.depth,
+        num_attention_heads=shape.heads,
+        max_position_embeddings=shape.window,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    return LlamaForCausalLM(config)
+
+
+def hf_gpt2(shape: Shape) -> Any:
+    """transformers' GPT2LMHeadModel without dropout; its feed-forward is 4 dim wide, as published."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=shape.vocab_size,
+        n_embd=shape.dim,
+        n_layer=shape.depth,
+        n_head=shape.heads,
+        n_positions=shape.window,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    return GPT2LMHeadModel(config)
+
+
+def _llama(shape: Shape) -> nn.Module:
+    return _HuggingFace(hf_llama(shape))
+
+
+def _gpt2(shape: Shape) -> nn.Module:
+    return _HuggingFace(hf_gpt2(shape))
+
+
+def _litgpt(shape: Shape) -> nn.Module:
+    config = import_module("litgpt.config").Config(
+        block_size=shape.window,
+        vocab_size=shape.vocab_size,
+        padded_vocab_size=shape.vocab_size,
+        n_layer=shape.depth,
+        n_head=shape.heads,
+        n_embd=shape.dim,
+        intermediate_size=shape.hidden,
+        rotary_percentage=1.0,
+        parallel_residual=False,
+        bias=False,
+        norm_class_name="RMSNorm",
+        mlp_class_name="LLaMAMLP",
+    )
+    return import_module("litgpt.model").GPT(config)
+
+
+def _x_transformers(shape: Shape) -> nn.Module:
+    library = import_module("x_transformers")
+    layers = library.Decoder(
+        dim=shape.dim,
+        depth=shape.depth,
+        heads=shape.heads,
+        attn_dim_head=shape.dim // shape.heads,
+        rotary_pos_emb=True,
+        use_rmsnorm=True,
+        ff_glu=True,
+        ff_swish=True,
+        ff_no_bias=True,
+        ff_mult=shape.hidden / shape.dim,
+    )
+    return library.TransformerWrapper(
+        num_tokens=shape.vocab_size, max_seq_len=shape.window, attn_layers=layers, use_abs_pos_emb=False
+    )
+
+
+PEERS = {
+    "llama": Peer("transformers Llama", "sdpa", _llama),
+    "gpt2": Peer("transformers GPT-2", "sdpa", _gpt2),
+    "litgpt": Peer("litgpt Llama", "sdpa", _litgpt),
+    "x-transformers": Peer("x-transformers", "einsum", _x_transformers),
+}
+
+
+def mean_loss(network: nn.Module, tokens: Tokens, targets: Tokens) -> Tensor:
+    """The training loss: the mean negative log-likelihood, in nats, the softmax in float32."""
+    if isinstance(network, Network):
+        losses, auxiliary = network.losses(tokens, targets)
+        return losses.mean() + auxiliary
+    return F.cross_entropy(network(tokens).flatten(0, 1).float(), targets.flatten())

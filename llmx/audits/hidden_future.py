@@ -1,0 +1,91 @@
+"""The honest loss of a network that may look ahead: its future is hidden from it.
+
+For every predicted token all later tokens of the window are replaced by independent draws from the unigram
+distribution of the training split; so they carry no information, and yet look to the network like what it was trained
+on. A network that is causal does not notice, and its loss is the ordinary one. Time O(W) forwards of the split for
+each draw, because every prediction needs a window of its own.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from llmx.errors import UserError
+from llmx.protocol import Network
+
+
+class HiddenFutureLoss(NamedTuple):
+    """loss: nats a token, mean over the draws; spread: standard deviation over them; predictions: tokens counted."""
+
+    loss: float
+    spread: float
+    draws: int
+    predictions: int
+
+
+def hidden_future_loss(
+    network: Network,
+    tokens: np.ndarray | Tensor,
+    unigram: ArrayLike | Tensor,
+    window: int,
+    draws: int = 4,
+    seed: int = 0,
+    batch_tokens: int = 8192,
+) -> HiddenFutureLoss:
+    """Evaluates a split with the future hidden, each of its L - 1 predictable tokens once, in windows cut once.
+
+    The network runs in evaluation mode where it is, always at the full window; its mode is restored.
+
+    Args:
+        network: of any kind, leaking or not.
+        tokens: (L,) integers, the whole split.
+        unigram: (V,) probabilities or counts of the tokens in the training split.
+        window: tokens in a sequence.
+        draws: futures drawn for each prediction.
+        seed: of the draws.
+        batch_tokens: tokens in one forward; more do not fit in a processor's cache.
+
+    Raises:
+        UserError: for a split, window or number of draws that leave nothing to measure, or a wrong distribution.
+    """
+    weights = torch.as_tensor(unigram, dtype=torch.float64, device="cpu")
+    if weights.shape != (network.vocab_size,) or not (weights >= 0).all() or not 0 < weights.sum() < torch.inf:
+        raise UserError(f"unigram: give one probability or count for each of the {network.vocab_size} tokens")
+    if len(tokens) < 2:
+        raise UserError(f"data.split: a split of {len(tokens)} tokens has nothing to predict; give it at least 2")
+    if window < 1 or draws < 1:
+        name, value = ("data.window", window) if window < 1 else ("draws", draws)
+        raise UserError(f"{name}: {value} is below 1")
+    device = next((tensor.device for tensor in (*network.parameters(), *network.buffers())), torch.device("cpu"))
+    generator = torch.Generator().manual_seed(seed)
+    predictions = len(tokens) - 1
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        with torch.no_grad():
+            totals = torch.zeros(draws, dtype=torch.float64)
+            for known in torch.arange(predictions).split(max(1, batch_tokens // window)):  # (R,), the last token seen
+                position = known % window  # in its window
+                index = (known - position)[:, None] + torch.arange(window)  # (R, W)
+                rows = _take(tokens, index.clamp_max(predictions))
+                later = index > known[:, None]
+                targets = _take(tokens, known + 1).to(device)
+                for draw in range(draws):
+                    future = torch.multinomial(weights, rows.numel(), True, generator=generator).view_as(rows)
+                    hidden = network.hidden(torch.where(later, future, rows).to(device))[0]
+                    logits = network.logits(hidden[torch.arange(len(rows)), position])  # (R, V)
+                    totals[draw] += F.cross_entropy(logits.float(), targets, reduction="none").double().sum().cpu()
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    losses = totals / predictions
+    return HiddenFutureLoss(losses.mean().item(), losses.std(correction=int(draws > 1)).item(), draws, predictions)
+
+
+def _take(tokens: np.ndarray | Tensor, index: Tensor) -> Tensor:
+    """tokens[index], in int64; the tokens may be a memory map."""
+    return torch.as_tensor(np.asarray(tokens)[index.numpy()].astype(np.int64))

@@ -1,0 +1,423 @@
+"""The command line as a user meets it: small networks on a small corpus, through `main`."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from llmx.cli import main
+
+CHECKOUT = Path(__file__).parent.parent
+TEXT = "".join(f"{i * i % 97:02d} the quick brown fox, {i % 13} lazy dogs;\n" for i in range(120))  # 4 kB
+
+LEAKY = """
+import torch
+from llmx.protocol import Mixer
+
+class Leaky(Mixer):
+    def __init__(self, site):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(site.dim))
+
+    def forward(self, x, context):
+        return x.mean(1, keepdim=True) * self.weight + x
+"""
+
+
+POWER_CUT = """
+from lightning.pytorch.callbacks import Callback
+
+class PowerCut(Callback):
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 7:
+            raise RuntimeError("power cut")
+"""
+
+
+@pytest.fixture
+def lab(tmp_path, monkeypatch):
+    """A working directory with a corpus and a configuration of a tiny Llama."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LLMX_CACHE", str(tmp_path / "cache"))
+    Path("corpus.txt").write_text(TEXT)
+    config = {
+        "seed_everything": 3,
+        "trainer": {
+            "max_steps": 6,
+            "val_check_interval": 4,
+            "log_every_n_steps": 2,
+            "enable_progress_bar": False,
+            "gradient_clip_val": 1.0,
+        },
+        "data": {"corpus": "corpus.txt", "window": 8, "batch_size": 4},
+        "model": {
+            "network": {
+                "class_path": "Decoder",
+                "init_args": {
+                    "dim": 8,
+                    "depth": 2,
+                    "block": {
+                        "class_path": "PreNormBlock",
+                        "init_args": {
+                            "mixer": {"class_path": "Attention", "init_args": {"heads": 2}},
+                            "feed_forward": {"class_path": "SwiGLU", "init_args": {"hidden": 8}},
+                        },
+                    },
+                },
+            },
+            "sampling": {"max_new_tokens": 12},
+        },
+    }
+    write_config("tiny.yaml", config)
+    return config
+
+
+def write_config(path, config):
+    Path(path).write_text(yaml.safe_dump(config, sort_keys=False))
+
+
+def run(*arguments):
+    assert main([str(argument) for argument in arguments]) == 0
+
+
+def fails(capsys, *arguments):
+    """The one message of a command that must fail, without leaving a run folder."""
+    before = set(Path().glob("lightning_logs/*"))
+    code = main([str(argument) for argument in arguments])
+    error = capsys.readouterr().err
+    assert code == 2
+    assert "Traceback" not in error
+    assert error.count("error: ") == 1
+    assert set(Path().glob("lightning_logs/*")) == before
+    return error[error.index("error: ") :]
+
+
+def fit(*arguments):
+    run("fit", "--config", "tiny.yaml", *arguments)
+    return max(Path("lightning_logs").glob("version_*"), key=lambda p: int(p.name.removeprefix("version_")))
+
+
+def weights(folder):
+    return torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+
+
+def scalars(folder):
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_fit_leaves_a_run_that_tells_everything(lab, capsys):
+    folder = fit()
+    last_line = capsys.readouterr().out.strip().splitlines()[-1]
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert f"val loss {metrics['val/loss']:.4f}" in last_line
+    assert f"perplexity {math.exp(metrics['val/loss']):.4f}" in last_line
+    assert f"{metrics['val/loss'] / math.log(2):.4f} bits per character" in last_line
+    assert str(folder / "checkpoints/last.ckpt") in last_line
+    assert metrics["step"] == 6
+    record = json.loads((folder / "run.json").read_text())
+    assert record["data"]["characters"] == len(TEXT)
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["leaking"] is False
+    assert yaml.safe_load((folder / "config.yaml").read_text())["trainer"]["max_steps"] == 6
+    checkpoints = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert checkpoints == {"best.ckpt", "step=6.ckpt", "last.ckpt"}
+    assert (folder / "checkpoints/last.ckpt").resolve().name == "step=6.ckpt"
+
+
+def test_tensorboard_has_the_curves_samples_influence_and_hparams(lab):
+    folder = fit()
+    curves = scalars(folder)
+    assert {"train/loss", "val/loss", "val/perplexity", "val/bits_per_char", "train/tokens_per_second", "lr"} <= set(
+        curves
+    )
+    assert len(curves["val/loss"]) == 2  # after step 4, and at the end
+    assert [step for step, _ in curves["train/loss"]] == [1, 3, 5]
+    assert all(math.isfinite(value) for points in curves.values() for _, value in points)
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    tags = events.Tags()
+    assert "audit/influence" in tags["images"]
+    assert "samples/text_summary" in tags["tensors"]
+    content = b"".join(path.read_bytes() for path in folder.glob("events.*"))
+    assert b"_hparams_/session_start_info" in content
+    assert b"model/network/dim" in content
+
+
+def test_the_last_step_is_validated_and_saved_wherever_the_interval_falls(lab):
+    folder = fit("--trainer.max_steps", 7, "--trainer.val_check_interval", 5)
+    assert torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 7
+    assert len(scalars(folder)["val/loss"]) == 2
+
+
+def test_resuming_continues_the_run_as_if_it_had_not_stopped(lab):
+    whole = fit("--trainer.max_steps", 12)
+    Path("power_cut.py").write_text(POWER_CUT)
+    with pytest.raises(RuntimeError, match="power cut"):
+        main(["fit", "--config", "tiny.yaml", "--trainer.max_steps", "12", "--trainer.callbacks", "power_cut.PowerCut"])
+    run("fit", "--ckpt_path", "last", "--trainer.callbacks", "null")
+    assert {path.name for path in Path("lightning_logs").iterdir()} == {"version_0", "version_1"}
+    part = Path("lightning_logs/version_1")
+    assert all(torch.equal(value, weights(part)[name]) for name, value in weights(whole).items())
+    for tag in ("train/loss", "val/loss", "lr"):
+        assert scalars(part)[tag] == scalars(whole)[tag]
+    assert (
+        json.loads((part / "metrics.json").read_text())["val/loss"]
+        == json.loads((whole / "metrics.json").read_text())["val/loss"]
+    )
+
+
+def test_validate_test_and_predict_need_the_checkpoint_alone(lab, capsys):
+    folder = fit("--data.split", "[0.8, 0.1, 0.1]")
+    expected = json.loads((folder / "metrics.json").read_text())["val/loss"]
+    checkpoint = folder / "checkpoints/last.ckpt"
+    capsys.readouterr()
+    run("validate", "--ckpt_path", checkpoint, "--trainer.enable_progress_bar", "false")
+    assert f"val loss {expected:.4f}" in capsys.readouterr().out
+    run("test", "--ckpt_path", checkpoint, "--trainer.enable_progress_bar", "false")
+    assert "test loss" in capsys.readouterr().out
+    Path("corpus.txt").unlink()  # generation never needs the corpus
+    run("predict", "--ckpt_path", checkpoint, "--data.prompts", '["the ", "fox"]', "--data.samples", 2)
+    records = [json.loads(line) for line in (folder / "predictions/0.jsonl").read_text().splitlines()]
+    assert [record["prompt"] for record in records] == ["the ", "the ", "fox", "fox"]
+    assert all(record["text"].startswith(record["prompt"]) for record in records)
+    assert all(len(record["completion"]) == 12 for record in records)
+    assert records[0]["completion"] != records[1]["completion"]
+    assert len(list(Path("lightning_logs").iterdir())) == 1
+
+
+def test_prompts_come_from_a_file_and_sampling_from_the_command_line(lab):
+    folder = fit()
+    Path("prompts.txt").write_text("the\nlazy dogs\n")
+    arguments = ["--data.prompts", "prompts.txt", "--model.sampling.max_new_tokens", 5]
+    for _ in range(2):
+        run("predict", "--ckpt_path", folder / "checkpoints/last.ckpt", *arguments, "--model.sampling.temperature", 0)
+    first, second = [(folder / f"predictions/{n}.jsonl").read_text() for n in (0, 1)]
+    assert first == second
+    assert [json.loads(line)["prompt"] for line in first.splitlines()] == ["the", "lazy dogs"]
+
+
+def test_the_command_line_beats_the_checkpoint_and_the_run(lab):
+    folder = fit()
+    checkpoint = folder / "checkpoints/last.ckpt"
+    run("fit", "--ckpt_path", checkpoint, "--trainer.max_steps", 8, "--model.optimizer.lr", 0.5)
+    resumed = torch.load(checkpoint, weights_only=True)
+    assert resumed["hyper_parameters"]["optimizer"]["init_args"]["lr"] == 0.5
+    assert resumed["optimizer_states"][0]["param_groups"][0]["initial_lr"] == 0.5
+    rates = dict(scalars(folder)["lr"])
+    assert rates[7] > 0.01  # the old run's rate was at most 0.003
+
+
+def test_accumulation_and_restart_change_nothing_but_memory(lab):
+    plain, accumulated = fit(), fit("--trainer.accumulate_grad_batches", 2)
+    for name, value in weights(plain).items():
+        torch.testing.assert_close(weights(accumulated)[name], value, rtol=0, atol=1e-5)  # fp32 sums in another order
+    a, b = (scalars(folder)["val/loss"] for folder in (plain, accumulated))
+    assert [value for _, value in b] == pytest.approx([value for _, value in a], abs=1e-5)
+
+
+def test_two_processes_give_the_loss_of_one(lab):
+    """Through the shell, as a user would: DDP on the CPU, with an epoch whose last batch is ragged."""
+    command = [sys.executable, str(CHECKOUT / "main.py"), "fit", "--config", "tiny.yaml"]
+    losses = []
+    for devices in (1, 2):
+        subprocess.run(
+            [*command, "--trainer.accelerator", "cpu", "--trainer.devices", str(devices)]
+            + (["--trainer.strategy", "ddp"] if devices == 2 else []),
+            check=True,
+            capture_output=True,
+            timeout=240,
+        )
+        losses.append(json.loads(Path(f"lightning_logs/version_{devices - 1}/metrics.json").read_text())["val/loss"])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)  # training sums its gradients in another order
+    run_dir = "lightning_logs/version_0/checkpoints/last.ckpt"
+    command = [sys.executable, str(CHECKOUT / "main.py"), "validate", "--ckpt_path", run_dir, "--trainer.devices", "2"]
+    result = subprocess.run([*command, "--trainer.accelerator", "cpu"], capture_output=True, text=True, timeout=240)
+    assert f"val loss {losses[0]:.4f}" in result.stdout
+
+
+def test_fast_dev_run_leaves_nothing_behind(lab):
+    run("fit", "--config", "tiny.yaml", "--trainer.fast_dev_run", "true")
+    assert not Path("lightning_logs").exists()
+
+
+def test_trainer_flags_reach_the_trainer(lab):
+    folder = fit("--trainer.precision", "bf16-mixed", "--trainer.profiler", "simple", "--model.gradient_checkpointing", "true")
+    assert json.loads((folder / "run.json").read_text())["precision"] == "bf16-mixed"
+
+
+def test_warm_start_begins_with_another_runs_weights(lab):
+    first = fit()
+    fit("--model.warm_start", first / "checkpoints/last.ckpt", "--model.optimizer.lr", 0.0, "--trainer.max_steps", 1)
+    before, after = weights(first), weights(Path("lightning_logs/version_1"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+# ------------------------------------------------------------------------------------------------------------- leaks
+@pytest.fixture
+def leaky(lab):
+    Path("leaky_mixer.py").write_text(LEAKY)
+    block = lab["model"]["network"]["init_args"]["block"]["init_args"]
+    block["mixer"] = {"class_path": "leaky_mixer.Leaky"}
+    write_config("tiny.yaml", lab)
+    yield lab
+    sys.modules.pop("leaky_mixer", None)
+
+
+def test_a_leak_stops_the_run_and_names_its_module(leaky, capsys):
+    message = fails(capsys, "fit", "--config", "tiny.yaml")
+    assert "blocks.0.mixer (Leaky)" in message
+    assert "--model.audit warn" in message
+
+
+def test_a_leak_that_is_let_through_marks_the_run(leaky, capsys):
+    folder = fit("--model.audit", "warn")
+    assert "LEAKING" in capsys.readouterr().out.strip().splitlines()[-1]
+    assert json.loads((folder / "run.json").read_text())["leaking"] is True
+    assert json.loads((folder / "metrics.json").read_text())["leaking"] is True
+    run("validate", "--ckpt_path", folder / "checkpoints/last.ckpt")
+    assert "LEAKING" in capsys.readouterr().out.strip().splitlines()[-1]
+
+
+def test_the_audit_verb_exits_with_1_for_a_leak(leaky, capsys):
+    assert main(["audit", "--config", "tiny.yaml", "--model.audit", "warn"]) == 1
+    assert "blocks.0.mixer (Leaky)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_audit_verb_passes_an_honest_network(lab, capsys):
+    run("audit", "--config", "tiny.yaml")
+    assert "no leak" in " ".join(capsys.readouterr().out.split())
+    assert not Path("lightning_logs").exists()
+
+
+def test_audit_of_a_leaking_checkpoint_measures_it_with_the_future_hidden(leaky, capsys):
+    folder = fit("--model.audit", "warn")
+    capsys.readouterr()
+    assert main(["audit", "--ckpt_path", str(folder / "checkpoints/last.ckpt")]) == 1
+    assert "with the future hidden" in " ".join(capsys.readouterr().out.split())
+
+
+# --------------------------------------------------------------------------------------------------------- bad input
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--model.network.dimm", 4], "model.network.dimm: not an argument of Decoder; did you mean dim?"),
+        (["--model.network.block.mixer.headz", 4], "model.network.block.mixer.headz: not an argument of Attention"),
+        (["--model.network.block.mixer", "Atention"], "no Mixer is called 'Atention'; did you mean Attention?"),
+        (["--model.network.block.mixer.heads", "four"], "model.network.block.mixer.heads: expected int"),
+        (["--model.network.block.mixer.heads", 3], "heads: 3 heads must divide dim 8"),
+        (["--model.netwrk.dim", 4], "model.netwrk: not an argument of LanguageModel; did you mean network?"),
+        (["--trainer.max_stepz", 4], "trainer.max_stepz: not an argument of Trainer; did you mean max_steps?"),
+        (["--trainer.max_steps", 0], "trainer.max_steps: 0"),
+        (["--model.audit", "maybe"], "model.audit: expected"),
+        (["--model.sampling.top_p", 2], "model.sampling.top_p: 2.0 is not in (0, 1]"),
+        (["--data.window", 2000], "data.window is 2000"),
+        (["--data.corpus", "empty.txt"], "empty.txt"),
+        (["--data.corpus", "latin.txt"], "offset 5"),
+        (["--data.corpus", "tinyshakespere"], "tinyshakespeare"),
+        (["--data.batch_size", 3, "--trainer.accumulate_grad_batches", 2], "data.batch_size is 3"),
+        (["--ckpt_path", "nowhere.ckpt"], "ckpt_path: no checkpoint at nowhere.ckpt"),
+        (["--ckpt_path", "last"], "ckpt_path: 'last' found no run"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_bad_input_is_one_message_that_names_the_key(lab, capsys, arguments, expected):
+    Path("empty.txt").write_text("")
+    Path("latin.txt").write_bytes(b"caf\xc3\xa9" + b"\xe9" + b" au lait" * 100)
+    assert expected in fails(capsys, "fit", "--config", "tiny.yaml", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (("heads: 2", "headz: 2"), "model.network.block.mixer.headz: not an argument of Attention; did you mean heads?"),
+        (("Attention", "Atention"), "model.network.block.mixer: no Mixer is called 'Atention'"),
+        (("model:", "modle:"), "modle: no such key; did you mean model?"),
+        (("dim: 8", "dim: wide"), "model.network.dim: expected int"),
+        (("window: 8", "windows: 8"), "data.windows: not an argument of TextDataModule; did you mean window?"),
+        (("heads: 2", "heads: [2"), "config: not valid YAML"),
+        (("trainer:", "trainer: 5\nmore:"), "more: no such key"),
+    ],
+)
+def test_a_mistake_in_the_yaml_is_named_by_its_full_path(lab, capsys, change, expected):
+    Path("tiny.yaml").write_text(Path("tiny.yaml").read_text().replace(*change))
+    assert expected in fails(capsys, "fit", "--config", "tiny.yaml")
+
+
+def test_damaged_and_foreign_checkpoints_are_refused(lab, capsys):
+    checkpoint = fit() / "checkpoints/last.ckpt"
+    content = checkpoint.read_bytes()
+    Path("cut.ckpt").write_bytes(content[: len(content) // 2])
+    Path("empty.ckpt").write_bytes(b"")
+    torch.save({"weights": torch.zeros(3)}, "foreign.ckpt")
+    for name in ("cut.ckpt", "empty.ckpt"):
+        assert f"{name} is damaged" in fails(capsys, "validate", "--ckpt_path", name)
+    assert "not a checkpoint of a LanguageModel" in fails(capsys, "validate", "--ckpt_path", "foreign.ckpt")
+    message = fails(
+        capsys, "validate", "--config", "tiny.yaml", "--model.network.dim", 16, "--ckpt_path", checkpoint
+    )
+    assert "another network" in message
+
+
+class Exploit:
+    def __reduce__(self):
+        return (Path("executed").touch, ())
+
+
+def test_a_checkpoint_with_code_is_refused_and_nothing_runs(lab, capsys):
+    torch.save({"state_dict": {}, "hyper_parameters": {"network": Exploit()}}, "exploit.ckpt")
+    assert "refused" in fails(capsys, "predict", "--ckpt_path", "exploit.ckpt")
+    assert not Path("executed").exists()
+
+
+def test_a_prompt_outside_the_vocabulary_names_the_character(lab, capsys):
+    checkpoint = fit() / "checkpoints/last.ckpt"
+    assert "'é'" in fails(capsys, "predict", "--ckpt_path", checkpoint, "--data.prompts", "café")
+    assert "ckpt_path" in fails(capsys, "predict", "--config", "tiny.yaml")
+
+
+def test_an_empty_test_split_is_a_message(lab, capsys):
+    checkpoint = fit() / "checkpoints/last.ckpt"
+    assert "data.split" in fails(capsys, "test", "--ckpt_path", checkpoint)
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(lab, capsys):
+    lab["trainer"] |= {"max_steps": 40, "val_check_interval": 1, "gradient_clip_val": None}
+    write_config("tiny.yaml", lab)
+    code = main(["fit", "--config", "tiny.yaml", "--model.optimizer.lr", "1e30"])
+    error = capsys.readouterr().err
+    assert code == 2
+    assert "train/loss is nan at step" in error
+    assert "last good checkpoint" in error
+
+
+# -------------------------------------------------------------------------------------------------------- the notebook
+def test_the_same_objects_serve_in_a_notebook(lab):
+    from functools import partial
+
+    from lightning.pytorch import Trainer
+
+    from llmx import Decoder, LanguageModel, TextDataModule
+    from llmx.blocks.prenorm import PreNormBlock
+    from llmx.feedforward.swiglu import SwiGLU
+    from llmx.mixers.attention import Attention
+
+    data = TextDataModule(corpus="corpus.txt", window=8, batch_size=4)
+    block = partial(PreNormBlock, mixer=partial(Attention, heads=2), feed_forward=partial(SwiGLU, hidden=8))
+    model = LanguageModel(partial(Decoder, dim=8, depth=1, block=block), tokenizer=data.tokenizer, window=data.window)
+    trainer = Trainer(max_steps=5, logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    trainer.fit(model, datamodule=data)
+    trainer.save_checkpoint("notebook.ckpt")
+    loaded = LanguageModel.load_from_checkpoint("notebook.ckpt")
+    expected = model.generate("the ", max_new_tokens=30, temperature=0)
+    assert loaded.generate("the ", max_new_tokens=30, temperature=0) == expected
+    assert expected.startswith("the ")
+    assert len(expected) == 34
+    run("predict", "--ckpt_path", "notebook.ckpt", "--data.prompts", "fox")
