@@ -31,6 +31,7 @@ from rich.text import Text
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 PEER_PACKAGES = ("transformers", "litgpt", "x-transformers")
+WIDTH = 160  # of the table, at least: a narrower one would cut names and numbers
 _SPAWN = multiprocessing.get_context("spawn")
 
 
@@ -188,7 +189,7 @@ def use_threads(threads: int) -> None:
 
 def finish(title: str, results: Sequence[Result], options: argparse.Namespace) -> int:
     """Prints the table, writes the JSON file, and returns the exit code: 1 where a first contender, ours, failed."""
-    Console().print(table(title, results))
+    Console(width=max(Console().width, WIDTH)).print(table(title, results))
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(record(title, results, vars(options)), indent=2) + "\n")

@@ -1,7 +1,7 @@
 """Training throughput: ours end to end (`main.py fit`), ours in a bare loop, and peers in the same loop.
 
-The quotient of the first two is what Lightning, the data and logging cost. The loop of all others is the same: one batch,
-fused AdamW (3e-3, weight decay 0.01 on matrices), gradients clipped to norm 1, the same loss.
+The quotient of the first two is what Lightning, the data and logging cost. The loop of all others is the same: one
+batch, fused AdamW (3e-3, weight decay 0.01 on matrices), gradients clipped to norm 1, the same loss.
 
     python -m benchmarks.train --out docs/results/train.json
 """
@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
+from typing import Any
 
 import torch
 from torch import nn
@@ -55,7 +56,7 @@ def prepare_loop(build: Callable[[Shape], nn.Module], shape: Shape, mode: Mode, 
     torch.manual_seed(0)
     network = build(shape).train()
     parameters = list(network.parameters())
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.ndim >= 2]},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
@@ -89,7 +90,7 @@ def prepare_fit(shape: Shape, mode: Mode, steps: int) -> Measure:
 
 
 def _fit(shape: Shape, mode: Mode, steps: int, case: Case) -> float:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.backend.event_processing import event_accumulator  # type: ignore[import-untyped]
 
     settings = {
         "trainer.max_steps": 2 * steps,
@@ -110,7 +111,7 @@ def _fit(shape: Shape, mode: Mode, steps: int, case: Case) -> float:
         run(
             [*command, f"--trainer.default_root_dir={folder}", *(f"--{key}={value}" for key, value in settings.items())]
         )
-        events = EventAccumulator(f"{folder}/lightning_logs/version_0").Reload()
+        events = event_accumulator.EventAccumulator(f"{folder}/lightning_logs/version_0").Reload()
         _, measured = events.Scalars("train/tokens_per_second")
     return measured.value
 
@@ -184,7 +185,8 @@ def main() -> int:
     options.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="ours")
     options.add_argument("--quick", action="store_true", help="leave out the compiled peers")
     chosen = options.parse_args()
-    for key, known in {"settings": SETTINGS, "peers": PEERS}.items():
+    choices = {"settings": list(SETTINGS), "peers": list(PEERS)}
+    for key, known in choices.items():
         names = [name for name in getattr(chosen, key).split(",") if name]
         if unknown := [name for name in names if name not in known]:
             options.error(f"--{key}: there is no {unknown[0]!r}; choose from {', '.join(known)}")

@@ -31,8 +31,8 @@ def to_config(value: Any) -> Any:
     findable = isinstance(cls, type) and "." not in cls.__qualname__
     if not findable or (isinstance(value, partial) and value.args):
         raise UserError(
-            f"cannot write {value!r} into a checkpoint: give a class of a module, functools.partial(Class, key=value, ...), "
-            "or {'class_path': ..., 'init_args': {...}}"
+            f"cannot write {value!r} into a checkpoint: give a class of a module, "
+            "functools.partial(Class, key=value, ...), or {'class_path': ..., 'init_args': {...}}"
         )
     config: dict[str, Any] = {"class_path": f"{cls.__module__}.{cls.__qualname__}"}
     if arguments:

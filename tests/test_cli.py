@@ -249,7 +249,9 @@ def test_fast_dev_run_leaves_nothing_behind(lab):
 
 
 def test_trainer_flags_reach_the_trainer(lab):
-    folder = fit("--trainer.precision", "bf16-mixed", "--trainer.profiler", "simple", "--model.gradient_checkpointing", "true")
+    folder = fit(
+        "--trainer.precision", "bf16-mixed", "--trainer.profiler", "simple", "--model.gradient_checkpointing", "true"
+    )
     assert json.loads((folder / "run.json").read_text())["precision"] == "bf16-mixed"
 
 
@@ -337,7 +339,10 @@ def test_bad_input_is_one_message_that_names_the_key(lab, capsys, arguments, exp
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (("heads: 2", "headz: 2"), "model.network.block.mixer.headz: not an argument of Attention; did you mean heads?"),
+        (
+            ("heads: 2", "headz: 2"),
+            "model.network.block.mixer.headz: not an argument of Attention; did you mean heads?",
+        ),
         (("Attention", "Atention"), "model.network.block.mixer: no Mixer is called 'Atention'"),
         (("model:", "modle:"), "modle: no such key; did you mean model?"),
         (("dim: 8", "dim: wide"), "model.network.dim: expected int"),
@@ -360,9 +365,7 @@ def test_damaged_and_foreign_checkpoints_are_refused(lab, capsys):
     for name in ("cut.ckpt", "empty.ckpt"):
         assert f"{name} is damaged" in fails(capsys, "validate", "--ckpt_path", name)
     assert "not a checkpoint of a LanguageModel" in fails(capsys, "validate", "--ckpt_path", "foreign.ckpt")
-    message = fails(
-        capsys, "validate", "--config", "tiny.yaml", "--model.network.dim", 16, "--ckpt_path", checkpoint
-    )
+    message = fails(capsys, "validate", "--config", "tiny.yaml", "--model.network.dim", 16, "--ckpt_path", checkpoint)
     assert "another network" in message
 
 

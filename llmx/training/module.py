@@ -125,6 +125,10 @@ class LanguageModel(pl.LightningModule):
             raise CausalityError(self.causality)
         return self.causality
 
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        # the x axis of every curve; after resuming a finished run Lightning's own count is one behind
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         losses, auxiliary = self.losses(batch.inputs, batch.targets)
         loss = losses.sum() * batch.share
