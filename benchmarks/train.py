@@ -90,7 +90,7 @@ def prepare_fit(shape: Shape, mode: Mode, steps: int) -> Measure:
 
 
 def _fit(shape: Shape, mode: Mode, steps: int, case: Case) -> float:
-    from tensorboard.backend.event_processing import event_accumulator  # type: ignore[import-untyped]
+    from tensorboard.backend.event_processing import event_accumulator
 
     settings = {
         "trainer.max_steps": 2 * steps,

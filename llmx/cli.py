@@ -43,6 +43,7 @@ from llmx.training.callbacks import (
     run_folder,
 )
 from llmx.training.checkpoints import read_checkpoint
+from llmx.training.fastpath import native_bf16
 from llmx.training.metrics import bits, perplexity
 from llmx.training.module import LanguageModel
 from llmx.training.predictions import write_predictions
@@ -195,10 +196,17 @@ class CLI(LightningCLI):
         changes: dict[str, Any] = {} if fit else {"enable_checkpointing": False}
         if trainer.logger in (None, True):
             changes["logger"] = self._logger(trainer) if fit else False
+        if trainer.precision is None and self.subcommand != "predict":  # sampling is faster in fp32
+            changes["precision"] = self._precision(trainer.accelerator)
         # Lightning counts batches here; a run should validate at the same steps however they are accumulated
         if fit and isinstance(trainer.val_check_interval, int) and trainer.check_val_every_n_epoch is None:
             changes["val_check_interval"] = trainer.val_check_interval * trainer.accumulate_grad_batches
         return changes
+
+    def _precision(self, accelerator: str) -> Any:
+        """That of the run, so that its numbers come out again; else what is fast here."""
+        held = self.checkpoint.get("llmx", {}).get("precision") if self.run is not None else None
+        return held or ("bf16-mixed" if native_bf16(accelerator) else None)
 
     def _callbacks(self, trainer: Any) -> list[Callback]:
         config = self._parser("fit").dump(self.config["fit"], skip_none=False)

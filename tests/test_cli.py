@@ -54,6 +54,7 @@ def lab(tmp_path, monkeypatch):
             "log_every_n_steps": 2,
             "enable_progress_bar": False,
             "gradient_clip_val": 1.0,
+            "precision": "32-true",  # so that losses compare to 1e-5
         },
         "data": {"corpus": "corpus.txt", "window": 8, "batch_size": 4},
         "model": {

@@ -131,6 +131,8 @@ class RunRecord(Callback):
         rich.print(composition_table(pl_module.network, pl_module.window))
         if pl_module.causality is not None:
             rich.print(pl_module.causality.summary())
+        compiled = "compiled" if pl_module.compiled else "not compiled"
+        print(f"precision {trainer.precision}, {compiled}, on {trainer.world_size} x {pl_module.device.type}")
         folder = run_folder(trainer)
         if folder is None or trainer.global_step:
             return
@@ -183,6 +185,7 @@ class RunRecord(Callback):
             "data": _data(trainer).protocol,
             "parameters": parameters(pl_module.network),
             "precision": str(trainer.precision),
+            "compiled": pl_module.compiled,
             "devices": trainer.world_size,
             "steps": pl_module.total_steps,
             "audit": None if report is None else report.to_dict(),

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.utilities import GradClipAlgorithmType
+from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
@@ -27,6 +27,7 @@ from llmx.errors import UserError
 from llmx.generation import Sampling, generate
 from llmx.protocol import Network
 from llmx.training.checkpoints import read_checkpoint
+from llmx.training.fastpath import COMPILE_FROM, can_compile
 from llmx.training.metrics import TokenLoss, bits, perplexity
 from llmx.training.schedules import Cosine, Schedule
 
@@ -48,7 +49,8 @@ class LanguageModel(pl.LightningModule):
         schedule: factory of the learning-rate schedule, from the number of steps.
         weight_decay_on: the parameters that the optimizer's weight decay touches: `matrices` (two dimensions or
             more), or `all`.
-        compile: compile the network with its loss.
+        compile: compile the network with its loss; `auto` does in runs that are long enough to pay for it, where a
+            compiler is found.
         audit: the causality audit before the first step: a leak is an `error`, or a `warn`ing that marks the run as
             leaking; `off` skips the audit.
         gradient_checkpointing: recompute activations in the backward pass, to save memory.
@@ -67,7 +69,7 @@ class LanguageModel(pl.LightningModule):
         optimizer: Callable[[Iterable], Optimizer] = partial(AdamW, lr=3e-3, weight_decay=0.01),  # noqa: B008
         schedule: Callable[[int], Schedule] = Cosine,
         weight_decay_on: Literal["matrices", "all"] = "matrices",
-        compile: bool = False,
+        compile: bool | Literal["auto"] = "auto",
         audit: Literal["error", "warn", "off"] = "error",
         gradient_checkpointing: bool = False,
         warm_start: str | None = None,
@@ -102,12 +104,19 @@ class LanguageModel(pl.LightningModule):
         self.causality: CausalityReport | None = None
         self.leaking = False
         self.losses = self.network.losses
+        self.compiled = False
 
     # ---------------------------------------------------------------------------------------------------- training
     def setup(self, stage: str) -> None:
-        if self.hparams["compile"] and stage in ("fit", "validate", "test"):
+        wanted = self.hparams["compile"]
+        if wanted == "auto":
+            wanted = stage == "fit" and self.total_steps - self.trainer.global_step >= COMPILE_FROM
+        self.compiled = bool(wanted) and stage != "predict" and can_compile()
+        if self.compiled:
             # the bound method: checkpoint keys stay clean, and head and loss are in the same graph as the network
             self.losses = torch.compile(self.network.losses, dynamic=False)
+        elif wanted and stage != "predict":
+            rank_zero_info("No C++ compiler was found: the network runs without compilation.")
 
     def on_fit_start(self) -> None:
         self.audit_causality()
@@ -239,7 +248,11 @@ class LanguageModel(pl.LightningModule):
 
     # ------------------------------------------------------------------------------------------------- checkpoints
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["llmx"] = {"leaking": self.leaking, "accumulate": self.trainer.accumulate_grad_batches}
+        checkpoint["llmx"] = {
+            "leaking": self.leaking,
+            "accumulate": self.trainer.accumulate_grad_batches,
+            "precision": str(self.trainer.precision),
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         held = checkpoint.get("llmx", {})
