@@ -11,6 +11,7 @@ key head for neighbouring query heads (h // (H / G)), not in turn.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmx.parts.attention import causal_attention, masked_attention
@@ -21,11 +22,10 @@ from llmx.shapes import Hidden
 
 
 class AttentionState(NamedTuple):
-    """The keys (rotated) and values of the past; written in place while gradients are off."""
+    """The keys (rotated) and values of the past, slot s for position s; written in place while gradients are off."""
 
     key: Tensor  # (B, G, S, K)
     value: Tensor  # (B, G, S, K)
-    length: Tensor  # (B,) int64, slots in use
 
 
 class Attention(StatefulMixer):
@@ -72,46 +72,46 @@ class Attention(StatefulMixer):
         return self.out(mixed.transpose(1, 2).flatten(2))
 
     def init_state(self, batch_size: int, max_length: int) -> AttentionState:
-        like = self.out.weight
         room = (batch_size, self.kv_heads, max_length, self.head_dim)
-        length = torch.zeros(batch_size, dtype=torch.int64, device=like.device)
-        return AttentionState(like.new_zeros(room), like.new_zeros(room), length)
+        return AttentionState(self.out.weight.new_zeros(room), self.out.weight.new_zeros(room))
 
     def step(self, x: Tensor, state: AttentionState, context: Context) -> tuple[Tensor, AttentionState]:  # type: ignore[override]
-        heads, groups, width = self.heads, self.kv_heads, self.head_dim
-        table = rotary_table(context.positions, width, self.rotary_base, x.dtype)[:, None]  # (B, 1, 2, K/2)
-        query, key, value = self.qkv(x).unflatten(-1, (-1, width)).split((heads, groups, groups), 1)  # (B, h, K)
-        query, key = rotate(query, table), rotate(key, table)
-        keys = _write(state.key, key[:, :, None], state.length[:, None])
-        values = _write(state.value, value[:, :, None], state.length[:, None])
-        scores = torch.einsum("bgrk,bgsk->bgrs", query.unflatten(1, (groups, -1)), keys) * width**-0.5
-        unused = torch.arange(keys.shape[2], device=x.device) > state.length[:, None]  # (B, S)
-        weights = scores.masked_fill(unused[:, None, None], float("-inf")).softmax(-1)
-        mixed = torch.einsum("bgrs,bgsk->bgrk", weights, values).flatten(1)
-        return self.out(mixed), AttentionState(keys, values, state.length + 1)
+        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (B, H + 2 G, K)
+        turned = rotate(heads[:, : -self.kv_heads], self._table(x, context)[:, None])
+        query, key, value = turned[:, : self.heads], turned[:, self.heads :], heads[:, -self.kv_heads :]
+        here = context.positions[:, None]  # (B, 1)
+        state = AttentionState(_write(state.key, key[:, :, None], here), _write(state.value, value[:, :, None], here))
+        past = (torch.arange(state.key.shape[2], device=x.device) <= here)[:, None, None]  # (B, 1, 1, S)
+        grouped = self.kv_heads != self.heads
+        mixed = F.scaled_dot_product_attention(
+            query[:, :, None], state.key.to(x.dtype), state.value.to(x.dtype), past, enable_gqa=grouped
+        )
+        return self.out(mixed.flatten(1)), state
 
     def prefill(self, x: Hidden, state: AttentionState, context: Context) -> tuple[Hidden, AttentionState]:  # type: ignore[override]
         query, key, value = self._project(x, context)
-        slots = state.length[:, None] + torch.arange(x.shape[1], device=x.device)  # (B, T)
-        keys = _write(state.key, key, slots)
-        values = _write(state.value, value, slots)
-        hidden = torch.arange(keys.shape[2], device=x.device) > slots[:, :, None]  # (B, T, S)
-        mixed = masked_attention(query, keys, values, hidden[:, None, None])
-        return self.out(mixed.transpose(1, 2).flatten(2)), AttentionState(keys, values, state.length + x.shape[1])
+        keys = _write(state.key, key, context.positions)
+        values = _write(state.value, value, context.positions)
+        hidden = torch.arange(keys.shape[2], device=x.device) > context.positions[:, :, None]  # (B, T, S)
+        mixed = masked_attention(query, keys.to(x.dtype), values.to(x.dtype), hidden[:, None, None])
+        return self.out(mixed.transpose(1, 2).flatten(2)), AttentionState(keys, values)
 
     def _project(self, x: Hidden, context: Context) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated query (B, H, T, K), rotated key (B, G, T, K), value (B, G, T, K)."""
+        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H + 2 G, T, K)
+        turned = rotate(heads[:, : -self.kv_heads], self._table(x, context)[:, None])
+        return turned[:, : self.heads], turned[:, self.heads :], heads[:, -self.kv_heads :]
+
+    def _table(self, x: Tensor, context: Context) -> Tensor:
+        """The rotary table (B or 1, T, 2, K/2), without T in `step`; made once for all layers that share it."""
         name = f"rotary {self.rotary_base} {self.head_dim}"
         if name not in context.store:
             context.store[name] = rotary_table(context.positions, self.head_dim, self.rotary_base, x.dtype)
-        table = context.store[name][:, None]  # (B or 1, 1, T, 2, K/2)
-        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H + 2 G, T, K)
-        query, key, value = heads.split((self.heads, self.kv_heads, self.kv_heads), 1)
-        return rotate(query, table), rotate(key, table), value
+        return context.store[name]
 
 
 def _write(cache: Tensor, new: Tensor, slots: Tensor) -> Tensor:
-    """Puts new (B, G, T, K) into the cache (B, G, S, K) at slots (B, T)."""
-    index = slots[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])
+    """Puts new (B, G, T, K) into the cache (B, G, S, K) at slots (B or 1, T)."""
+    index = slots[:, None, :, None].expand(new.shape)
     new = new.to(cache.dtype)
     return cache.scatter(2, index, new) if torch.is_grad_enabled() else cache.scatter_(2, index, new)

@@ -123,7 +123,6 @@ def test_the_state_has_two_numbers_a_key_head_channel_and_slot():
     state = attention(4, 2).init_state(3, 10)
     assert state.key.shape == state.value.shape == (3, 2, 10, 4)
     assert state.key.dtype == torch.float64
-    assert state.length.tolist() == [0, 0, 0]
 
 
 def test_dropout_acts_on_the_weights_in_training_only():
