@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmx.parts.attention import causal_attention
+from llmx.parts.norm import RMSNorm
 from llmx.protocol import Block, Context, Mixer, Network, Site, Stateless
 from llmx.shapes import Hidden, Tokens
 
@@ -75,7 +76,7 @@ class FoundingDifferentialAttention(Mixer):
         self.out = nn.Linear(site.dim, site.dim, bias=False)
         width = site.dim // heads
         self.lambdas = nn.ParameterList(nn.Parameter(0.1 * torch.randn(width)) for _ in range(4))  # lq1 lk1 lq2 lk2
-        self.norm = nn.RMSNorm(width, eps=1e-5)
+        self.norm = RMSNorm(width, eps=1e-5)
 
     def forward(self, x: Hidden, context: Context) -> Hidden:
         query, key = (
