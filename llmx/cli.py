@@ -21,6 +21,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import llmx.blocks
 import llmx.feedforward
@@ -49,6 +50,8 @@ from llmx.training.module import LanguageModel
 from llmx.training.predictions import write_predictions
 from llmx.training.trainer import Trainer
 
+GROUPS: dict[str, type] = {"model": LanguageModel, "data": TextDataModule}
+
 
 def main(args: list[str] | None = None) -> int:
     """Runs one command, `sys.argv` by default.
@@ -62,14 +65,19 @@ def main(args: list[str] | None = None) -> int:
     try:
         return CLI(arguments).exit_code
     except ParserError as error:
-        groups: dict[str, type] = {"model": LanguageModel, "data": TextDataModule, "trainer": Trainer}
         options = ["config", "seed_everything", "ckpt_path", "weights_only", "verbose", "return_predictions", "help"]
-        sys.stderr.write(f"error: {explain(str(error), arguments, groups, options)}\n")
-        return 2
+        message = explain(str(error), arguments, {**GROUPS, "trainer": Trainer}, options)
     except UserError as error:
-        sys.stdout.flush()
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+        message = str(error)
+    except MisconfigurationException as error:  # Lightning's word for flags that do not go together
+        message = f"trainer: {' '.join(str(error).split())}"
+    except OSError as error:
+        if error.filename is None:
+            raise
+        message = f"{error.filename}: {error.strerror}"
+    sys.stdout.flush()
+    sys.stderr.write(f"error: {message}\n")
+    return 2
 
 
 class ParserError(Exception):
@@ -148,8 +156,11 @@ class CLI(LightningCLI):
         if arguments[0] == "fit" and config.is_file():
             return [arguments[0], "--config", str(config), *arguments[1:]]
         model = dict(self.checkpoint["hyper_parameters"])
+        data = self.checkpoint.get("datamodule_hyper_parameters")
+        if data is None or not {"tokenizer", "window"} <= model.keys():
+            raise UserError(f"ckpt_path: {path} is not a checkpoint of a LanguageModel and its TextDataModule")
         del model["tokenizer"], model["window"]
-        content = {"model": model, "data": dict(self.checkpoint["datamodule_hyper_parameters"])}
+        content = {"model": model, "data": dict(data)}
         return [arguments[0], "--config", json.dumps(content), *arguments[1:]]
 
     # ------------------------------------------------------------------------------------------------ construction
@@ -161,12 +172,7 @@ class CLI(LightningCLI):
     def instantiate_classes(self) -> None:
         settings = self.config[self.subcommand]
         verb = self.subcommand
-        if verb == "fit" and settings.trainer.max_steps == 0:
-            raise UserError("trainer.max_steps: 0 leaves nothing to train; give the number of optimizer steps")
-        if verb == "fit" and settings.trainer.max_steps < 0 and (settings.trainer.max_epochs or -1) < 0:
-            raise UserError("trainer.max_steps: give the number of optimizer steps (or trainer.max_epochs)")
-        if verb == "predict" and self.run is None:
-            raise UserError("ckpt_path: predict needs a checkpoint, --ckpt_path RUN/checkpoints/last.ckpt")
+        self._check_settings(settings)
         data = _plain(settings.data)
         if self.run is not None:
             data["tokenizer"] = self.checkpoint["hyper_parameters"]["tokenizer"]
@@ -182,10 +188,39 @@ class CLI(LightningCLI):
         if verb == "fit":
             self.model.audit_causality()  # before there is a run folder
         self.config_init = self.parser.instantiate_classes(self.config)  # of the trainer; see _add_instantiators
-        self.trainer = self.instantiate_trainer(**self._trainer_arguments(settings.trainer))
+        try:
+            self.trainer = self.instantiate_trainer(**self._trainer_arguments(settings.trainer))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"trainer: {' '.join(str(error).split())}") from error
         if verb == "fit":
             self.datamodule.trainer = self.trainer
             self.datamodule.train_dataloader()  # whether devices and accumulation divide the batch
+
+    def _check_settings(self, settings: Any) -> None:
+        """What the parser lets pass and nothing further on would say clearly."""
+        for group, cls in GROUPS.items():
+            for name, parameter in inspect.signature(cls).parameters.items():
+                if name in settings[group] and settings[group][name] is None and parameter.default is not None:
+                    raise UserError(f"{group}.{name}: null is not a value for it")
+        trainer = settings.trainer
+        if self.subcommand == "fit" and trainer.max_steps == 0:
+            raise UserError("trainer.max_steps: 0 leaves nothing to train; give the number of optimizer steps")
+        if self.subcommand == "fit" and trainer.max_steps < 0 and (trainer.max_epochs or -1) < 0:
+            raise UserError("trainer.max_steps: give the number of optimizer steps (or trainer.max_epochs)")
+        if trainer.accumulate_grad_batches < 1:
+            raise UserError(f"trainer.accumulate_grad_batches: {trainer.accumulate_grad_batches} is below 1")
+        if trainer.val_check_interval == 0 and trainer.check_val_every_n_epoch is None:
+            raise UserError(
+                "trainer.val_check_interval: 0 is no number of steps; trainer.limit_val_batches 0 switches off"
+            )
+        if self.subcommand == "predict" and self.run is None:
+            raise UserError("ckpt_path: predict needs a checkpoint, --ckpt_path RUN/checkpoints/last.ckpt")
+
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise UserError(f"seed_everything: {error}") from error
 
     def _trainer_arguments(self, trainer: Any) -> dict[str, Any]:
         """What differs from the user's trainer settings: callbacks, logger, and steps counted in optimizer steps."""

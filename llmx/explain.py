@@ -107,8 +107,11 @@ def _component(given: Any, base: type | None, path: str) -> str | None:
         return f"{path}: no {base.__name__} is called {name!r}{_nearest(name, [c.__name__ for c in _subclasses(base)])}"
     if not isinstance(given, dict):
         return None
+    inside = given.get("init_args") or {}
+    if not isinstance(inside, dict):
+        return f"{path}.init_args: give keys and values"
     extra = {k: v for k, v in given.items() if k not in _STRUCTURE}
-    return _misfit({**(given.get("init_args") or {}), **extra}, cls, path)
+    return _misfit({**inside, **extra}, cls, path)
 
 
 def _items(given: Any, path: str) -> list[tuple[str, Any]]:

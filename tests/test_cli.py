@@ -329,6 +329,13 @@ def test_audit_of_a_leaking_checkpoint_measures_it_with_the_future_hidden(leaky,
         (["--ckpt_path", "nowhere.ckpt"], "ckpt_path: no checkpoint at nowhere.ckpt"),
         (["--ckpt_path", "last"], "ckpt_path: 'last' found no run"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--trainer.accelerator", "abacus"], "trainer: You selected an invalid accelerator"),
+        (["--trainer.devices", 0], "trainer: "),
+        (["--trainer.accumulate_grad_batches", 0], "trainer.accumulate_grad_batches: 0 is below 1"),
+        (["--trainer.val_check_interval", 0], "trainer.val_check_interval: 0"),
+        (["--trainer.val_check_interval", -1], "val_check_interval"),
+        (["--seed_everything", -1], "seed_everything: "),
+        (["--trainer.default_root_dir", "/proc/nowhere"], "/proc/nowhere"),
     ],
 )
 def test_bad_input_is_one_message_that_names_the_key(lab, capsys, arguments, expected):
@@ -350,6 +357,8 @@ def test_bad_input_is_one_message_that_names_the_key(lab, capsys, arguments, exp
         (("window: 8", "windows: 8"), "data.windows: not an argument of TextDataModule; did you mean window?"),
         (("heads: 2", "heads: [2"), "config: not valid YAML"),
         (("trainer:", "trainer: 5\nmore:"), "more: no such key"),
+        (("window: 8", "window: null"), "data.window: null"),
+        (("heads: 2", "- 2"), "model.network.block.mixer.init_args: give keys"),
     ],
 )
 def test_a_mistake_in_the_yaml_is_named_by_its_full_path(lab, capsys, change, expected):
