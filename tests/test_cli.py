@@ -263,6 +263,33 @@ def test_warm_start_begins_with_another_runs_weights(lab):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+# --------------------------------------------------------------------------------------------------------- fast path
+def test_compilation_changes_nothing_but_speed_and_happens_once_a_mode(lab):
+    torch._dynamo.reset()
+    eager = fit("--model.compile", "false")
+    torch._dynamo.utils.counters.clear()
+    compiled = fit("--model.compile", "true")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # training and evaluation, ragged batches too
+    assert [json.loads((run / "run.json").read_text())["compiled"] for run in (eager, compiled)] == [False, True]
+    assert weights(eager).keys() == weights(compiled).keys()
+    losses = [json.loads((run / "metrics.json").read_text())["val/loss"] for run in (eager, compiled)]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)  # fp32, fused sums in another order
+
+
+def test_without_a_compiler_the_run_is_eager_and_says_so(lab, monkeypatch, caplog):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    folder = fit("--model.compile", "true")
+    assert json.loads((folder / "run.json").read_text())["compiled"] is False
+    assert "No C++ compiler was found" in caplog.text
+
+
+def test_bf16_agrees_with_fp32(lab):
+    single = fit("--trainer.max_steps", 40)
+    mixed = fit("--trainer.max_steps", 40, "--trainer.precision", "bf16-mixed")
+    losses = [json.loads((run / "metrics.json").read_text())["val/loss"] for run in (single, mixed)]
+    assert losses[1] == pytest.approx(losses[0], abs=0.01)  # bf16 keeps 8 bits: about 0.4 % a product, averaged out
+
+
 # ------------------------------------------------------------------------------------------------------------- leaks
 @pytest.fixture
 def leaky(lab):
