@@ -5,6 +5,7 @@ from __future__ import annotations
 import lightning.pytorch as pl
 import numpy as np
 import rich
+import torch
 
 from llmx.audits.causality import CausalityReport, audit_causality
 from llmx.audits.hidden_future import hidden_future_loss
@@ -27,9 +28,13 @@ class Trainer(pl.Trainer):
         report = audit_causality(model.network, model.window)
         rich.print(report.summary())
         if ckpt_path is not None and report.leaking:
-            model.load_state_dict(read_checkpoint(ckpt_path)["state_dict"])
+            checkpoint = read_checkpoint(ckpt_path)
+            model.load_state_dict(checkpoint["state_dict"])
             counts = np.bincount(datamodule.tokens("train"), minlength=model.tokenizer.vocab_size)
-            honest = hidden_future_loss(model.network, datamodule.tokens("val"), counts / counts.sum(), model.window)
+            print("Measuring the loss with the future hidden: a pass over a window for every character and draw ...")
+            mixed = checkpoint.get("llmx", {}).get("precision") == "bf16-mixed"
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=mixed):
+                honest = hidden_future_loss(model.network, datamodule.tokens("val"), counts, model.window)
             rich.print(
                 f"val loss with the future hidden: {honest.loss:.4f} nats, "
                 f"mean of {honest.draws} draws (spread {honest.spread:.4f}) over {honest.predictions:,} characters"
