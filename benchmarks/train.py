@@ -36,6 +36,7 @@ from benchmarks.harness import (
     use_threads,
 )
 from benchmarks.peers import PEERS, SETTINGS, Peer, Shape, mean_loss, ours
+from llmx.training.fastpath import native_bf16
 
 UNTIMED_STEPS = 2  # at the start of every turn: the caches still hold the previous contender's data
 GEMM_SIZE = 2048
@@ -142,7 +143,9 @@ def flops_per_token(build: Callable[[Shape], nn.Module], shape: Shape) -> float:
 
 
 def modes(quick: bool) -> list[Mode]:
-    return [Mode(precision, compile) for precision in DTYPES for compile in ((False,) if quick else (False, True))]
+    """How each peer runs: bf16 only where the machine multiplies it, for emulated it is many times slower."""
+    precisions = [name for name in DTYPES if name == "32-true" or native_bf16("auto")]
+    return [Mode(precision, compile) for precision in precisions for compile in ((False,) if quick else (False, True))]
 
 
 def compare(setting: str, peers: list[Peer], mode: Mode, options: argparse.Namespace) -> list[Result]:
@@ -181,7 +184,7 @@ def main() -> int:
     options.add_argument("--settings", default="founding,large", help=f"some of {', '.join(SETTINGS)}")
     options.add_argument("--peers", default=",".join(PEERS), help=f"some of {', '.join(PEERS)}")
     options.add_argument("--steps", type=int, default=50, help="training steps a round")
-    options.add_argument("--precision", choices=DTYPES, default="bf16-mixed", help="of ours")
+    options.add_argument("--precision", choices=DTYPES, help="of ours; by default what a plain fit takes")
     options.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="ours")
     options.add_argument("--quick", action="store_true", help="leave out the compiled peers")
     chosen = options.parse_args()
@@ -192,6 +195,7 @@ def main() -> int:
             options.error(f"--{key}: there is no {unknown[0]!r}; choose from {', '.join(known)}")
         setattr(chosen, key, names)
     use_threads(chosen.threads)
+    chosen.precision = chosen.precision or ("bf16-mixed" if native_bf16("auto") else "32-true")
     mode = Mode(chosen.precision, chosen.compile)
     peers = [PEERS[name] for name in chosen.peers]
     results = [result for setting in chosen.settings for result in compare(setting, peers, mode, chosen)]
