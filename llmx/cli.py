@@ -332,7 +332,7 @@ class CLI(LightningCLI):
 def _option(arguments: list[str], name: str) -> str | None:
     """The last value of an option, given as `--name value` or `--name=value`."""
     value = None
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
         if argument == name:
             value = following
         elif argument.startswith(f"{name}="):

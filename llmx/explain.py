@@ -42,6 +42,10 @@ def explain(message: str, arguments: list[str], groups: dict[str, type], options
             problem = None if key in options else f"{key}: no such key{_nearest(key, [*groups, *options])}"
         if problem:
             return problem
+    if 'expected "subcommand"' in message:
+        return "give a command: fit, validate, test, predict or audit (--help tells more)"
+    if message.endswith(".model.network") and not {"config", "ckpt_path"} & given.keys():
+        return "model.network: not given; name a configuration (--config configs/transformer.yaml) or a --ckpt_path"
     return _with_full_key(message, given)
 
 

@@ -5,6 +5,7 @@ grown to the window, its last half is read again in one prefill and decoding goe
 character sees between half a window and a whole window of text. A prompt longer than the window counts with its end.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from llmx.protocol import Network, State
 from llmx.shapes import Tokens
+
+Step = Callable[[Tensor, State], tuple[Tensor, State]]  # Network.step
 
 
 @dataclass(frozen=True)
@@ -73,16 +76,17 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Te
 
 
 @torch.no_grad()
-def generate(network: Network, prompts: Tokens, window: int, sampling: Sampling) -> Tokens:
+def generate(network: Network, prompts: Tokens, window: int, sampling: Sampling, step: Step | None = None) -> Tokens:
     """Continues prompts (B, T), T >= 1, by `sampling.max_new_tokens` tokens: (B, max_new_tokens).
 
     A network without a state recomputes its context for every token. The network's training mode is left as it was.
+    `step` stands in for `network.step`, for instance compiled.
     """
     was_training = network.training
     network.eval()
     try:
         generator = torch.Generator(prompts.device).manual_seed(sampling.seed)
-        decoder = _Stepping(network) if network.stateful else _Recomputing(network)
+        decoder = _Stepping(network, step or network.step) if network.stateful else _Recomputing(network)
         text = prompts.new_empty(prompts.shape[0], prompts.shape[1] + sampling.max_new_tokens)
         text[:, : prompts.shape[1]] = prompts
         begin = max(0, prompts.shape[1] - window)  # where the context starts in the text
@@ -99,8 +103,9 @@ def generate(network: Network, prompts: Tokens, window: int, sampling: Sampling)
 class _Stepping:
     """Reads a context in one prefill, then one token at a time."""
 
-    def __init__(self, network: Network):
+    def __init__(self, network: Network, step: Step):
         self.network = network
+        self.step = step
         self.state: State | None = None
 
     def forget(self) -> None:
@@ -110,7 +115,7 @@ class _Stepping:
         if self.state is None:
             logits, self.state = self.network.prefill(context, self.network.init_state(context.shape[0], window))
             return logits[:, -1]
-        logits, self.state = self.network.step(context[:, -1], self.state)
+        logits, self.state = self.step(context[:, -1], self.state)
         return logits
 
 

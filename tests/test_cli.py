@@ -11,6 +11,7 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from llmx import LanguageModel
 from llmx.cli import main
 
 CHECKOUT = Path(__file__).parent.parent
@@ -263,6 +264,11 @@ def test_warm_start_begins_with_another_runs_weights(lab):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_a_command_that_lacks_the_essential_is_told_what(lab, capsys):
+    assert "fit, validate, test, predict or audit" in fails(capsys)
+    assert "--config" in fails(capsys, "fit", "--trainer.max_steps", 5)
+
+
 # --------------------------------------------------------------------------------------------------------- fast path
 def test_compilation_changes_nothing_but_speed_and_happens_once_a_mode(lab):
     torch._dynamo.reset()
@@ -281,6 +287,17 @@ def test_without_a_compiler_the_run_is_eager_and_says_so(lab, monkeypatch, caplo
     folder = fit("--model.compile", "true")
     assert json.loads((folder / "run.json").read_text())["compiled"] is False
     assert "No C++ compiler was found" in caplog.text
+
+
+def test_the_step_of_a_long_generation_is_compiled_once_and_gives_the_same_text(lab, monkeypatch):
+    model = LanguageModel.load_from_checkpoint(fit() / "checkpoints/last.ckpt").double()  # no argmax near a tie
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    eager = model.generate("e", max_new_tokens=60, temperature=0)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
+    monkeypatch.setattr("llmx.training.module.COMPILE_DECODING_FROM", 60)
+    assert [model.generate("e", max_new_tokens=60, temperature=0) for _ in range(2)] == [eager, eager]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_bf16_agrees_with_fp32(lab):

@@ -111,7 +111,10 @@ class Attention(StatefulMixer):
 
 
 def _write(cache: Tensor, new: Tensor, slots: Tensor) -> Tensor:
-    """Puts new (B, G, T, K) into the cache (B, G, S, K) at slots (B or 1, T)."""
-    index = slots[:, None, :, None].expand(new.shape)
-    new = new.to(cache.dtype)
-    return cache.scatter(2, index, new) if torch.is_grad_enabled() else cache.scatter_(2, index, new)
+    """Puts new (B, G, T, K) into the cache (B, G, S, K) at slots (B, T)."""
+    if torch.is_grad_enabled():
+        cache = cache.clone()
+    rows = torch.arange(cache.shape[0], device=cache.device)[:, None]
+    # not scatter_, which Inductor carries out on a copy of the cache
+    cache[rows, :, slots] = new.transpose(1, 2).to(cache.dtype)
+    return cache

@@ -26,8 +26,9 @@ from llmx.data.windows import Batch
 from llmx.errors import UserError
 from llmx.generation import Sampling, generate
 from llmx.protocol import Network
+from llmx.shapes import Tokens
 from llmx.training.checkpoints import read_checkpoint
-from llmx.training.fastpath import COMPILE_FROM, can_compile
+from llmx.training.fastpath import COMPILE_DECODING_FROM, COMPILE_FROM, can_compile
 from llmx.training.metrics import TokenLoss, bits, perplexity
 from llmx.training.schedules import Cosine, Schedule
 
@@ -50,7 +51,7 @@ class LanguageModel(pl.LightningModule):
         weight_decay_on: the parameters that the optimizer's weight decay touches: `matrices` (two dimensions or
             more), or `all`.
         compile: compile the network with its loss; `auto` does in runs that are long enough to pay for it, where a
-            compiler is found.
+            compiler is found. The step of a long generation is compiled too, unless this is `false`.
         audit: the causality audit before the first step: a leak is an `error`, or a `warn`ing that marks the run as
             leaking; `off` skips the audit.
         gradient_checkpointing: recompute activations in the backward pass, to save memory.
@@ -220,7 +221,7 @@ class LanguageModel(pl.LightningModule):
     # -------------------------------------------------------------------------------------------------- generation
     def predict_step(self, batch: Prompts, batch_idx: int) -> list[dict[str, Any]]:
         """One record a row: index of the prompt, prompt, completion, text (prompt and completion)."""
-        tokens = generate(self.network, batch.tokens, self.window, self.sampling)
+        tokens = self._continued(batch.tokens, self.sampling)
         completions = [self.tokenizer.decode(row) for row in tokens.tolist()]
         return [
             {"prompt_index": index, "prompt": prompt, "completion": completion, "text": prompt + completion}
@@ -244,7 +245,14 @@ class LanguageModel(pl.LightningModule):
             raise UserError(f"{unknown.pop()}: not a sampling option; there are {', '.join(asdict(self.sampling))}")
         how = _sampling("", {**asdict(self.sampling), **sampling})
         tokens = torch.from_numpy(self.tokenizer.encode(prompt)).long()[None].to(self.device)
-        return prompt + self.tokenizer.decode(generate(self.network, tokens, self.window, how)[0].tolist())
+        return prompt + self.tokenizer.decode(self._continued(tokens, how)[0].tolist())
+
+    def _continued(self, prompts: Tokens, sampling: Sampling) -> Tokens:
+        compiled = self.hparams["compile"] is not False and sampling.max_new_tokens >= COMPILE_DECODING_FROM
+        if not (compiled and self.network.stateful and can_compile()):
+            return generate(self.network, prompts, self.window, sampling)
+        step = torch.compile(self.network.step, dynamic=False)
+        return generate(self.network, prompts, self.window, sampling, step)
 
     # ------------------------------------------------------------------------------------------------- checkpoints
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
