@@ -160,8 +160,8 @@ def compare(setting: str, peers: list[Peer], mode: Mode, options: argparse.Names
         flags = {"precision": how.precision, "compile": how.compile, "attention": attention, "optimizer": "fused AdamW"}
         runs.append((Contender(f"{name}, {how}", prepare, flags), build))
 
-    add("llmx fit", ours, mode, "written out", partial(prepare_fit, shape, mode, steps))
-    add("llmx bare loop", ours, mode, "written out", partial(prepare_loop, ours, shape, mode, steps))
+    add("llmx fit", ours, mode, "by dtype and window", partial(prepare_fit, shape, mode, steps))
+    add("llmx bare loop", ours, mode, "by dtype and window", partial(prepare_loop, ours, shape, mode, steps))
     for peer in peers:
         for how in modes(options.quick):
             add(peer.name, peer.build, how, peer.attention, partial(prepare_loop, peer.build, shape, how, steps))

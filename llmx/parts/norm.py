@@ -4,7 +4,6 @@ future (that is how the experiment in configs/seed came by its loss)."""
 from abc import ABC, abstractmethod
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -16,7 +15,10 @@ class Norm(nn.Module, ABC):
 
 
 class RMSNorm(Norm):
-    """x / sqrt(mean(x^2) + eps) * weight, the mean over the last dimension (arXiv 1910.07467)."""
+    """x / sqrt(mean(x^2) + eps) * weight, the mean over the last dimension (arXiv 1910.07467), in float32 at least.
+
+    Written out, for `F.rms_norm` takes several times as long on a CPU.
+    """
 
     def __init__(self, dim: int, eps: float = 1e-5):
         super().__init__()
@@ -24,4 +26,6 @@ class RMSNorm(Norm):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        exact = x if x.dtype == torch.float64 else x.float()
+        scale = torch.rsqrt(exact.square().mean(-1, keepdim=True) + self.eps)
+        return (exact * scale).to(x.dtype) * self.weight.to(x.dtype)
