@@ -16,7 +16,7 @@ from statistics import median
 from benchmarks.harness import Case, Contender, Result, finish, measure_in_turns, parser, use_threads
 from benchmarks.peers import Shape, ours
 from benchmarks.train import Mode, prepare_loop
-from llmx.training.fastpath import native_bf16
+from llmx.training.fastpath import fast_precision
 
 TOKENS = 4096  # a step
 WINDOWS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -66,7 +66,7 @@ def main() -> int:
     options.add_argument("--plot", type=Path, help="PNG file")
     chosen = options.parse_args()
     use_threads(chosen.threads)
-    mode = Mode("bf16-mixed" if native_bf16("auto") else "32-true", compile=False)
+    mode = Mode(fast_precision("auto"), compile=False)
     sweeps = {
         "window": measure("window", {size: shape(size, 128) for size in WINDOWS}, mode, chosen.steps, chosen.repeats),
         "dim": measure("dim", {size: shape(32, size) for size in DIMS}, mode, chosen.steps, chosen.repeats),

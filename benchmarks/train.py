@@ -36,7 +36,7 @@ from benchmarks.harness import (
     use_threads,
 )
 from benchmarks.peers import PEERS, SETTINGS, Peer, Shape, mean_loss, ours
-from llmx.training.fastpath import native_bf16
+from llmx.training.fastpath import fast_precision
 
 UNTIMED_STEPS = 2  # at the start of every turn: the caches still hold the previous contender's data
 GEMM_SIZE = 2048
@@ -144,7 +144,7 @@ def flops_per_token(build: Callable[[Shape], nn.Module], shape: Shape) -> float:
 
 def modes(quick: bool) -> list[Mode]:
     """How each peer runs: bf16 only where the machine multiplies it, for emulated it is many times slower."""
-    precisions = [name for name in DTYPES if name == "32-true" or native_bf16("auto")]
+    precisions = dict.fromkeys(("32-true", fast_precision("auto")))
     return [Mode(precision, compile) for precision in precisions for compile in ((False,) if quick else (False, True))]
 
 
@@ -195,7 +195,7 @@ def main() -> int:
             options.error(f"--{key}: there is no {unknown[0]!r}; choose from {', '.join(known)}")
         setattr(chosen, key, names)
     use_threads(chosen.threads)
-    chosen.precision = chosen.precision or ("bf16-mixed" if native_bf16("auto") else "32-true")
+    chosen.precision = chosen.precision or fast_precision("auto")
     mode = Mode(chosen.precision, chosen.compile)
     peers = [PEERS[name] for name in chosen.peers]
     results = [result for setting in chosen.settings for result in compare(setting, peers, mode, chosen)]

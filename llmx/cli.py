@@ -44,7 +44,7 @@ from llmx.training.callbacks import (
     run_folder,
 )
 from llmx.training.checkpoints import read_checkpoint
-from llmx.training.fastpath import native_bf16
+from llmx.training.fastpath import fast_precision
 from llmx.training.metrics import bits, perplexity
 from llmx.training.module import LanguageModel
 from llmx.training.predictions import write_predictions
@@ -241,7 +241,7 @@ class CLI(LightningCLI):
     def _precision(self, accelerator: str) -> Any:
         """That of the run, so that its numbers come out again; else what is fast here."""
         held = self.checkpoint.get("llmx", {}).get("precision") if self.run is not None else None
-        return held or ("bf16-mixed" if native_bf16(accelerator) else None)
+        return held or fast_precision(accelerator)
 
     def _callbacks(self, trainer: Any) -> list[Callback]:
         config = self._parser("fit").dump(self.config["fit"], skip_none=False)

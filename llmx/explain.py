@@ -43,7 +43,8 @@ def explain(message: str, arguments: list[str], groups: dict[str, type], options
         if problem:
             return problem
     if 'expected "subcommand"' in message:
-        return "give a command: fit, validate, test, predict or audit (--help tells more)"
+        *commands, last = message[message.index("{") + 1 : message.index("}")].split(",")
+        return f"give a command: {', '.join(commands)} or {last} (--help tells more)"
     if message.endswith(".model.network") and not {"config", "ckpt_path"} & given.keys():
         return "model.network: not given; name a configuration (--config configs/transformer.yaml) or a --ckpt_path"
     return _with_full_key(message, given)

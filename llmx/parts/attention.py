@@ -2,7 +2,8 @@
 
 PyTorch's fused kernel runs, but for 16-bit numbers over short windows on a CPU: there its backward pays per-call
 overhead for every tiny matrix product, at a window of 32 more than the whole step's arithmetic, and the products are
-written out. In fp32 the fused kernel is ahead at every window, 1.4 times at 32 and 6 times at 2,048.
+written out. In fp32 the fused kernel is ahead at every window (AVX2, forward and backward: 1.4 times at 32, 6 times
+at 2,048).
 """
 
 import torch

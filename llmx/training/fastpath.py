@@ -18,6 +18,11 @@ def native_bf16(accelerator: str) -> bool:
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "sve_bf16", "bf16"))
 
 
+def fast_precision(accelerator: str) -> str:
+    """The precision that Lightning is told where nothing else decides."""
+    return "bf16-mixed" if native_bf16(accelerator) else "32-true"
+
+
 def can_compile() -> bool:
     """Whether Inductor finds what it compiles with: a C++ compiler for the CPU."""
     if torch.cuda.is_available():

@@ -248,10 +248,8 @@ class LanguageModel(pl.LightningModule):
         return prompt + self.tokenizer.decode(self._continued(tokens, how)[0].tolist())
 
     def _continued(self, prompts: Tokens, sampling: Sampling) -> Tokens:
-        compiled = self.hparams["compile"] is not False and sampling.max_new_tokens >= COMPILE_DECODING_FROM
-        if not (compiled and self.network.stateful and can_compile()):
-            return generate(self.network, prompts, self.window, sampling)
-        step = torch.compile(self.network.step, dynamic=False)
+        long = sampling.max_new_tokens >= COMPILE_DECODING_FROM and self.hparams["compile"] is not False
+        step = torch.compile(self.network.step, dynamic=False) if long and can_compile() else None
         return generate(self.network, prompts, self.window, sampling, step)
 
     # ------------------------------------------------------------------------------------------------- checkpoints
