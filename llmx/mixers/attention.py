@@ -67,7 +67,7 @@ class Attention(StatefulMixer):
         normal_(self.out, residual_std(site.depth))
 
     def forward(self, x: Hidden, context: Context) -> Hidden:
-        query, key, value = self._project(x, context)
+        query, key, value = (heads.transpose(1, 2) for heads in self._project(x, context))
         mixed = causal_attention(query, key, value, self.dropout if self.training else 0.0)  # (B, H, T, K)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
@@ -76,11 +76,9 @@ class Attention(StatefulMixer):
         return AttentionState(self.out.weight.new_zeros(room), self.out.weight.new_zeros(room))
 
     def step(self, x: Tensor, state: AttentionState, context: Context) -> tuple[Tensor, AttentionState]:  # type: ignore[override]
-        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (B, H + 2 G, K)
-        turned = rotate(heads[:, : -self.kv_heads], self._table(x, context)[:, None])
-        query, key, value = turned[:, : self.heads], turned[:, self.heads :], heads[:, -self.kv_heads :]
+        query, key, value = self._project(x, context)  # each (B, H or G, K)
         here = context.positions[:, None]  # (B, 1)
-        state = AttentionState(_write(state.key, key[:, :, None], here), _write(state.value, value[:, :, None], here))
+        state = AttentionState(_write(state.key, key[:, None], here), _write(state.value, value[:, None], here))
         past = (torch.arange(state.key.shape[2], device=x.device) <= here)[:, None, None]  # (B, 1, 1, S)
         grouped = self.kv_heads != self.heads
         mixed = F.scaled_dot_product_attention(
@@ -93,14 +91,17 @@ class Attention(StatefulMixer):
         keys = _write(state.key, key, context.positions)
         values = _write(state.value, value, context.positions)
         hidden = torch.arange(keys.shape[2], device=x.device) > context.positions[:, :, None]  # (B, T, S)
-        mixed = masked_attention(query, keys.to(x.dtype), values.to(x.dtype), hidden[:, None, None])
+        bias = torch.zeros_like(hidden, dtype=x.dtype).masked_fill(hidden, float("-inf"))[:, None, None]
+        mixed = masked_attention(query.transpose(1, 2), keys.to(x.dtype), values.to(x.dtype), bias)
         return self.out(mixed.transpose(1, 2).flatten(2)), AttentionState(keys, values)
 
-    def _project(self, x: Hidden, context: Context) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated query (B, H, T, K), rotated key (B, G, T, K), value (B, G, T, K)."""
-        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H + 2 G, T, K)
-        turned = rotate(heads[:, : -self.kv_heads], self._table(x, context)[:, None])
-        return turned[:, : self.heads], turned[:, self.heads :], heads[:, -self.kv_heads :]
+    def _project(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated query (B, T, H, K), rotated key (B, T, G, K), value (B, T, G, K), without T in `step`."""
+        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
+        # split, not slices: its gradient is one concatenation, that of slices a sum of padded tensors
+        query, key, value = heads.split((self.heads, self.kv_heads, self.kv_heads), -2)
+        table = self._table(x, context)[..., None, :, :]
+        return rotate(query, table), rotate(key, table), value
 
     def _table(self, x: Tensor, context: Context) -> Tensor:
         """The rotary table (B or 1, T, 2, K/2), without T in `step`; made once for all layers that share it."""
@@ -111,10 +112,10 @@ class Attention(StatefulMixer):
 
 
 def _write(cache: Tensor, new: Tensor, slots: Tensor) -> Tensor:
-    """Puts new (B, G, T, K) into the cache (B, G, S, K) at slots (B, T)."""
+    """Puts new (B, T, G, K) into the cache (B, G, S, K) at slots (B, T)."""
     if torch.is_grad_enabled():
         cache = cache.clone()
     rows = torch.arange(cache.shape[0], device=cache.device)[:, None]
     # not scatter_, which Inductor carries out on a copy of the cache
-    cache[rows, :, slots] = new.transpose(1, 2).to(cache.dtype)
+    cache[rows, :, slots] = new.to(cache.dtype)
     return cache

@@ -24,20 +24,23 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float =
     if query.device.type != "cpu" or value.element_size() > 2 or time > WRITTEN_OUT_UP_TO:
         grouped = key.shape[1] != query.shape[1]
         return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True, enable_gqa=grouped)
-    future = torch.ones(time, time, dtype=torch.bool, device=query.device).triu(1)
-    return masked_attention(query, key, value, future, dropout)
+    bias = torch.full((time, time), float("-inf"), dtype=value.dtype, device=query.device).triu(1)
+    # as_strided makes Inductor keep the bias as a table, instead of comparing positions for every score
+    return masked_attention(query, key, value, bias.as_strided((time, time), (time, 1)), dropout)
 
 
-def masked_attention(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, dropout: float = 0.0) -> Tensor:
-    """The same over S slots, written out, with the slots that are `hidden` from each position left out.
+def masked_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, dropout: float = 0.0) -> Tensor:
+    """The same over S slots, written out, with a bias on the scores: -inf for slots hidden from a position, else 0.
 
-    query (B, H, T, K), key (B, G, S, K), value (B, G, S, V), hidden (T, S) or (B, 1, 1, T, S) -> (B, H, T, V).
+    query (B, H, T, K), key (B, G, S, K), value (B, G, S, V), bias (T, S) or (B, 1, 1, T, S) -> (B, H, T, V).
     """
     batch, heads, time, head_dim = query.shape
     groups = key.shape[1]
     query = query.reshape(batch, groups, heads // groups * time, head_dim) * head_dim**-0.5
     scores = (query @ key.transpose(-1, -2)).view(batch, groups, heads // groups, time, key.shape[2])
-    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+    # autocast would make fp32 weights of 16-bit scores, and keep those for the backward pass beside the 16-bit copy
+    with torch.autocast(query.device.type, enabled=False):
+        weights = (scores + bias.to(scores.dtype)).softmax(-1)
     if dropout:
         weights = F.dropout(weights, dropout)
     mixed = weights.view(batch, groups, heads // groups * time, key.shape[2]) @ value

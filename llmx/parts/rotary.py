@@ -18,6 +18,6 @@ def rotary_table(positions: Tensor, head_dim: int, base: float, dtype: torch.dty
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
     """Turns each pair of x (..., K) by its angle; the table (..., 2, K/2) broadcasts over the leading dimensions."""
-    cos, sin = table[..., 0, :], table[..., 1, :]
+    cos, sin = table.unbind(-2)
     first, second = x.chunk(2, -1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)

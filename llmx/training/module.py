@@ -28,7 +28,7 @@ from llmx.generation import Sampling, generate
 from llmx.protocol import Network
 from llmx.shapes import Tokens
 from llmx.training.checkpoints import read_checkpoint
-from llmx.training.fastpath import COMPILE_DECODING_FROM, COMPILE_FROM, can_compile
+from llmx.training.fastpath import COMPILE_DECODING_FROM, COMPILE_FROM, can_compile, keep_freed_memory
 from llmx.training.metrics import TokenLoss, bits, perplexity
 from llmx.training.schedules import Cosine, Schedule
 
@@ -109,6 +109,7 @@ class LanguageModel(pl.LightningModule):
 
     # ---------------------------------------------------------------------------------------------------- training
     def setup(self, stage: str) -> None:
+        keep_freed_memory()
         wanted = self.hparams["compile"]
         if wanted == "auto":
             wanted = stage == "fit" and self.total_steps - self.trainer.global_step >= COMPILE_FROM

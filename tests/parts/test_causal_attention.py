@@ -56,7 +56,8 @@ def test_masked_attention_leaves_hidden_slots_out_for_each_row():
     q, k, v = heads(2, 4, 2, 3, 4, 4)
     visible = torch.tensor([[[1, 1, 0], [1, 0, 1], [0, 1, 1]], [[1, 0, 0], [0, 1, 0], [0, 0, 1]]], dtype=torch.bool)
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None], enable_gqa=True)
-    assert_close(masked_attention(q, k, v, ~visible[:, None, None]), expected, **EXACT)
+    bias = torch.zeros(2, 1, 1, 3, 3, dtype=q.dtype).masked_fill(~visible[:, None, None], float("-inf"))
+    assert_close(masked_attention(q, k, v, bias), expected, **EXACT)
 
 
 def test_dropout_changes_the_output_and_keeps_its_expectation():
