@@ -5,7 +5,7 @@ grown to the window, its last half is read again in one prefill and decoding goe
 character sees between half a window and a whole window of text. A prompt longer than the window counts with its end.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from llmx.protocol import Network, State
 from llmx.shapes import Tokens
 
-Step = Callable[[Tensor, State], tuple[Tensor, State]]  # Network.step
+AT_ONCE = 4  # tokens that one call of a compiled `decode` takes: more pays little and compiles for long
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,14 @@ class Sampling:
             raise ValueError(f"min_p: {self.min_p} is not in [0, 1]")
 
 
-def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """Draws one token a row: logits (B, V) -> (B,) int64. The cuts apply one after the other, top_k first."""
+Decode = Callable[[Network, Tensor, State, Sampling, Sequence[Tensor]], tuple[Tokens, State]]
+
+
+def choose(logits: Tensor, sampling: Sampling, noise: Tensor) -> Tensor:
+    """Takes one token a row: logits (B, V) -> (B,) int64. The cuts apply one after the other, top_k first.
+
+    noise (B, V), float32: draws from the exponential distribution of rate 1; a temperature of 0 leaves them aside.
+    """
     if sampling.temperature == 0:
         return logits.argmax(-1)
     # differences to the highest: a tiny temperature then gives -inf and never inf
@@ -71,62 +77,63 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Te
         low = probabilities < sampling.min_p * probabilities.amax(-1, keepdim=True)
         logits = logits.masked_fill(low, float("-inf"))
     # argmax of logits + Gumbel noise is a draw from the softmax, and cheaper than multinomial
-    noise = torch.empty_like(logits).exponential_(generator=generator)
     return (logits - noise.log()).argmax(-1)
 
 
+def decode(
+    network: Network, tokens: Tensor, state: State, sampling: Sampling, noises: Sequence[Tensor]
+) -> tuple[Tokens, State]:
+    """Takes a step and a token for each of the noises: the last tokens (B,) -> the next ones (B, len(noises))."""
+    chosen = []
+    for noise in noises:
+        logits, state = network.step(tokens, state)
+        tokens = choose(logits, sampling, noise)
+        chosen.append(tokens)
+    return torch.stack(chosen, 1), state
+
+
 @torch.no_grad()
-def generate(network: Network, prompts: Tokens, window: int, sampling: Sampling, step: Step | None = None) -> Tokens:
+def generate(
+    network: Network, prompts: Tokens, window: int, sampling: Sampling, decode_at_once: Decode = decode
+) -> Tokens:
     """Continues prompts (B, T), T >= 1, by `sampling.max_new_tokens` tokens: (B, max_new_tokens).
 
     A network without a state recomputes its context for every token. The network's training mode is left as it was.
-    `step` stands in for `network.step`, for instance compiled.
+    `decode_at_once` stands in for `decode` where AT_ONCE tokens are wanted, for instance compiled.
     """
     was_training = network.training
     network.eval()
     try:
         generator = torch.Generator(prompts.device).manual_seed(sampling.seed)
-        decoder = _Stepping(network, step or network.step) if network.stateful else _Recomputing(network)
-        text = prompts.new_empty(prompts.shape[0], prompts.shape[1] + sampling.max_new_tokens)
-        text[:, : prompts.shape[1]] = prompts
-        begin = max(0, prompts.shape[1] - window)  # where the context starts in the text
-        for end in range(prompts.shape[1], text.shape[1]):
+        start, batch_size = prompts.shape[1], prompts.shape[0]
+        text = prompts.new_empty(batch_size, start + sampling.max_new_tokens)
+        text[:, :start] = prompts
+
+        def noise() -> Tensor:
+            drawn = torch.empty(batch_size, network.vocab_size, device=prompts.device)
+            return drawn if sampling.temperature == 0 else drawn.exponential_(generator=generator)
+
+        state: State | None = None
+        begin = max(0, start - window)  # where the context starts in the text
+        end = start
+        while end < text.shape[1]:
             if end - begin > window:
                 begin = end - max(1, window // 2)
-                decoder.forget()
-            text[:, end] = choose(decoder.logits(text[:, begin:end], window), sampling, generator)
-        return text[:, prompts.shape[1] :]
+                state = None
+            if state is not None:
+                at_once = AT_ONCE if end + AT_ONCE <= min(text.shape[1], begin + window + 1) else 1
+                take = decode if at_once == 1 else decode_at_once
+                following, state = take(network, text[:, end - 1], state, sampling, [noise() for _ in range(at_once)])
+                text[:, end : end + at_once] = following
+                end += at_once
+                continue
+            if network.stateful:
+                room = network.init_state(batch_size, window)
+                logits, state = network.prefill(text[:, begin:end], room)
+            else:
+                logits = network(text[:, begin:end])
+            text[:, end] = choose(logits[:, -1], sampling, noise())
+            end += 1
+        return text[:, start:]
     finally:
         network.train(was_training)
-
-
-class _Stepping:
-    """Reads a context in one prefill, then one token at a time."""
-
-    def __init__(self, network: Network, step: Step):
-        self.network = network
-        self.step = step
-        self.state: State | None = None
-
-    def forget(self) -> None:
-        self.state = None
-
-    def logits(self, context: Tokens, window: int) -> Tensor:
-        if self.state is None:
-            logits, self.state = self.network.prefill(context, self.network.init_state(context.shape[0], window))
-            return logits[:, -1]
-        logits, self.state = self.step(context[:, -1], self.state)
-        return logits
-
-
-class _Recomputing:
-    """Reads the whole context again for every token."""
-
-    def __init__(self, network: Network):
-        self.network = network
-
-    def forget(self) -> None:
-        pass
-
-    def logits(self, context: Tokens, window: int) -> Tensor:
-        return self.network(context)[:, -1]

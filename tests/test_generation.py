@@ -136,10 +136,14 @@ DRAWS = 20_000
 FOUR = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()  # logits of these probabilities
 
 
+def noise_like(logits: Tensor, seed: int) -> Tensor:
+    return torch.empty(logits.shape).exponential_(generator=torch.Generator().manual_seed(seed))
+
+
 def draw(logits: Tensor, **arguments: Any) -> Tensor:
     """How often each token came, of DRAWS."""
-    generator = torch.Generator().manual_seed(5)
-    return choose(logits.expand(DRAWS, -1), Sampling(**arguments), generator).bincount(minlength=len(logits))
+    many = logits.expand(DRAWS, -1)
+    return choose(many, Sampling(**arguments), noise_like(many, seed=5)).bincount(minlength=len(logits))
 
 
 def assert_drawn_from(counts: Tensor, probabilities: list[float]) -> None:
@@ -182,9 +186,9 @@ def test_tokens_are_drawn_from_the_cut_distribution(arguments: dict[str, Any], p
 @given(st.lists(st.floats(-5, 5), min_size=2, max_size=9, unique=True), st.floats(0.1, 5))
 def test_top_k_1_and_min_p_1_take_the_most_likely_token(numbers: list[float], temperature: float):
     logits = (torch.tensor(numbers).argsort().argsort().float())[None]  # distinct beyond rounding
-    generator = torch.Generator().manual_seed(0)
+    noise = noise_like(logits, seed=0)
     for sampling in (Sampling(temperature=temperature, top_k=1), Sampling(temperature=temperature, min_p=1.0)):
-        assert choose(logits, sampling, generator) == logits.argmax(-1)
+        assert choose(logits, sampling, noise) == logits.argmax(-1)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-3, 1e-30, 1e-40, 5e-324])
@@ -198,8 +202,8 @@ def test_at_most_top_k_tokens_remain_where_logits_are_equal():
 
 
 def test_rows_are_drawn_independently():
-    generator = torch.Generator().manual_seed(5)
-    first, second = choose(torch.zeros(2, DRAWS // 2, 2).flatten(0, 1), Sampling(), generator).view(2, -1)
+    logits = torch.zeros(2, DRAWS // 2, 2).flatten(0, 1)
+    first, second = choose(logits, Sampling(), noise_like(logits, seed=5)).view(2, -1)
     agreement = (first == second).float().mean().item()
     assert agreement == pytest.approx(0.5, abs=5 * 0.5 / math.sqrt(DRAWS / 2))  # five standard errors
 

@@ -11,7 +11,6 @@ numbers a token. The trap: grouped heads repeat each key head for neighbouring q
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmx.parts.attention import causal_attention, masked_attention
@@ -76,24 +75,24 @@ class Attention(StatefulMixer):
         return AttentionState(self.out.weight.new_zeros(room), self.out.weight.new_zeros(room))
 
     def step(self, x: Tensor, state: AttentionState, context: Context) -> tuple[Tensor, AttentionState]:  # type: ignore[override]
-        query, key, value = self._project(x, context)  # each (B, H or G, K)
-        here = context.positions[:, None]  # (B, 1)
-        state = AttentionState(_write(state.key, key[:, None], here), _write(state.value, value[:, None], here))
-        past = (torch.arange(state.key.shape[2], device=x.device) <= here)[:, None, None]  # (B, 1, 1, S)
-        grouped = self.kv_heads != self.heads
-        mixed = F.scaled_dot_product_attention(
-            query[:, :, None], state.key.to(x.dtype), state.value.to(x.dtype), past, enable_gqa=grouped
-        )
-        return self.out(mixed.flatten(1)), state
+        query, key, value = (heads[:, None] for heads in self._project(x, context))
+        mixed, state = self._attend(query, key, value, state, context.positions[:, None])
+        return self.out(mixed[:, 0]), state
 
     def prefill(self, x: Hidden, state: AttentionState, context: Context) -> tuple[Hidden, AttentionState]:  # type: ignore[override]
         query, key, value = self._project(x, context)
-        keys = _write(state.key, key, context.positions)
-        values = _write(state.value, value, context.positions)
-        hidden = torch.arange(keys.shape[2], device=x.device) > context.positions[:, :, None]  # (B, T, S)
-        bias = torch.zeros_like(hidden, dtype=x.dtype).masked_fill(hidden, float("-inf"))[:, None, None]
-        mixed = masked_attention(query.transpose(1, 2), keys.to(x.dtype), values.to(x.dtype), bias)
-        return self.out(mixed.transpose(1, 2).flatten(2)), AttentionState(keys, values)
+        mixed, state = self._attend(query, key, value, state, context.positions)
+        return self.out(mixed), state
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, state: AttentionState, positions: Tensor
+    ) -> tuple[Tensor, AttentionState]:
+        """Attention of T tokens at positions (B, T) over the cache with them in it: (B, T, D)."""
+        keys, values = _write(state.key, key, positions), _write(state.value, value, positions)
+        hidden = torch.arange(keys.shape[2], device=keys.device) > positions[:, :, None]  # (B, T, S)
+        bias = torch.zeros_like(hidden, dtype=query.dtype).masked_fill(hidden, float("-inf"))[:, None, None]
+        mixed = masked_attention(query.transpose(1, 2), keys.to(query.dtype), values.to(query.dtype), bias)
+        return mixed.transpose(1, 2).flatten(2), AttentionState(keys, values)
 
     def _project(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated query (B, T, H, K), rotated key (B, T, G, K), value (B, T, G, K), without T in `step`."""

@@ -28,7 +28,7 @@ from llmx.generation import Sampling, generate
 from llmx.protocol import Network
 from llmx.shapes import Tokens
 from llmx.training.checkpoints import read_checkpoint
-from llmx.training.fastpath import COMPILE_DECODING_FROM, COMPILE_FROM, can_compile, keep_freed_memory
+from llmx.training.fastpath import COMPILE_DECODING_FROM, COMPILE_FROM, can_compile, compiled_decode, keep_freed_memory
 from llmx.training.metrics import TokenLoss, bits, perplexity
 from llmx.training.schedules import Cosine, Schedule
 
@@ -249,9 +249,11 @@ class LanguageModel(pl.LightningModule):
         return prompt + self.tokenizer.decode(self._continued(tokens, how)[0].tolist())
 
     def _continued(self, prompts: Tokens, sampling: Sampling) -> Tokens:
-        long = sampling.max_new_tokens >= COMPILE_DECODING_FROM and self.hparams["compile"] is not False
-        step = torch.compile(self.network.step, dynamic=False) if long and can_compile() else None
-        return generate(self.network, prompts, self.window, sampling, step)
+        long = sampling.max_new_tokens >= COMPILE_DECODING_FROM and self.network.stateful
+        if not long or self.hparams["compile"] is False or not can_compile():
+            return generate(self.network, prompts, self.window, sampling)
+        rank_zero_info("A long generation: its step is compiled first, in about 20 seconds.")
+        return generate(self.network, prompts, self.window, sampling, compiled_decode())
 
     # ------------------------------------------------------------------------------------------------- checkpoints
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
