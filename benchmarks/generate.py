@@ -1,6 +1,7 @@
 """Generation with a cache: ours against transformers' `generate`, and the time to the first token of a long prompt.
 
-All in float32, eager: what `predict` and `generate` do without any setting. Both draw from the plain softmax.
+All in float32. Ours compiled, as a long generation is, and eager, as a short one; transformers' as by default. All draw
+from the plain softmax.
 
     python -m benchmarks.generate --out docs/results/generate.json
 """
@@ -19,7 +20,8 @@ from torch import Tensor
 
 from benchmarks.harness import Case, Contender, Measure, finish, measure_in_turns, parser, use_threads
 from benchmarks.peers import SETTINGS, hf_gpt2, hf_llama, ours
-from llmx.generation import Sampling, generate
+from llmx.generation import Decode, Sampling, decode, generate
+from llmx.training.fastpath import compiled_decode
 
 WINDOWS = (32, 256)
 Generate = Callable[["Text"], Tensor]  # -> prompts and continuations, or continuations alone
@@ -32,17 +34,17 @@ class Text(Case):
     batch_size: int = 1
     window: int = 32
     prompt: int = 1
-    new: int = 31
+    new: int = 29
     temperature: float = 0.0  # 0: greedy
 
 
 def cases() -> list[Text]:
     decoding = [
         Text(
-            f"batch {batch_size}, {window - 1} tokens, {'sampling' if temperature else 'greedy'}",
+            f"batch {batch_size}, {window - 3} tokens, {'sampling' if temperature else 'greedy'}",
             batch_size=batch_size,
             window=window,
-            new=window - 1,
+            new=window - 3,  # one from the prefill, the others four at once
             temperature=temperature,
         )
         for window in WINDOWS
@@ -52,14 +54,19 @@ def cases() -> list[Text]:
     return [*decoding, Text("first token, prompt 256", unit="s", window=256, prompt=256, new=1)]
 
 
-def prepare_ours(calls: int) -> Measure:
+def prepare_ours(calls: int, how: Callable[[], Decode]) -> Measure:
     network = ours(SETTINGS["founding"])
+    decode_at_once = how()
 
     def continued(text: Text) -> Tensor:
         prompts = torch.zeros(text.batch_size, text.prompt, dtype=torch.int64)
-        return generate(network, prompts, text.window, Sampling(text.new, text.temperature))
+        return generate(network, prompts, text.window, Sampling(text.new, text.temperature), decode_at_once)
 
     return partial(_measure, continued, calls)
+
+
+def _eager() -> Decode:
+    return decode
 
 
 def prepare_transformers(build: Callable[..., Any], calls: int) -> Measure:
@@ -93,8 +100,10 @@ def main() -> int:
     use_threads(chosen.threads)
     calls = chosen.calls
     flags = {"precision": "32-true", "compile": False, "cache": True}
+    written_out = {**flags, "attention": "written out"}
     contenders = [
-        Contender("llmx", partial(prepare_ours, calls), {**flags, "attention": "written out"}),
+        Contender("llmx, compiled", partial(prepare_ours, calls, compiled_decode), {**written_out, "compile": True}),
+        Contender("llmx, eager", partial(prepare_ours, calls, _eager), written_out),
         Contender("transformers Llama", partial(prepare_transformers, hf_llama, calls), {**flags, "attention": "sdpa"}),
         Contender("transformers GPT-2", partial(prepare_transformers, hf_gpt2, calls), {**flags, "attention": "sdpa"}),
     ]
