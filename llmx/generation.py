@@ -124,16 +124,15 @@ def generate(
                 at_once = AT_ONCE if end + AT_ONCE <= min(text.shape[1], begin + window + 1) else 1
                 take = decode if at_once == 1 else decode_at_once
                 following, state = take(network, text[:, end - 1], state, sampling, [noise() for _ in range(at_once)])
-                text[:, end : end + at_once] = following
-                end += at_once
-                continue
-            if network.stateful:
-                room = network.init_state(batch_size, window)
-                logits, state = network.prefill(text[:, begin:end], room)
             else:
-                logits = network(text[:, begin:end])
-            text[:, end] = choose(logits[:, -1], sampling, noise())
-            end += 1
+                if network.stateful:
+                    room = network.init_state(batch_size, window)
+                    logits, state = network.prefill(text[:, begin:end], room)
+                else:
+                    logits = network(text[:, begin:end])
+                following = choose(logits[:, -1], sampling, noise())[:, None]
+            text[:, end : end + following.shape[1]] = following
+            end += following.shape[1]
         return text[:, start:]
     finally:
         network.train(was_training)
