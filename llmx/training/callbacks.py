@@ -52,7 +52,7 @@ class ProgressBar(RichProgressBar):
     """Lightning's bar for runs that count in steps: no epoch number, no version number."""
 
     def __init__(self) -> None:
-        super().__init__(leave=False)
+        super().__init__(refresh_rate=20, leave=False)  # drawing it at every step takes a tenth of a short step
 
     def _get_train_description(self, current_epoch: int) -> str:
         return "fit"
@@ -65,7 +65,9 @@ class LearningRate(Callback):
     """`lr`, the rate of the first parameter group."""
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        pl_module.log("lr", trainer.optimizers[0].param_groups[0]["lr"], rank_zero_only=True)
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and (trainer.global_step + 1) % every == 0:  # what Lightning hands to the logger: the rest is dropped
+            pl_module.log("lr", trainer.optimizers[0].param_groups[0]["lr"], rank_zero_only=True)
 
 
 class TokensPerSecond(Callback):
