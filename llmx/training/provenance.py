@@ -19,7 +19,7 @@ def provenance() -> dict[str, Any]:
     return {
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "command": sys.argv,
+        "command": ["python", *sys.orig_argv[1:]],
         "versions": {"llmx": llmx.__version__, "python": platform.python_version()}
         | {package: version(package) for package in _PACKAGES},
         "hardware": {
