@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.harness import Case, Contender, Measure, finish, measure_in_turns, parser, use_threads
 from benchmarks.peers import SETTINGS, hf_gpt2, hf_llama, ours
-from llmx.generation import Decode, Sampling, decode, generate
+from llmx.generation import Sampling, decode, generate
 from llmx.training.fastpath import compiled_decode
 
 WINDOWS = (32, 256)
@@ -54,19 +54,15 @@ def cases() -> list[Text]:
     return [*decoding, Text("first token, prompt 256", unit="s", window=256, prompt=256, new=1)]
 
 
-def prepare_ours(calls: int, how: Callable[[], Decode]) -> Measure:
+def prepare_ours(calls: int, compiled: bool) -> Measure:
     network = ours(SETTINGS["founding"])
-    decode_at_once = how()
+    decode_at_once = compiled_decode() if compiled else decode
 
     def continued(text: Text) -> Tensor:
         prompts = torch.zeros(text.batch_size, text.prompt, dtype=torch.int64)
         return generate(network, prompts, text.window, Sampling(text.new, text.temperature), decode_at_once)
 
     return partial(_measure, continued, calls)
-
-
-def _eager() -> Decode:
-    return decode
 
 
 def prepare_transformers(build: Callable[..., Any], calls: int) -> Measure:
@@ -102,8 +98,8 @@ def main() -> int:
     flags = {"precision": "32-true", "compile": False, "cache": True}
     written_out = {**flags, "attention": "written out"}
     contenders = [
-        Contender("llmx, compiled", partial(prepare_ours, calls, compiled_decode), {**written_out, "compile": True}),
-        Contender("llmx, eager", partial(prepare_ours, calls, _eager), written_out),
+        Contender("llmx, compiled", partial(prepare_ours, calls, True), {**written_out, "compile": True}),
+        Contender("llmx, eager", partial(prepare_ours, calls, False), written_out),
         Contender("transformers Llama", partial(prepare_transformers, hf_llama, calls), {**flags, "attention": "sdpa"}),
         Contender("transformers GPT-2", partial(prepare_transformers, hf_gpt2, calls), {**flags, "attention": "sdpa"}),
     ]

@@ -55,7 +55,7 @@ class Mode:
 def prepare_loop(build: Callable[[Shape], nn.Module], shape: Shape, mode: Mode, steps: int) -> Measure:
     """A plain training loop; what it returns measures tokens per second over `steps` steps."""
     if build is ours:
-        keep_freed_memory()
+        keep_freed_memory()  # as `fit` does; peers run as their users run them
     torch.manual_seed(0)
     network = build(shape).train()
     parameters = list(network.parameters())
