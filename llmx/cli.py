@@ -28,6 +28,7 @@ import llmx.feedforward
 import llmx.mixers
 import llmx.networks
 import llmx.parts
+from llmx.base_config import with_bases
 from llmx.composition import to_config
 from llmx.data.datamodule import TextDataModule
 from llmx.errors import UserError
@@ -63,6 +64,7 @@ def main(args: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if args is None else args
     _quiet()
     try:
+        arguments = with_bases(arguments)
         return CLI(arguments).exit_code
     except ParserError as error:
         options = ["config", "seed_everything", "ckpt_path", "weights_only", "verbose", "return_predictions", "help"]

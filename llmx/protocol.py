@@ -24,7 +24,7 @@ from llmx.shapes import Hidden, Logits, Losses, Tokens
 State = tuple[Any, ...]  # a pytree of tensors, batch first; every mixer defines its own NamedTuple beside itself
 IGNORE = -100  # a target that is not counted: padding, or a character that another window counts
 
-Component = TypeVar("Component")
+Built = TypeVar("Built")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Site:
     occurrence: int = 0
     census: Counter[Any] = field(default_factory=Counter, compare=False, repr=False)
 
-    def place(self, factory: Callable[[Site], Component]) -> Component:
+    def place(self, factory: Callable[[Site], Built]) -> Built:
         """Builds a component here and tells it its occurrence among those of its kind."""
         kind = factory.func if isinstance(factory, partial) else factory
         occurrence = self.census[kind]
@@ -78,16 +78,31 @@ class Context:
         return one
 
 
-class Mixer(nn.Module, ABC):
-    """Mixes information along time (in the feed-forward slot: along channels). Built by a factory from its `Site`."""
+class Component(nn.Module):
+    """Any part of a network that may have something to do after an optimizer step."""
+
+    def after_optimizer_step(self) -> None:
+        """Called after every update: the place to renormalise a weight, or to move a bias that has no gradient."""
+
+
+class Mixer(Component, ABC):
+    """Mixes information along time. Built by a factory from its `Site`."""
 
     @abstractmethod
     def forward(self, x: Hidden, context: Context) -> Hidden:
         """(B, T, D) -> (B, T, D); the output at t depends on inputs up to t only."""
 
 
-class StatefulMixer(Mixer):
-    """A mixer that can also go token by token."""
+class FeedForward(Component, ABC):
+    """Mixes information along channels. Built by a factory from its `Site`."""
+
+    @abstractmethod
+    def forward(self, x: Hidden, context: Context) -> Hidden:
+        """(B, T, D) -> (B, T, D); the output at t depends on inputs up to t only."""
+
+
+class Stateful(ABC):
+    """What a mixer or feed-forward adds to go token by token."""
 
     @abstractmethod
     def init_state(self, batch_size: int, max_length: int) -> State:
@@ -95,7 +110,7 @@ class StatefulMixer(Mixer):
 
     @abstractmethod
     def step(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
-        """One token, (B, D) -> (B, D): the recurrence, which defines the mixer."""
+        """One token, (B, D) -> (B, D): the recurrence, which defines the component."""
 
     def prefill(self, x: Hidden, state: State, context: Context) -> tuple[Hidden, State]:
         """Many tokens from any state, (B, T, D) -> (B, T, D). Here a loop over `step`; override it with a fast form."""
@@ -111,8 +126,16 @@ class StatefulMixer(Mixer):
         return torch.stack(outputs, 1), state
 
 
-class Stateless(StatefulMixer):
-    """A component that treats each position alone, such as most feed-forwards: `forward` is all there is to write."""
+class StatefulMixer(Mixer, Stateful):
+    """A mixer that can also go token by token."""
+
+
+class StatefulFeedForward(FeedForward, Stateful):
+    """A feed-forward that looks at the tokens before, such as RWKV's channel mix, and can go token by token."""
+
+
+class Stateless(StatefulFeedForward):
+    """A feed-forward that treats each position alone, as most do: `forward` is all there is to write."""
 
     def init_state(self, batch_size: int, max_length: int) -> State:
         return ()
@@ -128,11 +151,11 @@ class Stateless(StatefulMixer):
         return self(x, context), state
 
 
-class Block(nn.Module, ABC):
+class Block(Component, ABC):
     """Mixer, feed-forward, norm and residual: one layer of a stack. Its state is the pair of its components' states."""
 
     mixer: Mixer
-    feed_forward: Mixer
+    feed_forward: FeedForward
 
     @property
     def stateful(self) -> bool:
@@ -150,6 +173,68 @@ class Block(nn.Module, ABC):
 
     def prefill(self, x: Hidden, state: State, context: Context) -> tuple[Hidden, State]:
         raise TypeError(f"{type(self).__name__} has no state")
+
+
+class Embedding(Component, ABC):
+    """Tokens to vectors. Built by a factory from `vocab_size` and `dim`."""
+
+    @property
+    @abstractmethod
+    def weight(self) -> Tensor:
+        """(V, D), which a tied head uses too."""
+
+    @abstractmethod
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Tokens (B, T) or (B,), positions that broadcast to them -> (..., D)"""
+
+
+class Head(Component, ABC):
+    """Vectors to logits. Built by a factory from `dim` and `vocab_size`."""
+
+    @abstractmethod
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (..., V)"""
+
+    @abstractmethod
+    def tie(self, weight: Tensor) -> None:
+        """Uses the embedding's weights (V, D)."""
+
+    def auxiliary(self, hidden: Hidden, targets: Tokens) -> Tensor | None:
+        """A loss in nats per token beside that of the next token, for training alone; None where there is none."""
+        return None
+
+
+Run = Callable[[Tensor], Tensor]
+
+
+def advancing(form: Callable[..., tuple[Tensor, State]], before: State, context: Context, after: list[State]) -> Run:
+    """A `step` or `prefill` as a function of x alone, from the state `before`; appends the state that follows."""
+
+    def run(x: Tensor) -> Tensor:
+        output, state = form(x, before, context)
+        after.append(state)
+        return output
+
+    return run
+
+
+class Stack(Component, ABC):
+    """How the blocks are wired. Built by a factory from the `Site` of the ground, which has `dim` and `depth`."""
+
+    def __init__(self, site: Site):
+        super().__init__()
+        self.depth = site.depth
+
+    def order(self) -> Sequence[int]:
+        """The indices of the blocks in the order in which they run; a block may run more than once."""
+        return range(self.depth)
+
+    @abstractmethod
+    def forward(self, x: Tensor, runs: Sequence[Run]) -> Tensor:
+        """(B, T, D) -> (B, T, D), or (B, D) -> (B, D) in `step`: calls every one of `runs` once, in their order.
+
+        A run is a block at its turn, in whatever form the network is in.
+        """
 
 
 class Network(nn.Module, ABC):
@@ -206,4 +291,7 @@ class Network(nn.Module, ABC):
         raise ValueError(f"{type(self).__name__} has no blocks to checkpoint")
 
     def after_optimizer_step(self) -> None:
-        """What the architecture must do after every update, such as renormalising its weights."""
+        """Tells every component that the optimizer has made a step."""
+        for module in self.modules():
+            if isinstance(module, Component):
+                module.after_optimizer_step()

@@ -6,34 +6,93 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
+import torch
+from torch import Tensor
 
+from llmx import LanguageModel
+from llmx.base_config import read_config
 from llmx.cli import main
+from tests.forms import assert_same_outputs_and_gradients, perturbed, pieces
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-NAMES = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
+NAMES = sorted(
+    str(path.relative_to(CONFIGS).with_suffix(""))
+    for path in CONFIGS.rglob("*.yaml")
+    if "network" in (read_config(path).get("model") or {}) and path.parent.name != "scale"
+)
 PARAMETERS = {"transformer": 803_712, "seed/transformer": 1_112_781, "seed/differential": 1_113_421}
+LEAKING = ("expert_choice", "seed/transformer", "seed/differential")
+
+
+def write_corpus(folder: Path) -> None:
+    alphabet = np.array(list(string.ascii_letters + string.digits + " .\n"))
+    assert len(alphabet) == 65
+    draws = np.random.default_rng(0).integers(len(alphabet), size=3000)
+    (folder / "corpus.txt").write_text("".join(alphabet) + "".join(alphabet[draws]))
 
 
 @pytest.fixture
 def corpus(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LLMX_CACHE", str(tmp_path / "cache"))
-    alphabet = np.array(list(string.ascii_letters + string.digits + " .\n"))
-    assert len(alphabet) == 65
-    draws = np.random.default_rng(0).integers(len(alphabet), size=3000)
-    Path("corpus.txt").write_text("".join(alphabet) + "".join(alphabet[draws]))
+    write_corpus(tmp_path)
     return "corpus.txt"
 
 
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A function from a config's name to the folder of a run of two steps, made once."""
+    made: dict[str, Path] = {}
+
+    def fit(name: str) -> Path:
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name.replace("/", "-"))
+            write_corpus(folder)
+            arguments = ["--data.corpus", str(folder / "corpus.txt"), "--trainer.default_root_dir", str(folder)]
+            arguments += ["--trainer.max_steps", "2", "--trainer.limit_val_batches", "2"]
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("LLMX_CACHE", str(folder / "cache"))
+                quiet = ["--trainer.enable_progress_bar", "false"]
+                assert main(["fit", "--config", str(CONFIGS / f"{name}.yaml"), *arguments, *quiet]) == 0
+            made[name] = folder / "lightning_logs" / "version_0"
+        return made[name]
+
+    return fit
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_a_config_trains_and_only_the_founding_ones_leak(corpus, name):
-    arguments = ["--data.corpus", corpus, "--trainer.max_steps", "2", "--trainer.enable_progress_bar", "false"]
-    assert main(["fit", "--config", str(CONFIGS / f"{name}.yaml"), *arguments, "--trainer.limit_val_batches", "2"]) == 0
-    record = json.loads(Path("lightning_logs/version_0/run.json").read_text())
-    assert record["leaking"] == name.startswith("seed/")
+def test_a_config_trains_and_only_those_that_are_meant_to_leak(run, name):
+    record = json.loads((run(name) / "run.json").read_text())
+    assert record["leaking"] == (name in LEAKING)
     if name in PARAMETERS:
         assert record["parameters"] == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_config_is_one_function_in_its_three_forms_and_generates(run, name):
+    model = LanguageModel.load_from_checkpoint(run(name) / "checkpoints" / "last.ckpt", map_location="cpu")
+    assert len(model.generate("a", max_new_tokens=40)) == 41  # past the window of 32
+    network = perturbed(model.network, scale=0.1)
+    if not network.stateful:
+        assert name in LEAKING  # every other one of the collection has a recurrent form
+        return
+    tokens = torch.randint(65, (2, 32), generator=torch.Generator().manual_seed(0))
+
+    def by_pieces(lengths: list[int]) -> Tensor:
+        state, outputs = network.init_state(2, 32), []
+        for piece in pieces(lengths):
+            if piece.stop - piece.start == 1:
+                logits, state = network.step(tokens[:, piece.start], state)
+                outputs.append(logits[:, None])
+            else:
+                logits, state = network.prefill(tokens[:, piece], state)
+                outputs.append(logits)
+        return torch.cat(outputs, 1)
+
+    for lengths in ([1] * 32, [32], [5, 1, 26], [1, 31]):
+        assert_same_outputs_and_gradients(
+            network, [], lambda: network(tokens), lambda lengths=lengths: by_pieces(lengths)
+        )
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("seed/")])
@@ -52,10 +111,25 @@ def test_a_config_says_its_command(name):
     assert f"python main.py fit --config configs/{name}.yaml" in (CONFIGS / f"{name}.yaml").read_text()
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("seed/")])
+def test_a_config_shares_corpus_window_batch_and_validation(name):
+    base, config = read_config(CONFIGS / "base.yaml"), read_config(CONFIGS / f"{name}.yaml")
+    assert config["data"] == base["data"]
+    assert config["seed_everything"] == base["seed_everything"]
+
+
 def test_the_founding_protocol_is_one_epoch_and_shared_by_all_three():
-    configs = [yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()) for name in PARAMETERS]
+    configs = [read_config(CONFIGS / f"{name}.yaml") for name in PARAMETERS]
     for config in configs:
         assert config["trainer"]["max_steps"] == 15_685
         assert (config["data"]["window"], config["data"]["batch_size"]) == (32, 64)
+        optimizer, schedule = (config["model"][key]["init_args"] for key in ("optimizer", "schedule"))
+        assert (optimizer["lr"], optimizer["weight_decay"], optimizer.get("betas", [0.9, 0.999])) == (
+            3e-3,
+            0.01,
+            [0.9, 0.999],
+        )
+        assert schedule.get("warmup_steps", 0) == 0
+        assert schedule["minimum_ratio"] == pytest.approx(1 / 3)
     seeds = [config for name, config in zip(PARAMETERS, configs, strict=True) if name.startswith("seed/")]
     assert all("offline_corpus" not in config["data"] for config in seeds)

@@ -24,6 +24,7 @@ ROOMS = {  # first name below llmx -> (floor, room); inside one room imports are
     "reports": (6, "reports"),
     "cli": (7, "top"),
     "explain": (7, "top"),
+    "base_config": (7, "top"),
 }
 DATA_MAY_IMPORT = ("llmx.data", "llmx.errors", "llmx.protocol")
 MODULES = {

@@ -10,10 +10,9 @@ numbers a token. The trap: grouped heads repeat each key head for neighbouring q
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from llmx.parts.attention import causal_attention, masked_attention
+from llmx.parts.attention import causal_attention, masked_attention, past_bias, write
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.rotary import rotary_table, rotate
 from llmx.protocol import Context, Site, StatefulMixer
@@ -88,9 +87,8 @@ class Attention(StatefulMixer):
         self, query: Tensor, key: Tensor, value: Tensor, state: AttentionState, positions: Tensor
     ) -> tuple[Tensor, AttentionState]:
         """Attention of T tokens at positions (B, T) over the cache with them in it: (B, T, D)."""
-        keys, values = _write(state.key, key, positions), _write(state.value, value, positions)
-        hidden = torch.arange(keys.shape[2], device=keys.device) > positions[:, :, None]  # (B, T, S)
-        bias = torch.zeros_like(hidden, dtype=query.dtype).masked_fill(hidden, float("-inf"))[:, None, None]
+        keys, values = write(state.key, key, positions), write(state.value, value, positions)
+        bias = past_bias(positions, keys.shape[2], query.dtype)
         mixed = masked_attention(query.transpose(1, 2), keys.to(query.dtype), values.to(query.dtype), bias)
         return mixed.transpose(1, 2).flatten(2), AttentionState(keys, values)
 
@@ -108,13 +106,3 @@ class Attention(StatefulMixer):
         if name not in context.store:
             context.store[name] = rotary_table(context.positions, self.head_dim, self.rotary_base, x.dtype)
         return context.store[name]
-
-
-def _write(cache: Tensor, new: Tensor, slots: Tensor) -> Tensor:
-    """Puts new (B, T, G, K) into the cache (B, G, S, K) at slots (B, T)."""
-    if torch.is_grad_enabled():
-        cache = cache.clone()
-    rows = torch.arange(cache.shape[0], device=cache.device)[:, None]
-    # not scatter_, which Inductor carries out on a copy of the cache
-    cache[rows, :, slots] = new.to(cache.dtype)
-    return cache

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from llmx.parts.attention import causal_attention
 from llmx.parts.norm import RMSNorm
-from llmx.protocol import Block, Context, Mixer, Network, Site, Stateless
+from llmx.protocol import Block, Context, FeedForward, Mixer, Network, Site, Stateless
 from llmx.shapes import Hidden, Tokens
 
 
@@ -111,7 +111,9 @@ class FoundingFeedForward(Stateless):
 class FoundingBlock(Block):
     """x = norm(x); x = x + mixer(x); x = norm(x); x = x + feed_forward(x), with one and the same norm."""
 
-    def __init__(self, site: Site, window: int, mixer: Callable[[Site], Mixer], feed_forward: Callable[[Site], Mixer]):
+    def __init__(
+        self, site: Site, window: int, mixer: Callable[[Site], Mixer], feed_forward: Callable[[Site], FeedForward]
+    ):
         super().__init__()
         self.norm = FoundingNorm(window, site.dim)
         self.mixer = site.place(mixer)
@@ -135,7 +137,7 @@ class FoundingNetwork(Network):
         self,
         vocab_size: int,
         mixer: Callable[[Site], Mixer] = FoundingAttention,
-        feed_forward: Callable[[Site], Mixer] = FoundingFeedForward,
+        feed_forward: Callable[[Site], FeedForward] = FoundingFeedForward,
         dim: int = 128,
         depth: int = 4,
         window: int = 32,

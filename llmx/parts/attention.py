@@ -32,7 +32,8 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float =
 def masked_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, dropout: float = 0.0) -> Tensor:
     """The same over S slots, written out, with a bias on the scores: -inf for slots hidden from a position, else 0.
 
-    query (B, H, T, K), key (B, G, S, K), value (B, G, S, V), bias (T, S) or (B, 1, 1, T, S) -> (B, H, T, V).
+    query (B, H, T, K), key (B, G, S, K), value (B, G, S, V), bias, of a shape that
+    broadcasts to (B, G, H/G, T, S), -> (B, H, T, V).
     """
     batch, heads, time, head_dim = query.shape
     groups = key.shape[1]
@@ -45,3 +46,19 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, dr
         weights = F.dropout(weights, dropout)
     mixed = weights.view(batch, groups, heads // groups * time, key.shape[2]) @ value
     return mixed.view(batch, heads, time, value.shape[-1])
+
+
+def write(cache: Tensor, new: Tensor, slots: Tensor) -> Tensor:
+    """Puts new (B, T, G, K) into the cache (B, G, S, K) at slots (B, T); in place while gradients are off."""
+    if torch.is_grad_enabled():
+        cache = cache.clone()
+    rows = torch.arange(cache.shape[0], device=cache.device)[:, None]
+    # not scatter_, which Inductor carries out on a copy of the cache
+    cache[rows, :, slots] = new.to(cache.dtype)
+    return cache
+
+
+def past_bias(positions: Tensor, slots: int, dtype: torch.dtype) -> Tensor:
+    """The bias that hides what lies behind a position: positions (B, T) -> (B, 1, 1, T, S), slot s for position s."""
+    hidden = torch.arange(slots, device=positions.device) > positions[:, :, None]  # (B, T, S)
+    return torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, float("-inf"))[:, None, None]

@@ -4,7 +4,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from llmx.protocol import Network, StatefulMixer
+from llmx.protocol import Network, Stateful
 
 
 def parameters(module: nn.Module) -> int:
@@ -12,11 +12,11 @@ def parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def state_bytes(mixer: nn.Module, length: int) -> int | None:
+def state_bytes(component: nn.Module, length: int) -> int | None:
     """Bytes that one sequence of `length` tokens keeps in the state; None where there is no recurrent form."""
-    if not isinstance(mixer, StatefulMixer):
+    if not isinstance(component, Stateful):
         return None
-    leaves = tree_leaves(mixer.init_state(1, length))
+    leaves = tree_leaves(component.init_state(1, length))
     return sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, Tensor))
 
 

@@ -16,6 +16,7 @@ from llmx.blocks.prenorm import PreNormBlock
 from llmx.feedforward.swiglu import SwiGLU
 from llmx.mixers.attention import Attention
 from llmx.networks.decoder import Decoder
+from llmx.networks.heads import LinearHead
 from llmx.protocol import IGNORE, Context, Mixer, Site
 
 VOCAB, TIME = 13, 9
@@ -154,28 +155,28 @@ def count(network: nn.Module) -> int:
 
 def test_the_honest_model_of_the_experiments_dimensions_has_803_712_parameters():
     assert count(honest()) == 803_712
-    assert count(honest(head_bias=True)) == 803_712 + 65
+    assert count(honest(head=partial(LinearHead, bias=True))) == 803_712 + 65
     assert count(honest(tied=True)) == 803_712 - 65 * 128
 
 
 def test_tied_weights_are_one_parameter_with_the_gradients_of_both_uses():
     tied, loose = decoder(tied=True), decoder()
-    assert tied.head.weight is tied.embedding.weight
+    assert tied.head.linear.weight is tied.embedding.weight
     weights = tied.state_dict()
     loose.load_state_dict(weights)
     text = tokens()
     assert_close(tied(text), loose(text), rtol=0, atol=0)
     for network in (tied, loose):
         network(text).square().sum().backward()
-    assert_close(tied.embedding.weight.grad, loose.embedding.weight.grad + loose.head.weight.grad, **SAME)
+    assert_close(tied.embedding.weight.grad, loose.embedding.weight.grad + loose.head.linear.weight.grad, **SAME)
 
 
 def test_head_bias_is_added_to_the_logits():
-    network = decoder(head_bias=True)
+    network = decoder(head=partial(LinearHead, bias=True))
     plain = decoder()
     plain.load_state_dict(network.state_dict(), strict=False)
-    assert plain.head.bias is None
-    assert_close(network(tokens()), plain(tokens()) + network.head.bias, **SAME)
+    assert plain.head.linear.bias is None
+    assert_close(network(tokens()), plain(tokens()) + network.head.linear.bias, **SAME)
 
 
 @pytest.mark.parametrize("arguments", [{"dropout": 0.4}, {"block_dropout": 0.4}])
@@ -227,7 +228,7 @@ def test_gradient_checkpointing_runs_each_block_again_in_the_backward_pass():
     assert [layer.mixer.runs for layer in network.layers] == [3, 3]
 
 
-@pytest.mark.parametrize("arguments", [{}, {"tied": True}, {"head_bias": True}, {"kv_heads": 1}])
+@pytest.mark.parametrize("arguments", [{}, {"tied": True}, {"head": partial(LinearHead, bias=True)}, {"kv_heads": 1}])
 def test_gradients_reach_every_parameter(arguments: dict[str, Any]):
     network, text = decoder(**arguments), torch.arange(VOCAB)[None]
     network.losses(text, text.flip(1))[0].sum().backward()

@@ -58,9 +58,9 @@ def pair(dim: int, heads: int, kv_heads: int, hidden: int, depth: int) -> tuple[
 def as_llama(network: Decoder, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Our parameters, or their gradients, under the names that transformers gives them."""
     named = {
-        "model.embed_tokens.weight": tensors["embedding.weight"],
+        "model.embed_tokens.weight": tensors["embedding.table.weight"],
         "model.norm.weight": tensors["norm.weight"],
-        "lm_head.weight": tensors["head.weight"],
+        "lm_head.weight": tensors["head.linear.weight"],
     }
     for layer, block in enumerate(network.layers):
         mixer = block.mixer

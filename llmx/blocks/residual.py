@@ -1,0 +1,85 @@
+"""What residual blocks share: the parts, and one wiring for all three forms."""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import NamedTuple, cast
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from llmx.protocol import Block, Context, FeedForward, Mixer, Run, Site, State, Stateful, advancing
+from llmx.shapes import Hidden
+
+Form = Callable[..., tuple[Tensor, State]]  # a `step` or `prefill`
+
+
+class BlockState(NamedTuple):
+    mixer: State
+    feed_forward: State
+
+
+class ResidualBlock(Block):
+    """A block whose wiring is written once, in `connect`, for `forward`, `step` and `prefill` alike.
+
+    Args:
+        site: where the block stands.
+        mixer: factory of the token mixer.
+        feed_forward: factory of the channel mixer.
+        dropout: probability of dropping a number of either branch before it is added, in training.
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        mixer: Callable[[Site], Mixer],
+        feed_forward: Callable[[Site], FeedForward],
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.mixer = site.place(mixer)
+        self.feed_forward = site.place(feed_forward)
+        self.dropout = dropout
+
+    @abstractmethod
+    def connect(self, x: Tensor, mix: Run, feed: Run) -> Tensor:
+        """(..., D) -> (..., D): calls `mix` (the mixer) and `feed` (the feed-forward) once each, in this order."""
+
+    @property
+    def stateful(self) -> bool:
+        return isinstance(self.mixer, Stateful) and isinstance(self.feed_forward, Stateful)
+
+    def forward(self, x: Hidden, context: Context) -> Hidden:
+        return self.connect(
+            x, lambda h: self._drop(self.mixer(h, context)), lambda h: self._drop(self.feed_forward(h, context))
+        )
+
+    def init_state(self, batch_size: int, max_length: int) -> BlockState:
+        mixer, feed_forward = self._stateful_parts()
+        return BlockState(mixer.init_state(batch_size, max_length), feed_forward.init_state(batch_size, max_length))
+
+    def step(self, x: Tensor, state: BlockState, context: Context) -> tuple[Tensor, BlockState]:  # type: ignore[override]
+        mixer, feed_forward = self._stateful_parts()
+        return self._advance(x, state, context, mixer.step, feed_forward.step)
+
+    def prefill(self, x: Hidden, state: BlockState, context: Context) -> tuple[Hidden, BlockState]:  # type: ignore[override]
+        mixer, feed_forward = self._stateful_parts()
+        return self._advance(x, state, context, mixer.prefill, feed_forward.prefill)
+
+    def _advance(
+        self,
+        x: Tensor,
+        state: BlockState,
+        context: Context,
+        mixer: Form,
+        feed_forward: Form,
+    ) -> tuple[Tensor, BlockState]:
+        after: list[State] = []
+        mix = advancing(mixer, state.mixer, context, after)
+        feed = advancing(feed_forward, state.feed_forward, context, after)
+        return self.connect(x, mix, feed), BlockState(*after)
+
+    def _stateful_parts(self) -> tuple[Stateful, Stateful]:
+        return cast(Stateful, self.mixer), cast(Stateful, self.feed_forward)
+
+    def _drop(self, branch: Tensor) -> Tensor:
+        return F.dropout(branch, self.dropout, self.training) if self.dropout else branch

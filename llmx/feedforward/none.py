@@ -1,0 +1,14 @@
+"""Nothing in the feed-forward slot: adds 0 to the stream, where a mixer is to be looked at by itself."""
+
+from llmx.protocol import Context, Site, Stateless
+from llmx.shapes import Hidden
+
+
+class NoFeedForward(Stateless):
+    """(B, T, D) -> zeros (B, T, D)."""
+
+    def __init__(self, site: Site):
+        super().__init__()
+
+    def forward(self, x: Hidden, context: Context) -> Hidden:
+        return 0 * x

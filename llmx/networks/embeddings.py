@@ -1,0 +1,103 @@
+"""Token embeddings, with or without a position in them."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from llmx.parts.init import normal_
+from llmx.protocol import Embedding
+
+
+class TokenEmbedding(Embedding):
+    """A vector for each token and nothing of its position.
+
+    Args:
+        vocab_size: V.
+        dim: width of the residual stream.
+        scale: factor on the vectors; the square root of `dim` in Gemma.
+        std: of the initialisation.
+    """
+
+    def __init__(self, vocab_size: int, dim: int, scale: float = 1.0, std: float = 0.02):
+        super().__init__()
+        self.table = nn.Embedding(vocab_size, dim)
+        self.scale = scale
+        normal_(self.table, std)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.table.weight
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        vectors = self.table(tokens)
+        return vectors if self.scale == 1 else vectors * self.scale
+
+
+class LearnedPositionEmbedding(Embedding):
+    """The sum of a vector for the token and a learned one for its position (GPT-2).
+
+    Args:
+        vocab_size: V.
+        dim: width of the residual stream.
+        max_length: positions that have a vector.
+
+    Raises:
+        ValueError: in `forward`, for more tokens than positions.
+    """
+
+    def __init__(self, vocab_size: int, dim: int, max_length: int = 32):
+        super().__init__()
+        if max_length < 1:
+            raise ValueError(f"max_length: {max_length} is below 1")
+        self.table = nn.Embedding(vocab_size, dim)
+        self.positions = nn.Embedding(max_length, dim)
+        normal_(self.table)
+        normal_(self.positions, 0.01)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.table.weight
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        if positions.ndim == 2 and positions.shape[1] > self.positions.num_embeddings:
+            raise ValueError(
+                f"max_length: {positions.shape[1]} tokens for {self.positions.num_embeddings} learned positions"
+            )
+        return self.table(tokens) + self.positions(positions)
+
+
+class SinusoidalPositionEmbedding(Embedding):
+    """sqrt(dim) times the token's vector, plus sines and cosines of its position (arXiv 1706.03762).
+
+    p[2 i] = sin(t / 10000^(2 i / dim)), p[2 i + 1] = cos of the same angle. The vectors start with standard deviation
+    dim^-0.5, so that the two terms start at equal size.
+
+    Args:
+        vocab_size: V.
+        dim: width of the residual stream; even.
+
+    Raises:
+        ValueError: for an odd width.
+    """
+
+    def __init__(self, vocab_size: int, dim: int):
+        super().__init__()
+        if dim % 2:
+            raise ValueError(f"dim: sines and cosines need an even width, not {dim}")
+        self.table = nn.Embedding(vocab_size, dim)
+        self.scale = math.sqrt(dim)
+        normal_(self.table, dim**-0.5)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.table.weight
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        vectors = self.table(tokens)
+        exact = torch.promote_types(vectors.dtype, torch.float32)
+        dim = vectors.shape[-1]
+        exponents = torch.arange(0, dim, 2, device=tokens.device, dtype=exact) / dim
+        angles = positions[..., None].to(exact) * 10000.0**-exponents  # (..., D/2)
+        waves = torch.stack((angles.sin(), angles.cos()), -1).flatten(-2)
+        return vectors * self.scale + waves.to(vectors.dtype)

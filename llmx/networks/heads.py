@@ -1,0 +1,46 @@
+"""Heads: from the last hidden vector to logits."""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from llmx.parts.init import normal_
+from llmx.protocol import Head
+
+
+class LinearHead(Head):
+    """One matrix, with or without a bias."""
+
+    def __init__(self, dim: int, vocab_size: int, bias: bool = False):
+        super().__init__()
+        self.linear = nn.Linear(dim, vocab_size, bias=bias)
+        normal_(self.linear)
+
+    def tie(self, weight: Tensor) -> None:
+        self.linear.weight = cast(nn.Parameter, weight)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.linear(hidden)
+
+
+class SoftCappedHead(Head):
+    """cap tanh(W h / cap): no logit leaves (-cap, cap) (Gemma 2, arXiv 2408.00118).
+
+    Raises:
+        ValueError: for a cap that is not positive.
+    """
+
+    def __init__(self, dim: int, vocab_size: int, cap: float = 30.0):
+        super().__init__()
+        if cap <= 0:
+            raise ValueError(f"cap: {cap} is not above 0")
+        self.cap = cap
+        self.linear = nn.Linear(dim, vocab_size, bias=False)
+        normal_(self.linear)
+
+    def tie(self, weight: Tensor) -> None:
+        self.linear.weight = cast(nn.Parameter, weight)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.cap * torch.tanh(self.linear(hidden) / self.cap)
