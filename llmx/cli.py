@@ -57,7 +57,7 @@ GROUPS: dict[str, type] = {"model": LanguageModel, "data": TextDataModule}
 def main(args: list[str] | None = None) -> int:
     """Runs one command, `sys.argv` by default.
 
-    Returns the exit code: 0, 1 for a leak that `audit` found, 2 for bad input.
+    Returns the exit code: 0, 1 where `audit` found a fault, 2 for bad input.
     """
     # the working directory is importable: one file there and one YAML make a new architecture
     sys.path.insert(0, os.getcwd())
@@ -328,7 +328,7 @@ class CLI(LightningCLI):
         print(f"\n{len(records)} samples; {written} and {written.with_suffix('.txt').name}")
 
     def audit(self, **arguments: Any) -> None:
-        self.exit_code = int(cast(Trainer, self.trainer).audit(**arguments).leaking)
+        self.exit_code = int(not cast(Trainer, self.trainer).audit(**arguments))
 
 
 def _option(arguments: list[str], name: str) -> str | None:

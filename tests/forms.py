@@ -21,11 +21,6 @@ def perturbed(module: Any, scale: float = 0.3) -> Any:
     return module
 
 
-def segmentations(time: int) -> list[list[int]]:
-    """Ways to cut a sequence, all in single steps first; a piece of 1 goes through `step`."""
-    return [[1] * time, [time], [1, time - 1], [time // 2, 1, time - time // 2 - 1]]
-
-
 def pieces(lengths: Sequence[int]) -> list[slice]:
     ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
     return [slice(end - length, end) for end, length in zip(ends, lengths, strict=True)]

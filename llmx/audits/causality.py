@@ -20,12 +20,9 @@ from __future__ import annotations
 
 import copy
 import math
-import random
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from itertools import product
@@ -36,6 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from llmx.audits.probes import exact_copy, perturbed_copy, seed_all, undisturbed
 from llmx.errors import UserError
 from llmx.protocol import Network
 from llmx.shapes import Logits, Tokens
@@ -46,12 +44,6 @@ if TYPE_CHECKING:
 CHECKS = ("finite", "suffix", "prefix", "gradient", "batch", "memory")
 TOLERANCE = 1e-9  # relative to the largest output; a convolution by FFT has 4e-16
 CAST_TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-2, torch.bfloat16: 3e-2}  # where a network casts down inside
-EXACT = {
-    torch.float16: torch.float64,
-    torch.bfloat16: torch.float64,
-    torch.float32: torch.float64,
-    torch.complex64: torch.complex128,
-}
 MAX_ROWS = 32
 MAX_TOKENS = 2048  # in one pass
 MAX_WORK = 1e10  # parameters times tokens in one pass
@@ -185,7 +177,7 @@ def audit_causality(network: Network, max_length: int, seed: int = 0) -> Causali
     if max_length < 1:
         raise UserError(f"data.window: {max_length} tokens are too few to audit a network; give at least 1")
     started = time.perf_counter()
-    with _undisturbed(), torch.no_grad():
+    with undisturbed(), torch.no_grad():
         probe = Probe(network, max_length, seed)
         for length in probe.lengths:
             for training in (False, True):
@@ -239,9 +231,9 @@ class Probe:
         longest = min(max_length, max(97, self.budget // 3))
         middle = _prime(min(longest, 97)) if longest > 64 else longest
         self.lengths = tuple(sorted({_prime(min(longest, 13)), middle, longest}))
-        exact = _exact(network)
+        exact = exact_copy(network)
         for scale in (0.1, 0.01, 0.0):  # less where the network cannot stand it
-            self.source = _perturbed(exact, scale, self.generator)
+            self.source = perturbed_copy(exact, scale, self.generator)
             with _Casts() as casts:
                 outputs = self.run(self.tokens(2, longest), training=True)
             if outputs.isfinite().all():
@@ -266,7 +258,7 @@ class Probe:
             network(after)
         if calls is not None:
             _record(network, calls)
-        _seed(draw)
+        seed_all(draw)
         return network(tokens.clone()).double()
 
     def tokens(self, rows: int, length: int) -> Tokens:
@@ -538,7 +530,7 @@ def _gradients(network: Network, tokens: Tokens, projection: Tensor) -> list[Ten
     for module in network.modules():
         if isinstance(module, nn.Embedding):
             module.register_forward_hook(capture)
-    _seed(0)
+    seed_all(0)
     with torch.enable_grad():
         outputs = network(tokens).double()
         if not embeddings or not outputs.requires_grad:
@@ -548,32 +540,7 @@ def _gradients(network: Network, tokens: Tokens, projection: Tensor) -> list[Ten
     return [gradient for gradient in gradients if gradient is not None]
 
 
-# ------------------------------------------------------------------------------------------------ preparing the copy
-def _exact(network: Network) -> Network:
-    """A copy on the CPU in float64, plain tensor attributes included."""
-
-    def exact(tensor: Tensor) -> Tensor:
-        return tensor.detach().to("cpu", EXACT.get(tensor.dtype, tensor.dtype))
-
-    network = copy.deepcopy(network)._apply(exact)
-    for module in network.modules():
-        vars(module).update({name: exact(value) for name, value in vars(module).items() if isinstance(value, Tensor)})
-    return network
-
-
-def _perturbed(network: Network, scale: float, generator: torch.Generator) -> Network:
-    """A copy whose weights are moved by about `scale`, matrices by less the wider they are."""
-    network = copy.deepcopy(network)
-    for parameter in network.parameters():
-        if parameter.requires_grad:
-            noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-            wide = parameter.shape[-1] if parameter.ndim > 1 else 1
-            parameter.add_(noise * scale * min(1.0, 5 / math.sqrt(wide)))
-        parameter.requires_grad_(False)
-    network.after_optimizer_step()
-    return network
-
-
+# ------------------------------------------------------------------------------------------------------------ helpers
 class _Casts(TorchFunctionMode):
     """Watches for operations that take float64 to a lower precision: their rounding is no leak."""
 
@@ -589,25 +556,6 @@ class _Casts(TorchFunctionMode):
         if exact and isinstance(target, Tensor) and not (name.startswith("new_") or name.endswith("_like")):
             self.tolerance = max(self.tolerance, CAST_TOLERANCE.get(target.dtype, 0))
         return output
-
-
-def _seed(seed: int) -> None:
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach the GPUs' too
-    np.random.seed(seed)
-    random.seed(seed)
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Gives the caller's random state back, and compiles nothing."""
-    compiling = "torch._dynamo" in sys.modules  # importing it takes a second
-    states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager") if compiling else nullcontext():
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
 
 
 def _prime(limit: int) -> int:

@@ -7,8 +7,10 @@ import numpy as np
 import rich
 import torch
 
-from llmx.audits.causality import CausalityReport, audit_causality
+from llmx.audits.causality import audit_causality
+from llmx.audits.forms import FormsReport, audit_forms
 from llmx.audits.hidden_future import hidden_future_loss
+from llmx.audits.parameters import ParametersReport, audit_parameters
 from llmx.data.datamodule import TextDataModule
 from llmx.training.checkpoints import read_checkpoint
 from llmx.training.module import LanguageModel
@@ -17,16 +19,23 @@ from llmx.training.module import LanguageModel
 class Trainer(pl.Trainer):
     """A Trainer that can also audit."""
 
-    def audit(self, model: LanguageModel, datamodule: TextDataModule, ckpt_path: str | None = None) -> CausalityReport:
-        """Audit the network for leaks: later tokens, other rows.
+    def audit(self, model: LanguageModel, datamodule: TextDataModule, ckpt_path: str | None = None) -> bool:
+        """Audit the network: causality, the equality of its forms, the reach of its gradients.
 
         Args:
             model: whose network is audited.
             datamodule: of the validation split, for the loss of a leaking network whose future is hidden.
             ckpt_path: a checkpoint. If its network leaks, its loss is measured again with the future hidden.
+
+        Returns whether the network passes them all.
         """
         report = audit_causality(model.network, model.window)
-        rich.print(report.summary())
+        others: list[FormsReport | ParametersReport] = [
+            audit_forms(model.network, model.window),
+            audit_parameters(model.network, model.window),
+        ]
+        for summary in (report.summary(), *(other.summary() for other in others)):
+            rich.print(summary)
         if ckpt_path is not None and report.leaking:
             checkpoint = read_checkpoint(ckpt_path)
             model.load_state_dict(checkpoint["state_dict"])
@@ -39,4 +48,4 @@ class Trainer(pl.Trainer):
                 f"val loss with the future hidden: {honest.loss:.4f} nats, "
                 f"mean of {honest.draws} draws (spread {honest.spread:.4f}) over {honest.predictions:,} characters"
             )
-        return report
+        return not (report.leaking or any(other.failing for other in others))

@@ -1,0 +1,80 @@
+"""The audit of parameters: a gradient reaches every one of them, and the loss starts near that of knowing nothing.
+
+A parameter without a gradient is dead weight that the parameter count of a comparison still charges, and DDP refuses
+it. The trap: a projection that starts at zero hides everything behind it, so the weights are moved first.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from llmx.audits.probes import exact_copy, perturbed_copy, seed_all, undisturbed
+from llmx.protocol import Network
+
+ROWS = 8
+TOO_HIGH = 1.0  # nats above ln V: an initial loss further up is a head or embedding that starts too large
+
+
+@dataclass(frozen=True)
+class ParametersReport:
+    """What the audit of parameters found.
+
+    silent:        names of the parameters that no gradient reaches
+    initial_loss:  nats, of the network as it is initialised, on random tokens
+    uniform_loss:  ln V
+    """
+
+    silent: tuple[str, ...]
+    initial_loss: float
+    uniform_loss: float
+    seconds: float
+
+    @property
+    def failing(self) -> bool:
+        return bool(self.silent) or not self.initial_loss < self.uniform_loss + TOO_HIGH
+
+    def summary(self) -> str:
+        """One line for people."""
+        reached = f"NO GRADIENT reaches {', '.join(self.silent)}" if self.silent else "a gradient reaches every one"
+        start = f"on random tokens the loss is {self.initial_loss:.3f}, ln V is {self.uniform_loss:.3f}"
+        high = "" if self.initial_loss < self.uniform_loss + TOO_HIGH else ": TOO HIGH"
+        return f"parameters: {self.seconds:.1f} s: {reached}; {start}{high}."
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"failing": self.failing, **asdict(self)}
+
+
+def audit_parameters(network: Network, max_length: int, seed: int = 0) -> ParametersReport:
+    """Looks for parameters without a gradient, and for a start far from chance.
+
+    The network and the caller's random state stay as they are.
+
+    Args:
+        network: in any mode, on any device; its own weights are taken as its initialisation.
+        max_length: the window; no more than 32 tokens are tried.
+        seed: of weights and tokens.
+    """
+    started = time.perf_counter()
+    with undisturbed():
+        generator = torch.Generator().manual_seed(seed)
+        text = torch.randint(network.vocab_size, (ROWS, min(max_length, 32) + 1), generator=generator)
+        tokens, targets = text[:, :-1], text[:, 1:]
+        with torch.no_grad():
+            exact = exact_copy(network).eval()
+            initial = exact.losses(tokens, targets)[0].mean().item()
+            moved = perturbed_copy(exact, 0.1, generator)
+        trained = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
+        parameters = dict(moved.named_parameters())
+        for name in trained:
+            parameters[name].requires_grad_(True)
+        seed_all(seed)
+        losses, auxiliary = moved.train().losses(tokens, targets)
+        if trained:
+            (losses.double().mean() + auxiliary).backward()
+    silent = [name for name in trained if (grad := parameters[name].grad) is None or not grad.any()]
+    return ParametersReport(tuple(silent), initial, math.log(network.vocab_size), time.perf_counter() - started)

@@ -1,0 +1,67 @@
+"""What every audit works on: a copy in float64, its weights moved, and the caller's random state left alone."""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llmx.protocol import Network
+
+EXACT = {
+    torch.float16: torch.float64,
+    torch.bfloat16: torch.float64,
+    torch.float32: torch.float64,
+    torch.complex64: torch.complex128,
+}
+
+
+def exact_copy(network: Network) -> Network:
+    """A copy on the CPU in float64, plain tensor attributes included."""
+
+    def exact(tensor: Tensor) -> Tensor:
+        return tensor.detach().to("cpu", EXACT.get(tensor.dtype, tensor.dtype))
+
+    network = copy.deepcopy(network)._apply(exact)
+    for module in network.modules():
+        vars(module).update({name: exact(value) for name, value in vars(module).items() if isinstance(value, Tensor)})
+    return network
+
+
+def perturbed_copy(network: Network, scale: float, generator: torch.Generator) -> Network:
+    """A copy whose weights are moved by about `scale`, matrices by less the wider they are."""
+    network = copy.deepcopy(network)
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            wide = parameter.shape[-1] if parameter.ndim > 1 else 1
+            parameter.add_(noise * scale * min(1.0, 5 / math.sqrt(wide)))
+        parameter.requires_grad_(False)
+    network.after_optimizer_step()
+    return network
+
+
+def seed_all(seed: int) -> None:
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach the GPUs' too
+    np.random.seed(seed)
+    random.seed(seed)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Gives the caller's random state back, and compiles nothing."""
+    compiling = "torch._dynamo" in sys.modules  # importing it takes a second
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager") if compiling else nullcontext():
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])

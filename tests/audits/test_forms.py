@@ -1,0 +1,108 @@
+"""The audit of forms finds every way in which a recurrent form can be another function than the parallel one."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from llmx.audits.forms import audit_forms, segmentations
+from llmx.blocks.prenorm import PreNormBlock
+from llmx.feedforward.swiglu import SwiGLU
+from llmx.mixers.attention import Attention, AttentionState
+from llmx.networks.decoder import Decoder
+from llmx.protocol import Mixer
+
+WINDOW = 12
+
+
+def decoder(mixer, feed_forward=SwiGLU, depth=2) -> Decoder:
+    torch.manual_seed(0)
+    return Decoder(11, partial(PreNormBlock, mixer=mixer, feed_forward=feed_forward), dim=16, depth=depth)
+
+
+class Honest(Attention):
+    def __init__(self, site):
+        super().__init__(site, heads=2)
+
+
+class WrongStep(Honest):
+    def step(self, x, state, context):
+        output, state = super().step(x, state, context)
+        return output * (1 + 1e-7), state
+
+
+class ForgetsBetweenPieces(Honest):
+    """Right at once and step by step, wrong where a longer piece continues."""
+
+    def prefill(self, x, state, context):
+        if context.positions[0, 0] > 0:
+            state = self.init_state(x.shape[0], state.key.shape[2])
+        return super().prefill(x, state, context)
+
+
+class NoGradientThroughState(Honest):
+    def step(self, x, state, context):
+        output, state = super().step(x, state, context)
+        return output, AttentionState(*(tensor.detach() for tensor in state))
+
+
+class WrongFeedForwardStep(SwiGLU):
+    def step(self, x, state, context):
+        output, state = super().step(x, state, context)
+        return output + 1e-6, state
+
+
+def test_an_honest_network_passes_and_is_left_as_it_was():
+    network = decoder(Honest)
+    before, state = {k: v.clone() for k, v in network.state_dict().items()}, torch.get_rng_state()
+    report = audit_forms(network, WINDOW)
+    assert not report.failing
+    assert report.skipped is None
+    assert "one function" in report.summary()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    assert all(parameter.grad is None for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("mixer", [WrongStep, ForgetsBetweenPieces, NoGradientThroughState])
+def test_each_fault_is_found(mixer: type[Mixer]):
+    report = audit_forms(decoder(mixer), WINDOW)
+    assert report.failing
+    assert "DIFFERENT" in report.summary()
+    assert report.to_dict()["failing"]
+
+
+def test_the_component_and_the_kind_of_difference_are_named():
+    [found] = audit_forms(decoder(WrongStep), WINDOW).divergences
+    assert found.component == "blocks.0.mixer (WrongStep)"
+    assert found.what == "outputs"
+    assert found.lengths == (1,) * WINDOW
+    [found] = audit_forms(decoder(Honest, WrongFeedForwardStep), WINDOW).divergences
+    assert found.component == "blocks.0.feed_forward (WrongFeedForwardStep)"
+    [found] = audit_forms(decoder(NoGradientThroughState), WINDOW).divergences
+    assert found.what.startswith("gradients of ")
+    [found] = audit_forms(decoder(ForgetsBetweenPieces), WINDOW).divergences
+    assert len(found.lengths) > 1
+    assert max(found.lengths) > 1
+
+
+def test_a_network_without_a_recurrent_form_is_skipped():
+    class Plain(Mixer):
+        def __init__(self, site):
+            super().__init__()
+            self.out = nn.Linear(site.dim, site.dim)
+
+        def forward(self, x, context):
+            return self.out(x)
+
+    report = audit_forms(decoder(Plain), WINDOW)
+    assert report.skipped
+    assert not report.failing
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 37])
+def test_segmentations_cover_the_sequence(length: int):
+    for cut in segmentations(length):
+        assert sum(cut) == length
+        assert min(cut) > 0
