@@ -6,12 +6,10 @@ is wrong with it becomes one message and exit code 2; nothing is written before 
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import json
 import logging
 import os
-import pkgutil
 import sys
 import warnings
 from pathlib import Path
@@ -23,13 +21,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-import llmx.blocks
-import llmx.feedforward
-import llmx.mixers
-import llmx.networks
-import llmx.parts
 from llmx.base_config import with_bases
-from llmx.composition import to_config
+from llmx.composition import import_collection, to_config
 from llmx.data.datamodule import TextDataModule
 from llmx.errors import UserError
 from llmx.explain import explain
@@ -99,9 +92,7 @@ class CLI(LightningCLI):
     def __init__(self, arguments: list[str]):
         self.exit_code = 0
         self.run: Path | None = None  # the run that --ckpt_path belongs to
-        for package in (llmx.parts, llmx.mixers, llmx.feedforward, llmx.blocks, llmx.networks):
-            for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
-                importlib.import_module(module.name)  # short class names are looked for among what is imported
+        import_collection()
         super().__init__(
             LanguageModel,
             TextDataModule,

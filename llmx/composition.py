@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+import pkgutil
 import sys
 from functools import partial
 from typing import Any
@@ -77,3 +78,22 @@ def find_class(path: str, trusted: tuple[str, ...] = ()) -> type:
     if not isinstance(found, type):
         raise UserError(f"class_path {path!r}: module {module!r} has no class {name!r}")
     return found
+
+
+def import_collection() -> None:
+    """Imports every component of the collection: short class names are looked for among what is imported."""
+    for name in ("parts", "mixers", "feedforward", "blocks", "networks"):
+        package = importlib.import_module(f"llmx.{name}")
+        for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            importlib.import_module(module.name)
+
+
+def components_by_name() -> dict[str, type]:
+    """The classes of the collection by their short names."""
+    import_collection()
+    return {
+        name: cls
+        for module in [m for n, m in sys.modules.items() if n.startswith("llmx.")]
+        for name, cls in vars(module).items()
+        if isinstance(cls, type) and cls.__module__ == module.__name__
+    }
