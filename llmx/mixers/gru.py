@@ -1,0 +1,80 @@
+"""The gated recurrent unit (arXiv 1406.1078), in the form that cuDNN and PyTorch compute.
+
+    r_t, z_t = sigmoid(W x_t + U h_{t-1} + b)            reset and update gate, (D,) each
+    n_t = tanh(W_n x_t + b_n + r_t * (U_n h_{t-1} + u_n))
+    y_t = h_t = (1 - z_t) * n_t + z_t * h_{t-1}
+
+Sequential like the LSTM: `forward` is a loop over time, after one matrix product for W x_t + b at all positions. Time
+O(T D^2) in T dependent steps, memory O(T D) for training; the state is h, D numbers a sequence, whatever its length.
+The trap: the paper's first version resets before the product, U_n (r_t * h_{t-1}), which is another function and costs
+a second product that waits for the first; here the reset comes after it, hence the bias u_n of its own inside. And the
+papers disagree whether z keeps the old state or takes the new one: here z = 1 keeps.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from llmx.protocol import Context, Site, StatefulMixer
+from llmx.shapes import Hidden
+
+
+class GRUState(NamedTuple):
+    hidden: Tensor  # (B, D), h
+
+
+class GRU(StatefulMixer):
+    """One GRU layer, (B, T, D) -> (B, T, D), whose output is its hidden state.
+
+    Input weights start uniform in +-1 / sqrt(D), recurrent ones orthogonal for each gate, biases at 0.
+
+    Args:
+        site: where the mixer stands.
+    """
+
+    def __init__(self, site: Site):
+        super().__init__()
+        dim = site.dim
+        self.input = nn.Linear(dim, 3 * dim)  # rows: the gates r and z, and n
+        self.recurrent = nn.Linear(dim, 3 * dim, bias=False)
+        self.reset_bias = nn.Parameter(torch.zeros(dim))  # u_n
+        nn.init.uniform_(self.input.weight, -(dim**-0.5), dim**-0.5)
+        nn.init.zeros_(self.input.bias)
+        with torch.no_grad():
+            for rows in self.recurrent.weight.split(dim):
+                nn.init.orthogonal_(rows)
+
+    def forward(self, x: Hidden, context: Context) -> Hidden:
+        return self._run(x, self.init_state(x.shape[0], x.shape[1]))[0]
+
+    def init_state(self, batch_size: int, max_length: int) -> GRUState:
+        return GRUState(self.recurrent.weight.new_zeros(batch_size, self.recurrent.in_features))
+
+    def step(self, x: Tensor, state: GRUState, context: Context) -> tuple[Tensor, GRUState]:  # type: ignore[override]
+        r, z, n = self.input(x).chunk(3, -1)
+        past_r, past_z, past_n = self.recurrent(state.hidden).chunk(3, -1)
+        keep = (z + past_z).sigmoid()
+        new = (n + (r + past_r).sigmoid() * (past_n + self.reset_bias)).tanh()
+        hidden = (1 - keep) * new + keep * state.hidden
+        return hidden, GRUState(hidden)
+
+    def prefill(self, x: Hidden, state: GRUState, context: Context) -> tuple[Hidden, GRUState]:  # type: ignore[override]
+        return self._run(x, state)
+
+    def _run(self, x: Hidden, state: GRUState) -> tuple[Hidden, GRUState]:
+        """The loop over time, from any state."""
+        hidden = state.hidden
+        dim = hidden.shape[-1]
+        inputs = self.input(x.transpose(0, 1))  # (T, B, 3 D): time in front, so that a step reads one piece of memory
+        recurrent = self.recurrent.weight.t().to(inputs.dtype)  # under autocast cast once, not at every step
+        bias = torch.cat((self.reset_bias.new_zeros(2 * dim), self.reset_bias)).to(inputs.dtype)
+        outputs = []
+        for step in inputs.unbind(0):
+            gates, new = step.split((2 * dim, dim), -1)
+            past_gates, past_new = torch.addmm(bias, hidden.to(step.dtype), recurrent).split((2 * dim, dim), -1)
+            reset, keep = (gates + past_gates).sigmoid().chunk(2, -1)
+            new = (new + reset * past_new).tanh()
+            hidden = torch.lerp(new.to(hidden.dtype), hidden, keep.to(hidden.dtype))
+            outputs.append(hidden)
+        return torch.stack(outputs, 1), GRUState(hidden)

@@ -1,0 +1,77 @@
+"""The LSTM against torch.nn.LSTM, on the same weights."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from llmx.mixers.lstm import LSTM, LSTMState
+from llmx.protocol import Context, Site
+
+CLOSE = {"rtol": 1e-10, "atol": 1e-10}
+SHAPES = [(1, 1, 1), (2, 7, 5), (3, 20, 16)]  # batch, time, dim
+
+
+def context(x: Tensor) -> Context:
+    return Context(torch.zeros(x.shape[:2], dtype=torch.int64), torch.arange(x.shape[1])[None], x)
+
+
+def as_torch(tensor: Tensor) -> Tensor:
+    """Rows in the order i, f, o, g, in the order i, f, g, o."""
+    i, f, o, g = tensor.chunk(4)
+    return torch.cat((i, f, g, o))
+
+
+def pair(dim: int) -> tuple[LSTM, nn.LSTM]:
+    torch.manual_seed(0)
+    ours, theirs = LSTM(Site(dim=dim)).double(), nn.LSTM(dim, dim, batch_first=True).double()
+    for parameter in ours.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    with torch.no_grad():
+        theirs.weight_ih_l0.copy_(as_torch(ours.input.weight))
+        theirs.weight_hh_l0.copy_(as_torch(ours.recurrent.weight))
+        theirs.bias_hh_l0.copy_(as_torch(ours.input.bias) - theirs.bias_ih_l0)  # only the sum of the two matters
+    return ours, theirs
+
+
+@pytest.mark.parametrize(("batch", "time", "dim"), SHAPES)
+def test_outputs_states_and_gradients_are_those_of_torch(batch: int, time: int, dim: int):
+    ours, theirs = pair(dim)
+    x, before = torch.randn(batch, time, dim).double(), torch.randn(2, batch, dim).double()
+    expected, (hidden, cell) = theirs(x, (before[:1], before[1:]))
+    output, after = ours.prefill(x, LSTMState(*before), context(x))
+    assert_close(output, expected, **CLOSE)
+    assert_close(after, LSTMState(hidden[0], cell[0]), **CLOSE)
+
+    weights = torch.randn(expected.shape).double()
+    (expected * weights).sum().backward()
+    (output * weights).sum().backward()
+    assert_close(as_torch(ours.input.weight.grad), theirs.weight_ih_l0.grad, **CLOSE)
+    assert_close(as_torch(ours.recurrent.weight.grad), theirs.weight_hh_l0.grad, **CLOSE)
+    assert_close(as_torch(ours.input.bias.grad), theirs.bias_ih_l0.grad, **CLOSE)
+
+
+def test_step_gives_the_outputs_of_torch():
+    ours, theirs = pair(5)
+    x = torch.randn(2, 6, 5).double()
+    state, here, outputs = ours.init_state(2, 6), context(x), []
+    for t in range(6):
+        output, state = ours.step(x[:, t], state, here.at(t))
+        outputs.append(output)
+    assert_close(torch.stack(outputs, 1), theirs(x)[0], **CLOSE)
+
+
+def test_the_forget_gate_starts_open():
+    dim = 8
+    bias = LSTM(Site(dim=dim)).input.bias.chunk(4)
+    assert_close(bias[1], torch.ones(dim))
+    assert all(not other.any() for other in (bias[0], bias[2], bias[3]))
+
+
+def test_the_cell_stays_exact_under_autocast():
+    x = torch.randn(2, 4, 8)
+    mixer = LSTM(Site(dim=8))
+    with torch.autocast("cpu", torch.bfloat16):
+        output, state = mixer.prefill(x, mixer.init_state(2, 4), context(x))
+    assert state.cell.dtype == torch.float32
+    assert_close(output, mixer(x, context(x)), rtol=0.05, atol=0.02)
