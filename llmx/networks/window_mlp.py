@@ -1,0 +1,88 @@
+"""The neural probabilistic language model (Bengio et al. 2003, JMLR 3:1137-1155): an MLP over the last n tokens.
+
+    x_t = [e_{t-n+1}; ...; e_t]                          embeddings of the last n tokens, n * M numbers
+    logits_t = U tanh(H x_t + d) + W x_t + b             W: the direct connections, which may be left out
+
+All positions at once, n M F + F V multiplications each (F hidden units), O(T n M) memory: the windows of positions
+overlap, and each is laid out by itself. The state is the embeddings of the last n - 1 tokens, (n - 1) M numbers a
+sequence. Before the first token stand copies of one learned vector, the same for every missing position. It sees n
+tokens and not one more, whatever the window of training. The trap: windows cut at t - n .. t - 1 predict token t + 1
+without its nearest neighbour, and padding on the right instead of the left shows the future.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from llmx.parts.init import normal_
+from llmx.protocol import Context, Network
+from llmx.shapes import Hidden, Logits, Tokens
+
+
+class WindowMLPState(NamedTuple):
+    past: Tensor  # (B, n - 1, M), the last embeddings
+
+
+class WindowMLP(Network):
+    """Tokens (B, T) -> logits (B, T, V) from the last n tokens at each position.
+
+    Args:
+        vocab_size: V, given by the tokenizer.
+        context_length: n, tokens that a prediction sees.
+        dim: M, width of an embedding.
+        hidden: F, units in the tanh layer.
+        direct: connects the embeddings to the logits directly too.
+
+    Raises:
+        ValueError: for a length or width below 1.
+    """
+
+    def __init__(
+        self, vocab_size: int, context_length: int = 8, dim: int = 64, hidden: int = 1024, direct: bool = True
+    ):
+        super().__init__()
+        for name, value in {"context_length": context_length, "dim": dim, "hidden": hidden}.items():
+            if value < 1:
+                raise ValueError(f"{name}: {value} is below 1")
+        self.vocab_size = vocab_size
+        self.context_length = context_length
+        self.direct = direct
+        self.embedding = nn.Embedding(vocab_size, dim)
+        self.start = nn.Parameter(torch.empty(dim).normal_())  # stands before the first token
+        self.inner = nn.Linear(context_length * dim, hidden)
+        self.head = nn.Linear(hidden + direct * context_length * dim, vocab_size)  # [U, W], b
+        normal_(self.inner, (context_length * dim) ** -0.5)
+        normal_(self.head)
+
+    @property
+    def stateful(self) -> bool:
+        return True
+
+    def hidden(self, tokens: Tokens) -> tuple[Hidden, Context]:
+        x = self.embedding(tokens)
+        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        past = self.init_state(*tokens.shape).past
+        return self._read(torch.cat((past, x), 1)), Context(tokens, positions, x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.head(hidden)
+
+    def init_state(self, batch_size: int, max_length: int) -> WindowMLPState:
+        return WindowMLPState(self.start.expand(batch_size, self.context_length - 1, -1))
+
+    def step(self, tokens: Tensor, state: WindowMLPState) -> tuple[Tensor, WindowMLPState]:  # type: ignore[override]
+        window = torch.cat((state.past, self.embedding(tokens)[:, None]), 1)  # (B, n, M)
+        x = window.flatten(1)
+        hidden = self.inner(x).tanh()
+        return self.head(torch.cat((hidden, x), -1) if self.direct else hidden), WindowMLPState(window[:, 1:])
+
+    def prefill(self, tokens: Tokens, state: WindowMLPState) -> tuple[Logits, WindowMLPState]:  # type: ignore[override]
+        embedded = torch.cat((state.past, self.embedding(tokens)), 1)  # (B, n - 1 + T, M)
+        return self.head(self._read(embedded)), WindowMLPState(embedded[:, tokens.shape[1] :])
+
+    def _read(self, embedded: Tensor) -> Tensor:
+        """Embeddings and the n - 1 before them, (B, n - 1 + T, M) -> what the head reads, (B, T, F [+ n M])."""
+        x = embedded.unfold(1, self.context_length, 1).transpose(2, 3).flatten(2)  # (B, T, n M), oldest first
+        hidden = self.inner(x).tanh()
+        return torch.cat((hidden, x), -1) if self.direct else hidden
