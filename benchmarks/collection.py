@@ -87,13 +87,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="configs; those that have no row yet if none is named")
     names = parser.parse_args().names
-    rows = json.loads(ROWS.read_text()) if ROWS.is_file() else {}
-    for name in names or [name for name in collection() if name not in rows]:
+    for name in names or [name for name in collection() if name not in read_rows()]:
         with tempfile.TemporaryDirectory() as folder:
-            rows[name] = measure(name, Path(folder))
+            row = measure(name, Path(folder))
+        rows = {**read_rows(), name: row}  # read again: two of these may run side by side
         ROWS.write_text(json.dumps(dict(sorted(rows.items())), indent=1) + "\n")
-        stamp(name, rows[name])
-        print(f"{name}: {header(rows[name])}", flush=True)
+        stamp(name, row)
+        print(f"{name}: {header(row)}", flush=True)
+
+
+def read_rows() -> dict[str, Any]:
+    return json.loads(ROWS.read_text()) if ROWS.is_file() else {}
 
 
 if __name__ == "__main__":
