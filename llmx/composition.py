@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 import sys
 from functools import partial
@@ -41,24 +42,64 @@ def to_config(value: Any) -> Any:
     return config
 
 
-def from_config(config: Any, trusted: tuple[str, ...] = ()) -> Any:
+def from_config(config: Any, trusted: tuple[str, ...] = (), key: str = "") -> Any:
     """Turns plain data into factories, the inverse of `to_config`.
 
     Only modules of llmx and torch.optim, modules that are imported already, and those named in `trusted` are looked
     into: data from elsewhere cannot make Python import something new.
 
+    Args:
+        config: the data.
+        trusted: modules that may be imported.
+        key: where the data stands; the factories name what they find wrong by its full path if this is given.
+
     Raises:
         UserError: where a class cannot be found, or its module may not be imported.
     """
     if isinstance(config, list | tuple):
-        return [from_config(item, trusted) for item in config]
+        return [from_config(item, trusted, key and f"{key}.{i}") for i, item in enumerate(config)]
     if isinstance(config, dict) and "class_path" in config:
         cls = find_class(config["class_path"], trusted)
-        arguments = {key: from_config(item, trusted) for key, item in (config.get("init_args") or {}).items()}
-        return partial(cls, **arguments)
+        given = config.get("init_args") or {}
+        arguments = {name: from_config(item, trusted, key and f"{key}.{name}") for name, item in given.items()}
+        factory = Placed(cls, **arguments) if key else partial(cls, **arguments)
+        if isinstance(factory, Placed):
+            factory.key = key
+        return factory
     if isinstance(config, dict):
-        return {key: from_config(item, trusted) for key, item in config.items()}
+        return {name: from_config(item, trusted, key and f"{key}.{name}") for name, item in config.items()}
     return config
+
+
+def build(config: Any, argument: Any, key: str) -> Any:
+    """Builds the component that stands at `key`; what any constructor finds wrong becomes one line with the full path.
+
+    Raises:
+        UserError: for a class that cannot be found, and for a component that cannot be built.
+    """
+    try:
+        factory = from_config(config, key=key)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
+    return factory(argument)
+
+
+class Placed(partial):
+    """A factory that knows where in the configuration it stands: what the constructor of a component finds wrong
+    (`heads: 3 heads must divide ...`) is raised with the whole path of the key."""
+
+    key = ""
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().__call__(*args, **kwargs)
+        except UserError:
+            raise  # from a component inside, which knew better where it stands
+        except (ValueError, TypeError) as error:
+            name, colon, _ = str(error).partition(": ")
+            names_argument = colon and name in inspect.signature(self.func).parameters
+            where = f"{self.key}." if names_argument else f"{self.key}: {self.func.__name__}: "
+            raise UserError(f"{where}{error}") from error
 
 
 def find_class(path: str, trusted: tuple[str, ...] = ()) -> type:

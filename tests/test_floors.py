@@ -18,6 +18,7 @@ ROOMS = {  # first name below llmx -> (floor, room); inside one room imports are
     "blocks": (3, "blocks"),
     "networks": (4, "networks"),
     "generation": (5, "generation"),
+    "describe": (5, "describe"),
     "audits": (5, "audits"),
     "data": (5, "data"),  # beside the house: see DATA_MAY_IMPORT
     "training": (6, "training"),

@@ -18,8 +18,8 @@ from torch.utils.tensorboard.summary import hparams
 
 from llmx.audits.causality import influence_figure
 from llmx.data.datamodule import TextDataModule
+from llmx.describe import describe, parameters
 from llmx.errors import UserError
-from llmx.training.composition_table import composition_table, parameters
 from llmx.training.metrics import bits, perplexity
 from llmx.training.module import LanguageModel
 from llmx.training.provenance import provenance
@@ -130,7 +130,7 @@ class RunRecord(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
         self.started = time.perf_counter()
         self.first_step = trainer.global_step
-        rich.print(composition_table(pl_module.network, pl_module.window))
+        rich.print(describe(pl_module.network, pl_module.window).render())
         if pl_module.causality is not None:
             rich.print(pl_module.causality.summary())
         compiled = "compiled" if pl_module.compiled else "not compiled"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import partial
@@ -19,7 +18,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from llmx.audits.causality import CausalityError, CausalityReport, audit_causality
-from llmx.composition import from_config, to_config
+from llmx.composition import build, to_config
 from llmx.data.datamodule import Prompts
 from llmx.data.tokenizers import Tokenizer, tokenizer_from_config
 from llmx.data.windows import Batch
@@ -95,7 +94,7 @@ class LanguageModel(pl.LightningModule):
             },
             logger=False,
         )
-        self.network: Network = _build("network", self.hparams["network"], self.tokenizer.vocab_size)
+        self.network: Network = build(self.hparams["network"], self.tokenizer.vocab_size, "model.network")
         if gradient_checkpointing:
             self.network.enable_gradient_checkpointing()
         if warm_start is not None:
@@ -174,9 +173,9 @@ class LanguageModel(pl.LightningModule):
             matrices = [p for p in parameters if p.ndim >= 2]
             others = [p for p in parameters if p.ndim < 2]
             groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
-        optimizer = _build("optimizer", self.hparams["optimizer"], [group for group in groups if group["params"]])
+        optimizer = build(self.hparams["optimizer"], [group for group in groups if group["params"]], "model.optimizer")
         self._initial = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        schedule = _build("schedule", self.hparams["schedule"], self.total_steps)
+        schedule = build(self.hparams["schedule"], self.total_steps, "model.schedule")
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": LambdaLR(optimizer, schedule), "interval": "step", "name": "lr"},
@@ -292,29 +291,11 @@ class LanguageModel(pl.LightningModule):
         )
 
 
-def _build(key: str, config: Config, argument: Any) -> Any:
-    """Builds a component; what its constructor finds wrong becomes one line that names the key."""
-    try:
-        return from_config(config)(argument)
-    except UserError as error:
-        raise UserError(f"model.{key}: {error}") from error
-    except (ValueError, TypeError) as error:
-        culprit = _constructor(error)
-        raise UserError(f"model.{key}: {culprit}{error}") from error
-
-
 def _sampling(prefix: str, values: Config) -> Sampling:
     try:
         return Sampling(**values)
     except ValueError as error:
         raise UserError(f"{prefix}{error}") from error
-
-
-def _constructor(error: BaseException) -> str:
-    """The class whose constructor raised, read from the innermost `__init__` of the traceback."""
-    trace = inspect.getinnerframes(error.__traceback__) if error.__traceback__ else []
-    owners = [frame.frame.f_locals.get("self") for frame in trace if frame.function == "__init__"]
-    return f"{type(owners[-1]).__name__}: " if owners else ""
 
 
 def _first_lines(error: Exception) -> str:
