@@ -26,6 +26,7 @@ from llmx.composition import import_collection, to_config
 from llmx.data.datamodule import TextDataModule
 from llmx.errors import UserError
 from llmx.explain import explain
+from llmx.protocol import CountingNetwork
 from llmx.training.callbacks import (
     BestCheckpoint,
     EndWithValidation,
@@ -178,6 +179,7 @@ class CLI(LightningCLI):
         if self.run is not None:
             self._check_same_network()
         self._check_window()
+        self._let_it_count()
         if verb == "fit":
             self.model.audit_causality()  # before there is a run folder
         self.config_init = self.parser.instantiate_classes(self.config)  # of the trainer; see _add_instantiators
@@ -185,9 +187,24 @@ class CLI(LightningCLI):
             self.trainer = self.instantiate_trainer(**self._trainer_arguments(settings.trainer))
         except (ValueError, TypeError) as error:
             raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+        if verb == "fit" and self._counts and self.trainer.world_size > 1:
+            raise UserError("trainer.devices: this network counts, which one process does; give 1")
         if verb == "fit":
             self.datamodule.trainer = self.trainer
             self.datamodule.train_dataloader()  # whether devices and accumulation divide the batch
+
+    @property
+    def _counts(self) -> bool:
+        return isinstance(self.model.network, CountingNetwork)
+
+    def _let_it_count(self) -> None:
+        """Before the audit: of a network that has not counted it would say nothing."""
+        if not self._counts or self.subcommand not in ("fit", "audit"):
+            return
+        if self.run is None:
+            self.model.learn(self.datamodule)
+        else:
+            self.model.load_state_dict(self.checkpoint["state_dict"])
 
     def _check_settings(self, settings: Any) -> None:
         """What the parser lets pass and nothing further on would say clearly."""
@@ -229,6 +246,8 @@ class CLI(LightningCLI):
         # Lightning counts batches here; a run should validate at the same steps however they are accumulated
         if fit and isinstance(trainer.val_check_interval, int) and trainer.check_val_every_n_epoch is None:
             changes["val_check_interval"] = trainer.val_check_interval * trainer.accumulate_grad_batches
+        if fit and self._counts and trainer.devices == "auto":
+            changes["devices"] = 1
         return changes
 
     def _precision(self, accelerator: str) -> Any:
@@ -258,6 +277,8 @@ class CLI(LightningCLI):
         """A checkpoint of another architecture is said so, instead of a page of missing keys."""
         held = {k: v.shape for k, v in self.checkpoint["state_dict"].items() if k.startswith("network.")}
         built = {k: v.shape for k, v in self.model.state_dict().items() if k.startswith("network.")}
+        if self._counts:  # the sizes of its tables are those of the text
+            built |= {name: held[name] for name in built.keys() & held.keys()}
         if held != built:
             name = next(k for k in [*built, *held] if held.get(k) != built.get(k))
             raise UserError(
@@ -375,6 +396,7 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # a resumed run's
     warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`, callbacks")
+    warnings.filterwarnings("ignore", message=".*configure_optimizers` returned `None`")  # a network that counts
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "Tip:" not in record.getMessage()
     )

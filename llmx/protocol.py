@@ -295,3 +295,16 @@ class Network(nn.Module, ABC):
         for module in self.modules():
             if isinstance(module, Component):
                 module.after_optimizer_step()
+
+
+class CountingNetwork(Network):
+    """A network that learns by counting a text, once, and has neither parameters nor an optimizer."""
+
+    @property
+    @abstractmethod
+    def learned(self) -> bool:
+        """Whether it has counted."""
+
+    @abstractmethod
+    def learn(self, tokens: Tensor) -> None:
+        """Counts a text, (L,) int64, in place of what was counted before."""

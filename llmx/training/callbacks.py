@@ -66,8 +66,9 @@ class LearningRate(Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every and (trainer.global_step + 1) % every == 0:  # what Lightning hands to the logger: the rest is dropped
-            pl_module.log("lr", trainer.optimizers[0].param_groups[0]["lr"], rank_zero_only=True)
+        groups = trainer.optimizers[0].param_groups  # none where a network counts
+        if groups and every and (trainer.global_step + 1) % every == 0:  # what reaches the logger: the rest is dropped
+            pl_module.log("lr", groups[0]["lr"], rank_zero_only=True)
 
 
 class TokensPerSecond(Callback):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info
@@ -19,12 +20,12 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from llmx.audits.causality import CausalityError, CausalityReport, audit_causality
 from llmx.composition import build, to_config
-from llmx.data.datamodule import Prompts
+from llmx.data.datamodule import Prompts, TextDataModule
 from llmx.data.tokenizers import Tokenizer, tokenizer_from_config
 from llmx.data.windows import Batch
 from llmx.errors import UserError
 from llmx.generation import Sampling, generate
-from llmx.protocol import Network
+from llmx.protocol import CountingNetwork, Network
 from llmx.shapes import Tokens
 from llmx.training.checkpoints import read_checkpoint
 from llmx.training.fastpath import COMPILE_DECODING_FROM, COMPILE_FROM, can_compile, compiled_decode, keep_freed_memory
@@ -109,6 +110,8 @@ class LanguageModel(pl.LightningModule):
     # ---------------------------------------------------------------------------------------------------- training
     def setup(self, stage: str) -> None:
         keep_freed_memory()
+        if stage == "fit" and isinstance(self.network, CountingNetwork) and not self.network.learned:
+            self.learn(self.trainer.datamodule)  # type: ignore[attr-defined]
         wanted = self.hparams["compile"]
         if wanted == "auto":
             wanted = stage == "fit" and self.total_steps - self.trainer.global_step >= COMPILE_FROM
@@ -118,6 +121,11 @@ class LanguageModel(pl.LightningModule):
             self.losses = torch.compile(self.network.losses, dynamic=False)
         elif wanted and stage != "predict":
             rank_zero_info("No C++ compiler was found: the network runs without compilation.")
+
+    def learn(self, data: TextDataModule) -> None:
+        """Lets a network that counts count the training split."""
+        if isinstance(self.network, CountingNetwork):
+            self.network.learn(torch.from_numpy(data.tokens("train").astype(np.int64)))
 
     def on_fit_start(self) -> None:
         self.audit_causality()
@@ -152,6 +160,10 @@ class LanguageModel(pl.LightningModule):
         self.log("train/loss", loss, prog_bar=True, sync_dist=self.trainer.world_size > 1)
         return loss + auxiliary
 
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        if loss.requires_grad:  # a network that counts has nothing to differentiate
+            super().backward(loss, *args, **kwargs)
+
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
         self.network.after_optimizer_step()
@@ -159,6 +171,8 @@ class LanguageModel(pl.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
+        if isinstance(self.network, CountingNetwork):
+            return
         if self.trainer.precision != "bf16-mixed":
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif gradient_clip_val:
@@ -167,6 +181,8 @@ class LanguageModel(pl.LightningModule):
             Precision.clip_gradients(self.trainer.precision_plugin, optimizer, gradient_clip_val, algorithm)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
+        if isinstance(self.network, CountingNetwork):
+            return None
         parameters = [p for p in self.network.parameters() if p.requires_grad]
         groups: list[dict[str, Any]] = [{"params": parameters}]
         if self.hparams["weight_decay_on"] == "matrices":
@@ -182,6 +198,8 @@ class LanguageModel(pl.LightningModule):
         }
 
     def on_train_start(self) -> None:
+        if isinstance(self.network, CountingNetwork):
+            return
         # a restored optimizer brings its old rates along; the run's configuration has the last word
         scheduler: Any = self.lr_schedulers()
         scheduler.base_lrs = [group["lr"] for group in self._initial]
@@ -192,7 +210,9 @@ class LanguageModel(pl.LightningModule):
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps in the whole run, for the schedule."""
+        """Optimizer steps in the whole run, for the schedule; 1 where a network has counted all there is before."""
+        if isinstance(self.network, CountingNetwork):
+            return 1
         # not trainer.estimated_stepping_batches: it loads the data, and a restored loader would lose its place
         if self.trainer.max_steps > 0:
             return self.trainer.max_steps

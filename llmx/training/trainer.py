@@ -12,6 +12,7 @@ from llmx.audits.forms import FormsReport, audit_forms
 from llmx.audits.hidden_future import hidden_future_loss
 from llmx.audits.parameters import ParametersReport, audit_parameters
 from llmx.data.datamodule import TextDataModule
+from llmx.protocol import CountingNetwork
 from llmx.training.checkpoints import read_checkpoint
 from llmx.training.module import LanguageModel
 
@@ -30,10 +31,9 @@ class Trainer(pl.Trainer):
         Returns whether the network passes them all.
         """
         report = audit_causality(model.network, model.window)
-        others: list[FormsReport | ParametersReport] = [
-            audit_forms(model.network, model.window),
-            audit_parameters(model.network, model.window),
-        ]
+        others: list[FormsReport | ParametersReport] = [audit_forms(model.network, model.window)]
+        if not isinstance(model.network, CountingNetwork):
+            others.append(audit_parameters(model.network, model.window))
         for summary in (report.summary(), *(other.summary() for other in others)):
             rich.print(summary)
         if ckpt_path is not None and report.leaking:
