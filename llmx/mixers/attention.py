@@ -8,22 +8,13 @@ O(T D) with the fused kernel and O(T^2) where the products are written out; the 
 numbers a token. The trap: grouped heads repeat each key head for neighbouring query heads (h // (H / G)), not in turn.
 """
 
-from typing import NamedTuple
-
 from torch import Tensor, nn
 
-from llmx.parts.attention import causal_attention, masked_attention, past_bias, write
+from llmx.parts.attention import KeyValues, attend_cache, causal_attention, empty_cache
 from llmx.parts.init import normal_, residual_std
-from llmx.parts.rotary import rotary_table, rotate
+from llmx.parts.rotary import rotate, shared_table
 from llmx.protocol import Context, Site, StatefulMixer
 from llmx.shapes import Hidden
-
-
-class AttentionState(NamedTuple):
-    """The keys (rotated) and values of the past, slot s for position s; written in place while gradients are off."""
-
-    key: Tensor  # (B, G, S, K)
-    value: Tensor  # (B, G, S, K)
 
 
 class Attention(StatefulMixer):
@@ -69,40 +60,22 @@ class Attention(StatefulMixer):
         mixed = causal_attention(query, key, value, self.dropout if self.training else 0.0)  # (B, H, T, K)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
-    def init_state(self, batch_size: int, max_length: int) -> AttentionState:
-        room = (batch_size, self.kv_heads, max_length, self.head_dim)
-        return AttentionState(self.out.weight.new_zeros(room), self.out.weight.new_zeros(room))
+    def init_state(self, batch_size: int, max_length: int) -> KeyValues:
+        return empty_cache(self.out.weight, batch_size, self.kv_heads, max_length, self.head_dim, self.head_dim)
 
-    def step(self, x: Tensor, state: AttentionState, context: Context) -> tuple[Tensor, AttentionState]:  # type: ignore[override]
+    def step(self, x: Tensor, state: KeyValues, context: Context) -> tuple[Tensor, KeyValues]:  # type: ignore[override]
         query, key, value = (heads[:, None] for heads in self._project(x, context))
-        mixed, state = self._attend(query, key, value, state, context.positions[:, None])
+        mixed, state = attend_cache(query, key, value, state, context.positions[:, None])
         return self.out(mixed[:, 0]), state
 
-    def prefill(self, x: Hidden, state: AttentionState, context: Context) -> tuple[Hidden, AttentionState]:  # type: ignore[override]
-        query, key, value = self._project(x, context)
-        mixed, state = self._attend(query, key, value, state, context.positions)
+    def prefill(self, x: Hidden, state: KeyValues, context: Context) -> tuple[Hidden, KeyValues]:  # type: ignore[override]
+        mixed, state = attend_cache(*self._project(x, context), state, context.positions)
         return self.out(mixed), state
-
-    def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, state: AttentionState, positions: Tensor
-    ) -> tuple[Tensor, AttentionState]:
-        """Attention of T tokens at positions (B, T) over the cache with them in it: (B, T, D)."""
-        keys, values = write(state.key, key, positions), write(state.value, value, positions)
-        bias = past_bias(positions, keys.shape[2], query.dtype)
-        mixed = masked_attention(query.transpose(1, 2), keys.to(query.dtype), values.to(query.dtype), bias)
-        return mixed.transpose(1, 2).flatten(2), AttentionState(keys, values)
 
     def _project(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated query (B, T, H, K), rotated key (B, T, G, K), value (B, T, G, K), without T in `step`."""
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
         # split, not slices: its gradient is one concatenation, that of slices a sum of padded tensors
         query, key, value = heads.split((self.heads, self.kv_heads, self.kv_heads), -2)
-        table = self._table(x, context)[..., None, :, :]
+        table = shared_table(context, self.head_dim, self.rotary_base, x.dtype)
         return rotate(query, table), rotate(key, table), value
-
-    def _table(self, x: Tensor, context: Context) -> Tensor:
-        """The rotary table (B or 1, T, 2, K/2), without T in `step`; made once for all layers that share it."""
-        name = f"rotary {self.rotary_base} {self.head_dim}"
-        if name not in context.store:
-            context.store[name] = rotary_table(context.positions, self.head_dim, self.rotary_base, x.dtype)
-        return context.store[name]

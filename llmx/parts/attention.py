@@ -6,6 +6,8 @@ written out. In fp32 the fused kernel is ahead at every window (AVX2, forward an
 at 2,048).
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -62,3 +64,46 @@ def past_bias(positions: Tensor, slots: int, dtype: torch.dtype) -> Tensor:
     """The bias that hides what lies behind a position: positions (B, T) -> (B, 1, 1, T, S), slot s for position s."""
     hidden = torch.arange(slots, device=positions.device) > positions[:, :, None]  # (B, T, S)
     return torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, float("-inf"))[:, None, None]
+
+
+class KeyValues(NamedTuple):
+    """The keys and values of the past, slot s for position s; written in place while gradients are off."""
+
+    key: Tensor  # (B, G, S, K)
+    value: Tensor  # (B, G, S, V)
+
+
+def empty_cache(like: Tensor, batch_size: int, groups: int, slots: int, key_dim: int, value_dim: int) -> KeyValues:
+    """Zeros of the dtype and device of `like`."""
+    return KeyValues(
+        like.new_zeros(batch_size, groups, slots, key_dim), like.new_zeros(batch_size, groups, slots, value_dim)
+    )
+
+
+def attend_cache(
+    query: Tensor, key: Tensor, value: Tensor, cache: KeyValues, positions: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, KeyValues]:
+    """Attention of T tokens at positions (B, T) over the cache with them in it.
+
+    query (B, T, H, K), key (B, T, G, K), value (B, T, G, V), and a bias on the scores that broadcasts to
+    (B, G, H/G, T, S) -> (B, T, H V) and the cache.
+    """
+    cache = KeyValues(write(cache.key, key, positions), write(cache.value, value, positions))
+    hidden = past_bias(positions, cache.key.shape[2], query.dtype)
+    mixed = masked_attention(
+        query.transpose(1, 2),
+        cache.key.to(query.dtype),
+        cache.value.to(query.dtype),
+        hidden if bias is None else hidden + bias,
+    )
+    return mixed.transpose(1, 2).flatten(2), cache
+
+
+def biased_causal_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, dropout: float = 0.0) -> Tensor:
+    """Causal attention with a bias on the scores that broadcasts to (B, G, H/G, T, T), written out.
+
+    query (B, H, T, K), key (B, G, T, K), value (B, G, T, V) -> (B, H, T, V).
+    """
+    time = query.shape[2]
+    hidden = torch.full((time, time), float("-inf"), dtype=query.dtype, device=query.device).triu(1)
+    return masked_attention(query, key, value, bias + hidden, dropout)

@@ -4,6 +4,7 @@ future (that is how the experiment in configs/seed came by its loss)."""
 from abc import ABC, abstractmethod
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -29,3 +30,44 @@ class RMSNorm(Norm):
         exact = x if x.dtype == torch.float64 else x.float()
         scale = torch.rsqrt(exact.square().mean(-1, keepdim=True) + self.eps)
         return (exact * scale).to(x.dtype) * self.weight.to(x.dtype)
+
+
+class LayerNorm(Norm):
+    """(x - mean) / sqrt(variance + eps) * weight + bias, over the last dimension (arXiv 1607.06450)."""
+
+    def __init__(self, dim: int, eps: float = 1e-5, bias: bool = True):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps).to(x.dtype)
+
+
+class NoNorm(Norm):
+    """x as it is, where a slot for a norm is to be left empty."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class DyT(Norm):
+    """weight * tanh(alpha x) + bias, each number by itself (arXiv 2503.10622): no statistic, hence no norm at all.
+
+    Args:
+        dim: D.
+        alpha: where the one learned slope starts.
+    """
+
+    def __init__(self, dim: int, alpha: float = 0.5):
+        super().__init__()
+        self.alpha = nn.Parameter(torch.full((), alpha))
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.alpha * x) * self.weight + self.bias

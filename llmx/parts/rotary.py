@@ -7,6 +7,8 @@ trained network absorbs and copied weights do not.
 import torch
 from torch import Tensor
 
+from llmx.protocol import Context
+
 
 def rotary_table(positions: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> Tensor:
     """Cosines and sines of positions (...,): (..., 2, K/2). Angles are computed in float32 at least."""
@@ -14,6 +16,14 @@ def rotary_table(positions: Tensor, head_dim: int, base: float, dtype: torch.dty
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=exact) / head_dim
     angles = positions[..., None].to(exact) * base**-exponents  # (..., K/2)
     return torch.stack((angles.cos(), angles.sin()), -2).to(dtype)
+
+
+def shared_table(context: Context, head_dim: int, base: float, dtype: torch.dtype) -> Tensor:
+    """The rotary table of this pass, (B or 1, T, 1, 2, K/2), without T in `step`: made once for all layers."""
+    name = f"rotary {base} {head_dim}"
+    if name not in context.store:
+        context.store[name] = rotary_table(context.positions, head_dim, base, dtype)[..., None, :, :]
+    return context.store[name]
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ class Entry:
         self.modules = list(dict.fromkeys(cls.__module__ for cls in used))
 
     def index_row(self) -> str:
-        papers = re.findall(r"\d{4}\.\d{4,5}", self.header[0])
+        papers = dict.fromkeys(re.findall(r"\b\d{4}\.\d{4,5}\b", " ".join(self.header)))
         links = ", ".join(f"[{paper}](https://arxiv.org/abs/{paper})" for paper in papers)
         time = next((cost for module in self.modules if (cost := _time(_docstring(module)))), "")
         state, parameters, loss = ["", ""], "", ""
@@ -95,7 +95,7 @@ def _docstring(module: str) -> str:
 
 def _time(text: str) -> str:
     """The first cost in time that a docstring states, such as O(T^2 D)."""
-    found = re.search(r"[Tt]ime (O\([^)]*\))", text)
+    found = re.search(r"[Tt]ime\s+(O\([^)]*\))", text)
     return f"`{found.group(1)}`" if found else ""
 
 

@@ -9,8 +9,9 @@ from torch import nn
 from llmx.audits.forms import audit_forms, segmentations
 from llmx.blocks.prenorm import PreNormBlock
 from llmx.feedforward.swiglu import SwiGLU
-from llmx.mixers.attention import Attention, AttentionState
+from llmx.mixers.attention import Attention
 from llmx.networks.decoder import Decoder
+from llmx.parts.attention import KeyValues
 from llmx.protocol import Mixer
 
 WINDOW = 12
@@ -44,7 +45,7 @@ class ForgetsBetweenPieces(Honest):
 class NoGradientThroughState(Honest):
     def step(self, x, state, context):
         output, state = super().step(x, state, context)
-        return output, AttentionState(*(tensor.detach() for tensor in state))
+        return output, KeyValues(*(tensor.detach() for tensor in state))
 
 
 class WrongFeedForwardStep(SwiGLU):

@@ -1,0 +1,42 @@
+"""The post-norm residual block of the first Transformer (arXiv 1706.03762): norm(x + mixer(x)), then
+norm(x + feed_forward(x)).
+
+The stream is normalised after every branch, so nothing grows with depth, but no path from the loss to a lower layer is
+without a norm: deep stacks need warm-up (arXiv 2002.04745). The last norm of the decoder has to be `NoNorm`.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from llmx.blocks.residual import ResidualBlock
+from llmx.parts.norm import LayerNorm, Norm
+from llmx.protocol import FeedForward, Mixer, Run, Site
+
+
+class PostNormBlock(ResidualBlock):
+    """Norm after each branch has been added.
+
+    Args:
+        site: where the block stands.
+        mixer: factory of the token mixer.
+        feed_forward: factory of the channel mixer.
+        norm: factory of a norm, from `dim`.
+        dropout: probability of dropping a number of either branch before it is added, in training.
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        mixer: Callable[[Site], Mixer],
+        feed_forward: Callable[[Site], FeedForward],
+        norm: Callable[[int], Norm] = LayerNorm,
+        dropout: float = 0.0,
+    ):
+        super().__init__(site, mixer, feed_forward, dropout)
+        self.mixer_norm = norm(site.dim)
+        self.feed_forward_norm = norm(site.dim)
+
+    def connect(self, x: Tensor, mix: Run, feed: Run) -> Tensor:
+        x = self.mixer_norm(x + mix(x))
+        return self.feed_forward_norm(x + feed(x))

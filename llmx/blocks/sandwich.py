@@ -1,0 +1,45 @@
+"""Norms on both sides of each branch (peri-norm, arXiv 2502.02732; Gemma 2, arXiv 2408.00118):
+x + norm(mixer(norm(x))), then x + norm(feed_forward(norm(x))).
+
+The norm before a branch fixes what it reads, the one after it what it can write: the stream grows at most linearly
+with depth, whatever the weights do. The trap: a zero-initialised output projection gives the second norm nothing but
+rounding to divide by.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from llmx.blocks.residual import ResidualBlock
+from llmx.parts.norm import Norm, RMSNorm
+from llmx.protocol import FeedForward, Mixer, Run, Site
+
+
+class SandwichBlock(ResidualBlock):
+    """Norm before and after each branch.
+
+    Args:
+        site: where the block stands.
+        mixer: factory of the token mixer.
+        feed_forward: factory of the channel mixer.
+        norm: factory of a norm, from `dim`.
+        dropout: probability of dropping a number of either branch before its second norm, in training.
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        mixer: Callable[[Site], Mixer],
+        feed_forward: Callable[[Site], FeedForward],
+        norm: Callable[[int], Norm] = RMSNorm,
+        dropout: float = 0.0,
+    ):
+        super().__init__(site, mixer, feed_forward, dropout)
+        self.mixer_norm = norm(site.dim)
+        self.mixer_out_norm = norm(site.dim)
+        self.feed_forward_norm = norm(site.dim)
+        self.feed_forward_out_norm = norm(site.dim)
+
+    def connect(self, x: Tensor, mix: Run, feed: Run) -> Tensor:
+        x = x + self.mixer_out_norm(mix(self.mixer_norm(x)))
+        return x + self.feed_forward_out_norm(feed(self.feed_forward_norm(x)))

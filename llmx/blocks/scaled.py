@@ -1,0 +1,75 @@
+"""Branches with a learned size: LayerScale (arXiv 2103.17239) and ReZero (arXiv 2003.04887).
+
+    LayerScale   x + g * branch(norm(x)),   g of width D, starting small
+    ReZero       x + g branch(x),           one number g a branch, starting at 0, and no norm
+
+Both start a deep stack near the identity. The trap: at ReZero's start every branch is invisible, so a leak or a dead
+parameter inside one shows only once its weights have been moved; the audits move them first.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from llmx.blocks.residual import ResidualBlock
+from llmx.parts.norm import Norm, RMSNorm
+from llmx.protocol import FeedForward, Mixer, Run, Site
+
+
+class LayerScaleBlock(ResidualBlock):
+    """Pre-norm, each branch times a learned gain a channel.
+
+    Args:
+        site: where the block stands.
+        mixer: factory of the token mixer.
+        feed_forward: factory of the channel mixer.
+        norm: factory of a norm, from `dim`.
+        start: where the gains start; 0.1 for depths up to 18 in the paper.
+        dropout: probability of dropping a number of either branch before it is added, in training.
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        mixer: Callable[[Site], Mixer],
+        feed_forward: Callable[[Site], FeedForward],
+        norm: Callable[[int], Norm] = RMSNorm,
+        start: float = 0.1,
+        dropout: float = 0.0,
+    ):
+        super().__init__(site, mixer, feed_forward, dropout)
+        self.mixer_norm = norm(site.dim)
+        self.mixer_gain = nn.Parameter(torch.full((site.dim,), start))
+        self.feed_forward_norm = norm(site.dim)
+        self.feed_forward_gain = nn.Parameter(torch.full((site.dim,), start))
+
+    def connect(self, x: Tensor, mix: Run, feed: Run) -> Tensor:
+        x = x + self.mixer_gain * mix(self.mixer_norm(x))
+        return x + self.feed_forward_gain * feed(self.feed_forward_norm(x))
+
+
+class ReZeroBlock(ResidualBlock):
+    """No norm, each branch times one learned number that starts at 0.
+
+    Args:
+        site: where the block stands.
+        mixer: factory of the token mixer.
+        feed_forward: factory of the channel mixer.
+        dropout: probability of dropping a number of either branch before it is added, in training.
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        mixer: Callable[[Site], Mixer],
+        feed_forward: Callable[[Site], FeedForward],
+        dropout: float = 0.0,
+    ):
+        super().__init__(site, mixer, feed_forward, dropout)
+        self.mixer_gain = nn.Parameter(torch.zeros(()))
+        self.feed_forward_gain = nn.Parameter(torch.zeros(()))
+
+    def connect(self, x: Tensor, mix: Run, feed: Run) -> Tensor:
+        x = x + self.mixer_gain * mix(x)
+        return x + self.feed_forward_gain * feed(x)

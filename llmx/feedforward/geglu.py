@@ -1,0 +1,37 @@
+"""GeGLU feed-forward (arXiv 2002.05202, as in Gemma): W_down (gelu(W_gate x) * W_up x), no biases.
+
+Each position by itself: Time O(T D F), no state. The trap: Gemma takes the tanh approximation of GELU.
+"""
+
+import torch.nn.functional as F
+from torch import nn
+
+from llmx.parts.init import normal_, residual_std
+from llmx.protocol import Context, Site, Stateless
+from llmx.shapes import Hidden
+
+
+class GeGLU(Stateless):
+    """(B, T, D) -> (B, T, D).
+
+    Args:
+        site: where the feed-forward stands.
+        hidden: width inside; 8/3 dim, rounded, if not given.
+
+    Raises:
+        ValueError: for a hidden width below 1.
+    """
+
+    def __init__(self, site: Site, hidden: int | None = None):
+        super().__init__()
+        hidden = round(8 * site.dim / 3) if hidden is None else hidden
+        if hidden < 1:
+            raise ValueError(f"hidden: {hidden} is below 1")
+        self.gate_up = nn.Linear(site.dim, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, site.dim, bias=False)
+        normal_(self.gate_up)
+        normal_(self.down, residual_std(site.depth))
+
+    def forward(self, x: Hidden, context: Context) -> Hidden:
+        gate, up = self.gate_up(x).chunk(2, -1)
+        return self.down(F.gelu(gate, approximate="tanh") * up)

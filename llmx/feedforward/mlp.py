@@ -1,0 +1,54 @@
+"""The two-layer perceptron of the first Transformer (arXiv 1706.03762): W_down f(W_up x + b) + c.
+
+Each position by itself: Time O(T D F), no state. f is ReLU in 2017, GELU (arXiv 1606.08415) in GPT-2 and BERT, which
+GPT-2 computes by its tanh approximation, and the square of ReLU in Primer (arXiv 2109.08668). The trap: the exact GELU
+and its approximation differ by up to 5e-4, which copied weights show.
+"""
+
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmx.parts.init import normal_, residual_std
+from llmx.protocol import Context, Site, Stateless
+from llmx.shapes import Hidden
+
+Activation = Literal["relu", "gelu", "gelu_tanh", "relu_squared"]
+
+
+class MLP(Stateless):
+    """(B, T, D) -> (B, T, D).
+
+    Args:
+        site: where the feed-forward stands.
+        hidden: width inside; 4 dim if not given.
+        activation: the function between the two layers.
+        bias: both layers have a bias.
+
+    Raises:
+        ValueError: for a hidden width below 1.
+    """
+
+    def __init__(self, site: Site, hidden: int | None = None, activation: Activation = "gelu", bias: bool = False):
+        super().__init__()
+        hidden = 4 * site.dim if hidden is None else hidden
+        if hidden < 1:
+            raise ValueError(f"hidden: {hidden} is below 1")
+        self.activation = activation
+        self.up = nn.Linear(site.dim, hidden, bias=bias)
+        self.down = nn.Linear(hidden, site.dim, bias=bias)
+        normal_(self.up)
+        normal_(self.down, residual_std(site.depth))
+
+    def forward(self, x: Hidden, context: Context) -> Hidden:
+        return self.down(activate(self.up(x), self.activation))
+
+
+def activate(x: Tensor, activation: Activation) -> Tensor:
+    """The activation of a number at a time."""
+    if activation == "relu":
+        return F.relu(x)
+    if activation == "relu_squared":
+        return F.relu(x).square()
+    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
