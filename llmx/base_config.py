@@ -2,6 +2,9 @@
 
 The two are merged key by key, before the parser sees them: what the file says wins, lists are replaced whole, and
 another `class_path` replaces the component with all its arguments.
+
+The parser cannot reach an entry of a list from the command line, so that is done here too:
+`--model.network.block.blocks.1.mixer.heads 4` changes the second block of a cycle.
 """
 
 from __future__ import annotations
@@ -49,16 +52,85 @@ def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def with_bases(arguments: list[str]) -> list[str]:
     """The arguments, with every config file that builds on another replaced by the content of both."""
     result = list(arguments)
-    for i, argument in enumerate(arguments):
-        name, equals, value = argument.partition("=")
-        if name not in ("--config", "-c"):
-            continue
-        place = i if equals else i + 1
-        value = value if equals else arguments[place] if place < len(arguments) else ""
+    for place in _config_places(arguments):
+        name, value = _option(arguments[place])
         try:
             built = read_config(value)
         except (OSError, UnicodeDecodeError, yaml.YAMLError):
             continue  # the parser says what is wrong with it
         if isinstance(built, dict):
-            result[place] = f"{name}={json.dumps(built)}" if equals else json.dumps(built)
+            result[place] = f"{name}{json.dumps(built)}"
     return result
+
+
+def with_list_entries(arguments: list[str]) -> list[str]:
+    """The arguments, with every option that goes through a list by index carried out in the last config given.
+
+    Without a config they stay as they are.
+
+    Raises:
+        UserError: for an index, or a list, that the config does not have.
+    """
+    kept: list[str] = []
+    changes: list[tuple[str, str]] = []
+    rest = iter(arguments)
+    for argument in rest:
+        name, equals, value = argument.partition("=")
+        if name.startswith("--") and any(part.isdecimal() for part in name.split(".")):
+            changes.append((name.removeprefix("--"), value if equals else next(rest, "")))
+        else:
+            kept.append(argument)
+    places = _config_places(kept)
+    if not changes or not places:
+        return arguments
+    name, value = _option(kept[places[-1]])
+    try:
+        config = yaml.safe_load(value) if value.lstrip().startswith("{") else read_config(value)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return arguments  # the parser says what is wrong with it
+    for path, text in changes:
+        _set(config, path, text)
+    kept[places[-1]] = f"{name}{json.dumps(config)}"
+    return kept
+
+
+def _config_places(arguments: list[str]) -> list[int]:
+    """The indices of the arguments that hold a config, as `--config=VALUE` or as a VALUE of its own."""
+    return [
+        i
+        for i, argument in enumerate(arguments)
+        if argument.startswith(("--config=", "-c=")) or (i > 0 and arguments[i - 1] in ("--config", "-c"))
+    ]
+
+
+def _option(argument: str) -> tuple[str, str]:
+    """`--config=VALUE` as ("--config=", VALUE), and a bare VALUE as ("", VALUE)."""
+    name, equals, value = argument.partition("=")
+    return (f"{name}=", value) if equals and name in ("--config", "-c") else ("", argument)
+
+
+def _set(config: Any, path: str, text: str) -> None:
+    """Puts a value at a dotted path through mappings, components (`init_args` may be left out) and lists."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"{path}: {text!r} is not valid YAML") from None
+    parts = path.split(".")
+    node = config
+    for i, part in enumerate(parts):
+        if isinstance(node, dict) and "class_path" in node and part not in ("class_path", "init_args"):
+            node = node.setdefault("init_args", {})
+        if isinstance(node, list) != part.isdecimal():
+            raise UserError(
+                f"{'.'.join(parts[: i + 1])}: the config has {'a' if isinstance(node, list) else 'no'} list"
+            )
+        if isinstance(node, list) and int(part) >= len(node):
+            raise UserError(f"{'.'.join(parts[: i + 1])}: the list ends with {len(node) - 1}")
+        key: Any = int(part) if isinstance(node, list) else part
+        held = node[key] if isinstance(node, list) else node.get(key)
+        if i < len(parts) - 1:  # on the way down, and a component by its name alone may have arguments
+            node[key] = {"class_path": held} if isinstance(held, str) else {} if held is None else held
+        else:
+            component = isinstance(value, str) and isinstance(held, dict) and "class_path" in held
+            node[key] = {"class_path": value} if component else value
+        node = node[key]

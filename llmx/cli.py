@@ -21,9 +21,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from llmx.base_config import with_bases
-from llmx.composition import import_collection, to_config
+from llmx.base_config import with_bases, with_list_entries
+from llmx.composition import build, import_collection, to_config
 from llmx.data.datamodule import TextDataModule
+from llmx.describe import Description, describe
 from llmx.errors import UserError
 from llmx.explain import explain
 from llmx.protocol import CountingNetwork
@@ -46,6 +47,7 @@ from llmx.training.predictions import write_predictions
 from llmx.training.trainer import Trainer
 
 GROUPS: dict[str, type] = {"model": LanguageModel, "data": TextDataModule}
+SMALL = 50_000_000  # parameters of a network that is described by running it, where shapes alone do not do
 
 
 def main(args: list[str] | None = None) -> int:
@@ -58,10 +60,11 @@ def main(args: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if args is None else args
     _quiet()
     try:
-        arguments = with_bases(arguments)
+        arguments = with_list_entries(with_bases(arguments))
         return CLI(arguments).exit_code
     except ParserError as error:
-        options = ["config", "seed_everything", "ckpt_path", "weights_only", "verbose", "return_predictions", "help"]
+        options = ["config", "seed_everything", "vocab_size", "ckpt_path", "length", "format"]
+        options += ["weights_only", "verbose", "return_predictions", "help"]
         message = explain(str(error), arguments, {**GROUPS, "trainer": Trainer}, options)
     except UserError as error:
         message = str(error)
@@ -88,7 +91,7 @@ class Parser(LightningArgumentParser):
 
 
 class CLI(LightningCLI):
-    """fit, validate, test, predict, audit."""
+    """fit, validate, test, predict, audit, describe."""
 
     def __init__(self, arguments: list[str]):
         self.exit_code = 0
@@ -109,17 +112,29 @@ class CLI(LightningCLI):
             parser_class=Parser,
             save_config_callback=None,  # it would write before the network is known to build; see RunRecord
             auto_configure_optimizers=False,
-            args=self._with_run(arguments),
+            args=with_list_entries(self._with_run(arguments)),
         )
 
     # ----------------------------------------------------------------------------------------------------- parsing
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        return {**LightningCLI.subcommands(), "audit": {"model", "datamodule"}}
+        return {**LightningCLI.subcommands(), "audit": {"model", "datamodule"}, "describe": {"model"}}
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "describe":
+            parser.add_argument("--ckpt_path", type=str | None, help="A checkpoint whose network is described.")
+        return parser
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(self.trainer_class, "trainer")
         parser.set_defaults({f"trainer.{key}": value for key, value in self.trainer_defaults.items()})
+        parser.add_argument(
+            "--vocab_size",
+            type=int | None,
+            help="Tokens in the vocabulary, where it is declared: describe then reads no corpus, and every other "
+            "command refuses a tokenizer of another size.",
+        )
         # both come from the data
         parser.add_class_arguments(LanguageModel, "model", fail_untyped=False, skip={"tokenizer", "window"})
         parser.add_class_arguments(TextDataModule, "data")
@@ -171,6 +186,13 @@ class CLI(LightningCLI):
         if self.run is not None:
             data["tokenizer"] = self.checkpoint["hyper_parameters"]["tokenizer"]
         self.datamodule = TextDataModule(**data)
+        if verb == "describe":
+            return  # the rest would cost time, and the memory of the network
+        if settings.vocab_size not in (None, self.datamodule.tokenizer.vocab_size):
+            raise UserError(
+                f"vocab_size: {settings.vocab_size} is declared, but the tokenizer of the data has "
+                f"{self.datamodule.tokenizer.vocab_size}; leave vocab_size out, or give a tokenizer of that size"
+            )
         if verb != "predict":
             self.datamodule.prepare()
         self.model = LanguageModel(
@@ -342,6 +364,40 @@ class CLI(LightningCLI):
     def audit(self, **arguments: Any) -> None:
         self.exit_code = int(not cast(Trainer, self.trainer).audit(**arguments))
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        if subcommand == "describe":
+            self.describe()
+        else:
+            super()._run_subcommand(subcommand)
+
+    def describe(self) -> None:
+        """Builds the network where it takes no memory, and for real only where that fails or says too little."""
+        settings = self.config["describe"]
+        length = self.datamodule.window if settings.length is None else settings.length
+        vocab_size = settings.vocab_size
+        if vocab_size is None:
+            vocab_size = self.datamodule.tokenizer.vocab_size
+        if vocab_size < 1:
+            raise UserError(f"vocab_size: {vocab_size} is below 1")
+        config = to_config(_plain(settings.model)["network"])
+
+        def built(device: str) -> Description:
+            with torch.device(device):
+                network = build(config, vocab_size, "model.network")
+            return describe(network, length)
+
+        try:
+            description = built("meta")
+            if description.uncounted and description.parameters <= SMALL:
+                description = built("cpu")
+        except UserError:
+            raise
+        except ValueError as error:
+            raise UserError(f"model.network does not take a sequence of {length} (--length): {error}") from error
+        except (RuntimeError, TypeError):  # not what a shape alone allows
+            description = built("cpu")
+        description.show(settings.format)
+
 
 def _option(arguments: list[str], name: str) -> str | None:
     """The last value of an option, given as `--name value` or `--name=value`."""
@@ -393,6 +449,7 @@ def _gathered(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _quiet() -> None:
     """Leaves out what the libraries say that no user can act on."""
+    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)  # the configuration has it
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # a resumed run's
     warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`, callbacks")

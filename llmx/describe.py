@@ -21,11 +21,13 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
+import rich
 import torch
 from rich import box
 from rich.console import Group as Lines
@@ -96,6 +98,13 @@ class Description:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def show(self, format: Literal["table", "json"] = "table") -> None:
+        """Prints it."""
+        if format == "json":
+            print(json.dumps(self.to_dict(), indent=2))
+        else:
+            rich.print(self.render())
 
     def render(self) -> RenderableType:
         """For people, 80 columns wide if need be."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import nn
 
 _STRUCTURE = ("class_path", "init_args", "dict_kwargs")
 
@@ -47,6 +48,12 @@ def explain(message: str, arguments: list[str], groups: dict[str, type], options
         return f"give a command: {', '.join(commands)} or {last} (--help tells more)"
     if message.endswith(".model.network") and not {"config", "ckpt_path"} & given.keys():
         return "model.network: not given; name a configuration (--config configs/transformer.yaml) or a --ckpt_path"
+    lacking = re.match(r"the following arguments are required: (\w+)$", message)
+    if lacking:
+        for key, value in given.items():
+            problem = _misfit(value, groups[key], key, lacking.group(1)) if key in groups else None
+            if problem:
+                return problem
     return _with_full_key(message, given)
 
 
@@ -84,8 +91,9 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> None:
             base[key] = value
 
 
-def _misfit(value: Any, cls: type, path: str) -> str | None:
-    """The first key below `path` that the constructor of `cls` does not know, or class that is not there."""
+def _misfit(value: Any, cls: type, path: str, required: str | None = None) -> str | None:
+    """The first key below `path` that the constructor of `cls` does not know, or class that is not there; or, if one
+    is asked for, component that lacks the argument `required`."""
     if not isinstance(value, dict):
         return None
     hints = typing.get_type_hints(cls.__init__)  # type: ignore[misc]
@@ -94,13 +102,13 @@ def _misfit(value: Any, cls: type, path: str) -> str | None:
         if name not in parameters:
             return f"{path}.{name}: not an argument of {cls.__name__}{_nearest(name, parameters)}"
         for where, item in _items(given, f"{path}.{name}"):
-            problem = _component(item, _built_by(hints.get(name)), where)
+            problem = _component(item, _built_by(hints.get(name)), where, required)
             if problem:
                 return problem
     return None
 
 
-def _component(given: Any, base: type | None, path: str) -> str | None:
+def _component(given: Any, base: type | None, path: str, required: str | None) -> str | None:
     """What is wrong with a component given as a class name or as class_path and init_args."""
     if base is None:
         return None
@@ -109,14 +117,26 @@ def _component(given: Any, base: type | None, path: str) -> str | None:
         return f"{path}: give a class name, or class_path and init_args"
     cls = _find(name, base)
     if cls is None:
-        return f"{path}: no {base.__name__} is called {name!r}{_nearest(name, [c.__name__ for c in _subclasses(base)])}"
-    if not isinstance(given, dict):
-        return None
-    inside = given.get("init_args") or {}
+        other = _find(name, nn.Module)
+        kind = None if other is None else _kind(other)
+        valid = [c.__name__ for c in _subclasses(base)]
+        if kind is not None:
+            return f"{path}: {name} is a {kind.__name__}, and this is the place of a {base.__name__}{_listed(valid)}"
+        return f"{path}: no {base.__name__} is called {name!r}{_nearest(name, valid)}"
+    inside = (given.get("init_args") or {}) if isinstance(given, dict) else {}
     if not isinstance(inside, dict):
         return f"{path}.init_args: give keys and values"
-    extra = {k: v for k, v in given.items() if k not in _STRUCTURE}
-    return _misfit({**inside, **extra}, cls, path)
+    extra = {k: v for k, v in given.items() if k not in _STRUCTURE} if isinstance(given, dict) else {}
+    arguments = {**inside, **extra}
+    lacking = inspect.signature(cls).parameters.get(required) if required and required not in arguments else None
+    if lacking is not None and lacking.default is lacking.empty:
+        return f"{path}.{required}: not given, and {cls.__name__} needs it"
+    return _misfit(arguments, cls, path, required)
+
+
+def _kind(cls: type) -> type | None:
+    """The abstract class of the protocol that a component is one of: Mixer, FeedForward, Block, ..."""
+    return next((c for c in reversed(cls.__mro__) if inspect.isabstract(c) and issubclass(c, nn.Module)), None)
 
 
 def _items(given: Any, path: str) -> list[tuple[str, Any]]:
@@ -156,7 +176,11 @@ def _subclasses(base: type) -> list[type]:
 
 def _nearest(name: str, valid: list[str]) -> str:
     close = difflib.get_close_matches(name.rsplit(".", 1)[-1], valid, 1, 0.5)
-    return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(sorted(set(valid)))}"
+    return f"; did you mean {close[0]}?" if close else _listed(valid)
+
+
+def _listed(valid: list[str]) -> str:
+    return f"; there are {', '.join(sorted(set(valid)))}"
 
 
 def _with_full_key(message: str, given: dict[str, Any]) -> str:
@@ -167,25 +191,22 @@ def _with_full_key(message: str, given: dict[str, Any]) -> str:
         return text
     key, complaint = match.groups()
     wanted = re.search(r"(?:Got value|Given value): (.*)$", text)
-    paths = [
-        path
-        for path, value in _leaves(given, "")
-        if (path == key or path.endswith(f".{key}")) and (not wanted or str(value) == wanted.group(1))
-    ]
+    named = [(path, value) for path, value in _nodes(given, "") if path == key or path.endswith(f".{key}")]
+    exact = [path for path, value in named if wanted and str(value) == wanted.group(1)]
+    path = exact[0] if exact else named[0][0] if len(named) == 1 else key
     if "Errors:" in complaint:
         value = wanted.group(1) if wanted else ""
         subtypes = re.search(r"Subtypes: (.*?) Errors:", complaint)
         complaint = f"{value!r} is none of {subtypes.group(1) if subtypes else 'what is accepted'}"
     complaint = re.sub(r"<class '([^']+)'>", r"\1", complaint).replace("typing.", "")
     complaint = complaint.replace("Expected a ", "expected ")
-    return f"{paths[0] if paths else key}: {complaint}"
+    return f"{path}: {complaint}"
 
 
-def _leaves(value: Any, path: str) -> list[tuple[str, Any]]:
-    if isinstance(value, dict):
-        return [
-            leaf
-            for key, inner in value.items()
-            for leaf in _leaves(inner, path if key == "init_args" else f"{path}.{key}" if path else key)
-        ]
-    return [(path, value)]
+def _nodes(value: Any, path: str) -> list[tuple[str, Any]]:
+    """All that nested data holds, with its path; `init_args` is left out of paths."""
+    found = [(path, value)]
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in inside:
+        found += _nodes(inner, path if key == "init_args" else f"{path}.{key}" if path else str(key))
+    return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import lightning.pytorch as pl
 import numpy as np
 import rich
@@ -12,6 +14,7 @@ from llmx.audits.forms import FormsReport, audit_forms
 from llmx.audits.hidden_future import hidden_future_loss
 from llmx.audits.parameters import ParametersReport, audit_parameters
 from llmx.data.datamodule import TextDataModule
+from llmx.describe import describe
 from llmx.protocol import CountingNetwork
 from llmx.training.checkpoints import read_checkpoint
 from llmx.training.module import LanguageModel
@@ -49,3 +52,15 @@ class Trainer(pl.Trainer):
                 f"mean of {honest.draws} draws (spread {honest.spread:.4f}) over {honest.predictions:,} characters"
             )
         return not (report.leaking or any(other.failing for other in others))
+
+    def describe(
+        self, model: LanguageModel, length: int | None = None, format: Literal["table", "json"] = "table"
+    ) -> None:
+        """Describe the network: parameters, FLOPs and state, layer by layer and in sum.
+
+        Args:
+            model: whose network is described.
+            length: tokens of the sequence whose FLOPs and state are given; the window if not given.
+            format: a table for people, or json.
+        """
+        describe(model.network, model.window if length is None else length).show(format)
