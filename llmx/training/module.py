@@ -269,6 +269,8 @@ class LanguageModel(pl.LightningModule):
 
     def _continued(self, prompts: Tokens, sampling: Sampling) -> Tokens:
         long = sampling.max_new_tokens >= COMPILE_DECODING_FROM and self.network.stateful
+        # Inductor looks a context up again for every token of the vocabulary
+        long = long and not isinstance(self.network, CountingNetwork)
         if not long or self.hparams["compile"] is False or not can_compile():
             return generate(self.network, prompts, self.window, sampling)
         rank_zero_info("A long generation: its step is compiled first, in about 20 seconds.")
