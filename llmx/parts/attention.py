@@ -31,22 +31,38 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float =
     return masked_attention(query, key, value, bias.as_strided((time, time), (time, 1)), dropout)
 
 
-def masked_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, dropout: float = 0.0) -> Tensor:
+def masked_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    dropout: float = 0.0,
+    cap: float | None = None,
+    sink: Tensor | None = None,
+) -> Tensor:
     """The same over S slots, written out, with a bias on the scores: -inf for slots hidden from a position, else 0.
 
     query (B, H, T, K), key (B, G, S, K), value (B, G, S, V), bias, of a shape that
-    broadcasts to (B, G, H/G, T, S), -> (B, H, T, V).
+    broadcasts to (B, G, H/G, T, S), -> (B, H, T, V). `cap` bounds the scores by cap tanh(score / cap) before the bias;
+    `sink` (H,) is one more score in every softmax, whose value is zero.
     """
     batch, heads, time, head_dim = query.shape
     groups = key.shape[1]
     query = query.reshape(batch, groups, heads // groups * time, head_dim) * head_dim**-0.5
     scores = (query @ key.transpose(-1, -2)).view(batch, groups, heads // groups, time, key.shape[2])
+    if cap is not None:
+        scores = cap * torch.tanh(scores / cap)
     # autocast would make fp32 weights of 16-bit scores, and keep those for the backward pass beside the 16-bit copy
     with torch.autocast(query.device.type, enabled=False):
-        weights = (scores + bias.to(scores.dtype)).softmax(-1)
+        scores = scores + bias.to(scores.dtype)
+        if sink is None:
+            weights = scores.softmax(-1)
+        else:
+            extra = sink.to(scores.dtype).view(groups, heads // groups, 1, 1).expand(batch, -1, -1, time, 1)
+            weights = torch.cat((scores, extra), -1).softmax(-1)[..., :-1]
     if dropout:
         weights = F.dropout(weights, dropout)
-    mixed = weights.view(batch, groups, heads // groups * time, key.shape[2]) @ value
+    mixed = weights.reshape(batch, groups, heads // groups * time, key.shape[2]) @ value
     return mixed.view(batch, heads, time, value.shape[-1])
 
 
@@ -81,7 +97,14 @@ def empty_cache(like: Tensor, batch_size: int, groups: int, slots: int, key_dim:
 
 
 def attend_cache(
-    query: Tensor, key: Tensor, value: Tensor, cache: KeyValues, positions: Tensor, bias: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache: KeyValues,
+    positions: Tensor,
+    bias: Tensor | None = None,
+    cap: float | None = None,
+    sink: Tensor | None = None,
 ) -> tuple[Tensor, KeyValues]:
     """Attention of T tokens at positions (B, T) over the cache with them in it.
 
@@ -95,15 +118,25 @@ def attend_cache(
         cache.key.to(query.dtype),
         cache.value.to(query.dtype),
         hidden if bias is None else hidden + bias,
+        cap=cap,
+        sink=sink,
     )
     return mixed.transpose(1, 2).flatten(2), cache
 
 
-def biased_causal_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, dropout: float = 0.0) -> Tensor:
-    """Causal attention with a bias on the scores that broadcasts to (B, G, H/G, T, T), written out.
+def biased_causal_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    cap: float | None = None,
+    sink: Tensor | None = None,
+) -> Tensor:
+    """Causal attention with a bias on the scores that broadcasts to (B, G, H/G, T, T), a cap or a sink, written out.
 
     query (B, H, T, K), key (B, G, T, K), value (B, G, T, V) -> (B, H, T, V).
     """
     time = query.shape[2]
     hidden = torch.full((time, time), float("-inf"), dtype=query.dtype, device=query.device).triu(1)
-    return masked_attention(query, key, value, bias + hidden, dropout)
+    return masked_attention(query, key, value, hidden if bias is None else bias + hidden, dropout, cap, sink)

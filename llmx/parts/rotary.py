@@ -31,3 +31,9 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     cos, sin = table.unbind(-2)
     first, second = x.chunk(2, -1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
+
+def rotate_part(x: Tensor, table: Tensor) -> Tensor:
+    """Turns the first dimensions of x (..., K), as many as the table (..., 2, R/2) has angles for, and no others."""
+    turned, rest = x.split((2 * table.shape[-1], x.shape[-1] - 2 * table.shape[-1]), -1)
+    return torch.cat((rotate(turned, table), rest), -1)
