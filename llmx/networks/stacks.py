@@ -1,14 +1,87 @@
-"""How the blocks of a decoder are wired."""
+"""How the blocks of a decoder are wired: one after the other, with skips across the middle, or several times over.
+
+    Sequential   x_{l+1} = f_l(x_l)
+    UNet         x_{l+1} = f_l(x_l + w_l y_{L-1-l}) in the upper half, y_l = f_l(x_l) the output of block l
+    Looped       x_{r+1} = f(x_r), f the whole stack of L blocks, r < times
+
+A stack says in `order` which block runs when; every run, not every block, has a state of its own.
+"""
 
 from collections.abc import Sequence
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from llmx.protocol import Run, Stack
+from llmx.protocol import Run, Site, Stack
 
 
 class Sequential(Stack):
     """One block after the other."""
+
+    def forward(self, x: Tensor, runs: Sequence[Run]) -> Tensor:
+        for run in runs:
+            x = run(x)
+        return x
+
+
+class UNet(Stack):
+    """What a block of the lower half puts out is added, times a learned number, to what its mirror image reads.
+
+    The skips of U-ViT (arXiv 2209.12152) as modded-nanogpt has them in a language model: a sum with one weight a skip,
+    1 at the start. Block l of the lower half belongs to block L - 1 - l; with an odd depth the middle block has no
+    skip. No cost, no state. The trap: the inputs of the upper half are met in reverse, so the innermost skip comes
+    first; with an even depth that one adds to the stream what the stream is, and is a learned gain.
+
+    Args:
+        site: the ground; its depth at least 2.
+
+    Raises:
+        ValueError: for a depth without two halves.
+    """
+
+    def __init__(self, site: Site):
+        super().__init__(site)
+        if site.depth < 2:
+            raise ValueError(f"depth: {site.depth} has no two halves for a U")
+        self.weights = nn.Parameter(torch.ones(site.depth // 2))  # from the innermost skip outwards
+
+    def forward(self, x: Tensor, runs: Sequence[Run]) -> Tensor:
+        half = len(self.weights)
+        outputs = []
+        for run in runs[:half]:
+            x = run(x)
+            outputs.append(x)
+        for run in runs[half:-half]:
+            x = run(x)
+        for run, weight in zip(runs[-half:], self.weights.to(x.dtype).unbind(), strict=True):
+            x = run(x + weight * outputs.pop())
+        return x
+
+
+class Looped(Stack):
+    """The whole stack several times over, with the same weights: depth without parameters.
+
+    The plain form of arXiv 2502.17416: Universal Transformers (arXiv 1807.03819) without their signal of the round and
+    without halting; the input is not added again before each round, as arXiv 2409.15647 does. Parameters of L blocks,
+    time, memory and state of L x times. The trap: the rounds share weights and nothing else. A cache shared with them
+    would hold, for every token, the keys of whichever round came last.
+
+    Args:
+        site: the ground.
+        times: rounds; at least 1.
+
+    Raises:
+        ValueError: for no rounds.
+    """
+
+    def __init__(self, site: Site, times: int = 2):
+        super().__init__(site)
+        if times < 1:
+            raise ValueError(f"times: {times} is below 1")
+        self.times = times
+
+    def order(self) -> Sequence[int]:
+        return [*range(self.depth)] * self.times
 
     def forward(self, x: Tensor, runs: Sequence[Run]) -> Tensor:
         for run in runs:

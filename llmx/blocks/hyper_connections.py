@@ -1,0 +1,146 @@
+"""Hyper-connections (arXiv 2409.19606): n residual streams in place of one, and learned weights between them.
+
+    h   = sum_i a_i S_i                          what a branch reads, (D), of the streams S (n, D)
+    S_j = sum_i A_ij S_i + b_j branch(norm(h))   the streams are mixed, and the branch writes to each of them
+
+Mixer and feed-forward have a table (n, n + 2) each: a row a stream, the columns a, A and b. It starts as a = e_k with k
+the number of the branch modulo n, A = 1, b = 1. The first layer of the stack copies x into the n streams, the last adds
+them up; between the layers tensors are (..., n, D), so all blocks of a stack have to be of this kind. In the dynamic
+form, which the paper recommends, each position adds s tanh(norm(S_i) W) to row i of its table, W (D, n + 2) from 0.
+Everything but the branches is done at each position by itself: O(n^2 D) a token, no state; n times the memory of
+the stream. The trap: at the start all streams are equal and the network is the pre-norm one; the streams part only
+because different branches read different ones. With the same a in all of them they stay copies of each other.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from llmx.blocks.residual import ResidualBlock
+from llmx.parts.norm import Norm, RMSNorm
+from llmx.protocol import FeedForward, Mixer, Run, Site
+
+
+class Connection(nn.Module, ABC):
+    """The weights between the streams and one branch. Built by a factory from `dim`, `streams` and `index`."""
+
+    @abstractmethod
+    def forward(self, streams: Tensor) -> Tensor:
+        """Streams (..., n, D) -> a table that broadcasts to (..., n, n + 2): the columns a, A and b."""
+
+
+def first_table(streams: int, index: int) -> Tensor:
+    """a = e_k, A = 1, b = 1 as (n, n + 2): the pre-norm residual."""
+    read = torch.zeros(streams, 1)
+    read[index % streams] = 1.0
+    return torch.cat((read, torch.eye(streams), torch.ones(streams, 1)), 1)
+
+
+class StaticConnection(Connection):
+    """One learned table for all positions.
+
+    Args:
+        dim: D.
+        streams: n.
+        index: number of the branch, counted through the stack.
+    """
+
+    def __init__(self, dim: int, streams: int, index: int):
+        super().__init__()
+        self.streams = streams
+        self.table = nn.Parameter(first_table(streams, index).flatten())  # flat: weight decay is for matrices
+
+    def forward(self, streams: Tensor) -> Tensor:
+        return self.table.view(self.streams, -1).to(streams.dtype)
+
+
+class DynamicConnection(Connection):
+    """A learned table, and what each position adds to it: s tanh(norm(S_i) W).
+
+    The norm is by root mean square and has no weights of its own, which would be those of W again.
+
+    Args:
+        dim: D.
+        streams: n.
+        index: number of the branch, counted through the stack.
+        scale: where s starts, one number for the columns a and A and one for b.
+        eps: added to the mean square.
+    """
+
+    def __init__(self, dim: int, streams: int, index: int, scale: float = 0.01, eps: float = 1e-5):
+        super().__init__()
+        self.streams = streams
+        self.eps = eps
+        self.table = nn.Parameter(first_table(streams, index).flatten())
+        self.weigh = nn.Linear(dim, streams + 2, bias=False)
+        self.scale = nn.Parameter(torch.full((2,), scale))
+        nn.init.zeros_(self.weigh.weight)
+
+    def forward(self, streams: Tensor) -> Tensor:
+        exact = streams if streams.dtype == torch.float64 else streams.float()
+        size = torch.rsqrt(exact.square().mean(-1, keepdim=True) + self.eps)  # (..., n, 1)
+        scale = torch.cat((self.scale[:1].expand(self.streams + 1), self.scale[1:]))
+        moved = torch.tanh(self.weigh(streams) * size) * scale  # (..., n, n + 2)
+        return (self.table.view(self.streams, -1) + moved).to(streams.dtype)
+
+
+class HyperConnectionBlock(ResidualBlock):
+    """Pre-norm branches that read from and write to n residual streams.
+
+    x is (..., D) where it enters the first layer and leaves the last, (..., n, D) between them.
+
+    Args:
+        site: where the block stands.
+        mixer: factory of the token mixer.
+        feed_forward: factory of the channel mixer.
+        norm: factory of a norm, from `dim`.
+        connection: factory of the weights between streams and branch.
+        streams: n.
+        dropout: probability of dropping a number of either branch before it is written, in training.
+
+    Raises:
+        ValueError: for no streams.
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        mixer: Callable[[Site], Mixer],
+        feed_forward: Callable[[Site], FeedForward],
+        norm: Callable[[int], Norm] = RMSNorm,
+        connection: Callable[[int, int, int], Connection] = DynamicConnection,
+        streams: int = 4,
+        dropout: float = 0.0,
+    ):
+        super().__init__(site, mixer, feed_forward, dropout)
+        if streams < 1:
+            raise ValueError(f"streams: {streams} is below 1")
+        self.streams = streams
+        self.first = site.layer == 0
+        self.last = site.layer == site.depth - 1
+        self.mixer_norm = norm(site.dim)
+        self.mixer_connection = connection(site.dim, streams, 2 * site.layer)
+        self.feed_forward_norm = norm(site.dim)
+        self.feed_forward_connection = connection(site.dim, streams, 2 * site.layer + 1)
+
+    def connect(self, x: Tensor, mix: Run, feed: Run) -> Tensor:
+        if self.first:
+            x = x[..., None, :].expand(*x.shape[:-1], self.streams, -1)
+        x = through(x, self.mixer_connection, lambda h: mix(self.mixer_norm(h)))
+        x = through(x, self.feed_forward_connection, lambda h: feed(self.feed_forward_norm(h)))
+        return x.sum(-2) if self.last else x
+
+
+def through(streams: Tensor, connection: Connection, branch: Run) -> Tensor:
+    """Streams (..., n, D) past one branch, to the streams after it."""
+    n = streams.shape[-2]
+    read, write = connection(streams).split((n + 1, 1), -1)
+    if torch.compiler.is_compiling():  # a sum, which Inductor fuses; it leaves the tiny products to a library
+        taken = (read[..., None] * streams[..., None, :]).sum(-3)
+    else:
+        with torch.autocast(streams.device.type, enabled=False):
+            taken = read.transpose(-1, -2) @ streams
+    h, mixed = taken.split((1, n), -2)  # (..., 1, D), (..., n, D)
+    return mixed + write * branch(h.squeeze(-2))[..., None, :]
