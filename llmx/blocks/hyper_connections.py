@@ -8,8 +8,8 @@ the number of the branch modulo n, A = 1, b = 1. The first layer of the stack co
 them up; between the layers tensors are (..., n, D), so all blocks of a stack have to be of this kind. In the dynamic
 form, which the paper recommends, each position adds s tanh(norm(S_i) W) to row i of its table, W (D, n + 2) from 0.
 Everything but the branches is done at each position by itself: O(n^2 D) a token, no state; n times the memory of
-the stream. The trap: at the start all streams are equal and the network is the pre-norm one; the streams part only
-because different branches read different ones. With the same a in all of them they stay copies of each other.
+the stream. The trap: at the start all streams are equal and the network is the pre-norm one. They part only because
+different branches read different ones: with more streams than branches, 2 L, some stay copies of each other.
 """
 
 from abc import ABC, abstractmethod

@@ -1,7 +1,13 @@
-"""Mixer and feed-forward side by side (GPT-J; PaLM, arXiv 2204.02311): x + mixer(h) + feed_forward(h), h = norm(x).
+"""Mixer and feed-forward side by side (GPT-J; PaLM, arXiv 2204.02311).
 
-One norm and one residual addition a layer, and the two branches can run at once; the feed-forward does not see what
-the mixer of its own layer found.
+    h   = norm(x)                               (..., D)
+    x'  = x + mixer(h) + feed_forward(h)
+
+One norm and one residual addition a layer instead of two. The arithmetic of the branches is the same, but the two can
+run at once and their input projections can be one product; PaLM reports 15 % faster training, and a quality loss at
+8 B parameters that was gone at 62 B. State: the mixer's and the feed-forward's. The trap: the feed-forward reads h, not
+what the mixer of its own layer found, and it is the same h: GPT-NeoX, also called parallel, has a second norm for
+the feed-forward.
 """
 
 from collections.abc import Callable

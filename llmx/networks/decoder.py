@@ -122,9 +122,24 @@ class Decoder(Network):
         return [self.layers[index] for index in self.stack.order()]
 
     def _run(self, block: Block, context: Context) -> Run:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return lambda x: checkpoint(block, x, context, use_reentrant=False)
-        return lambda x: block(x, context)
+        if not (self.gradient_checkpointing and torch.is_grad_enabled()):
+            return lambda x: block(x, context)
+
+        def alone(x: Tensor, store: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+            # a context of its own: run again in the backward pass, the block reads what it read, and writes nothing
+            own = Context(context.tokens, context.positions, context.embedding)
+            own.store = dict(store)
+            x = block(x, own)
+            written = {name: value for name, value in own.store.items() if value is not store.get(name)}
+            return x, written, own.auxiliary
+
+        def run(x: Tensor) -> Tensor:
+            x, written, auxiliary = checkpoint(alone, x, dict(context.store), use_reentrant=False)
+            context.store.update(written)
+            context.add_loss(auxiliary)
+            return x
+
+        return run
 
     def _advance(
         self, x: Tensor, forms: Sequence[Callable[..., tuple[Tensor, State]]], state: DecoderState, context: Context

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
 
-from llmx.parts.norm import RMSNorm
+from llmx.parts.norm import DyT, RMSNorm
 
 
 def norm(dim: int, eps: float = 1e-5) -> RMSNorm:
@@ -45,3 +45,23 @@ def test_rms_norm_starts_with_root_mean_square_1():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_rms_norm_keeps_the_dtype_of_its_input(dtype: torch.dtype):
     assert RMSNorm(4)(torch.randn(2, 4, dtype=dtype)).dtype == dtype
+
+
+def test_dyt_is_its_equation_with_one_slope_and_no_statistic():
+    made = DyT(6, alpha=0.8).double()
+    assert made.alpha.shape == ()
+    assert made.alpha.item() == pytest.approx(0.8)
+    for parameter in made.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(3, 5, 6, dtype=torch.float64)
+    up, down = (made.alpha * x).exp(), (-made.alpha * x).exp()
+    assert_close(made(x), made.weight * (up - down) / (up + down) + made.bias, rtol=1e-12, atol=1e-12)
+    changed = x.clone()
+    changed[1, 3, 2] = 100.0
+    assert (made(x) != made(changed)).sum() == 1  # not even the other channels of its vector notice
+
+
+def test_dyt_passes_small_numbers_on_as_small_as_they_are():
+    x = 0.02 * torch.randn(4, 64)
+    assert_close(DyT(64, alpha=1.0)(x), x, rtol=1e-2, atol=0)
+    assert RMSNorm(64)(x).square().mean().sqrt() > 0.9
