@@ -120,12 +120,11 @@ def _set(config: Any, path: str, text: str) -> None:
     for i, part in enumerate(parts):
         if isinstance(node, dict) and "class_path" in node and part not in ("class_path", "init_args"):
             node = node.setdefault("init_args", {})
-        if isinstance(node, list) != part.isdecimal():
-            raise UserError(
-                f"{'.'.join(parts[: i + 1])}: the config has {'a' if isinstance(node, list) else 'no'} list"
-            )
+        here = ".".join(parts[: i + 1])
+        if not isinstance(node, list if part.isdecimal() else dict):
+            raise UserError(f"{here}: the config has no such {'list' if part.isdecimal() else 'key'}")
         if isinstance(node, list) and int(part) >= len(node):
-            raise UserError(f"{'.'.join(parts[: i + 1])}: the list ends with {len(node) - 1}")
+            raise UserError(f"{here}: the list ends with {len(node) - 1}")
         key: Any = int(part) if isinstance(node, list) else part
         held = node[key] if isinstance(node, list) else node.get(key)
         if i < len(parts) - 1:  # on the way down, and a component by its name alone may have arguments

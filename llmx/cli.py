@@ -65,7 +65,7 @@ def main(args: list[str] | None = None) -> int:
     except ParserError as error:
         options = ["config", "seed_everything", "vocab_size", "ckpt_path", "length", "format"]
         options += ["weights_only", "verbose", "return_predictions", "help"]
-        message = explain(str(error), arguments, {**GROUPS, "trainer": Trainer}, options)
+        message = explain(str(error), arguments, list(CLI.subcommands()), {**GROUPS, "trainer": Trainer}, options)
     except UserError as error:
         message = str(error)
     except MisconfigurationException as error:  # Lightning's word for flags that do not go together
@@ -97,6 +97,9 @@ class CLI(LightningCLI):
         self.exit_code = 0
         self.run: Path | None = None  # the run that --ckpt_path belongs to
         import_collection()
+        verbs = self.subcommands()
+        if arguments and arguments[0] in verbs:  # making the parsers of the others takes most of the time of all this
+            self.subcommands = lambda: {arguments[0]: verbs[arguments[0]]}  # type: ignore[method-assign]
         super().__init__(
             LanguageModel,
             TextDataModule,

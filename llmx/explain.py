@@ -21,12 +21,15 @@ from torch import nn
 _STRUCTURE = ("class_path", "init_args", "dict_kwargs")
 
 
-def explain(message: str, arguments: list[str], groups: dict[str, type], options: list[str]) -> str:
+def explain(
+    message: str, arguments: list[str], commands: list[str], groups: dict[str, type], options: list[str]
+) -> str:
     """The message to show.
 
     Args:
         message: what the parser said.
         arguments: the command line, verb included.
+        commands: the verbs.
         groups: the classes behind the top-level keys (`model`, `data`, `trainer`).
         options: the other top-level keys.
     """
@@ -44,8 +47,7 @@ def explain(message: str, arguments: list[str], groups: dict[str, type], options
         if problem:
             return problem
     if 'expected "subcommand"' in message:
-        *commands, last = message[message.index("{") + 1 : message.index("}")].split(",")
-        return f"give a command: {', '.join(commands)} or {last} (--help tells more)"
+        return f"give a command: {', '.join(commands[:-1])} or {commands[-1]} (--help tells more)"
     if message.endswith(".model.network") and not {"config", "ckpt_path"} & given.keys():
         return "model.network: not given; name a configuration (--config configs/transformer.yaml) or a --ckpt_path"
     lacking = re.match(r"the following arguments are required: (\w+)$", message)

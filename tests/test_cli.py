@@ -265,7 +265,7 @@ def test_warm_start_begins_with_another_runs_weights(lab):
 
 
 def test_a_command_that_lacks_the_essential_is_told_what(lab, capsys):
-    assert "fit, validate, test, predict or audit" in fails(capsys)
+    assert "fit, validate, test, predict, audit or describe" in fails(capsys)
     assert "--config" in fails(capsys, "fit", "--trainer.max_steps", 5)
 
 
@@ -359,7 +359,7 @@ def test_audit_of_a_leaking_checkpoint_measures_it_with_the_future_hidden(leaky,
         (["--model.network.block.mixer.headz", 4], "model.network.block.mixer.headz: not an argument of Attention"),
         (["--model.network.block.mixer", "Atention"], "no Mixer is called 'Atention'; did you mean Attention?"),
         (["--model.network.block.mixer.heads", "four"], "model.network.block.mixer.heads: expected int"),
-        (["--model.network.block.mixer.heads", 3], "heads: 3 heads must divide dim 8"),
+        (["--model.network.block.mixer.heads", 3], "error: model.network.block.mixer.heads: 3 heads must divide dim 8"),
         (["--model.netwrk.dim", 4], "model.netwrk: not an argument of LanguageModel; did you mean network?"),
         (["--trainer.max_stepz", 4], "trainer.max_stepz: not an argument of Trainer; did you mean max_steps?"),
         (["--trainer.max_steps", 0], "trainer.max_steps: 0"),

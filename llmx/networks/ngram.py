@@ -6,9 +6,9 @@
 
 down to P_0 = 1 / V (Kneser & Ney 1995; Chen & Goodman 1998, TR-10-98). The order that predicts counts occurrences,
 N(c v); the orders below it count in how many different places c v occurs, the tokens that precede it. Counting sorts
-the text once an order, O(n L log L); a prediction is a binary search an order, O(n (log L + V)). The state is the last
-n - 2 tokens. The trap: at the start of a window the context is shorter, and the order that fits it is the one that
-predicts: it has to read occurrences there, not the counts of places, which are made for backing off.
+the text once an order, O(n L log L); a prediction is a binary search an order, time O(T n (log L + V)) for T of them.
+The state is the last n - 2 tokens. The trap: at the start of a window the context is shorter, and the order that fits
+it is the one that predicts: it has to read occurrences there, not the counts of places, which are made for backing off.
 """
 
 from __future__ import annotations

@@ -3,11 +3,11 @@
     x_t = [e_{t-n+1}; ...; e_t]                          embeddings of the last n tokens, n * M numbers
     logits_t = U tanh(H x_t + d) + W x_t + b             W: the direct connections, which may be left out
 
-All positions at once, n M F + F V multiplications each (F hidden units), O(T n M) memory: the windows of positions
-overlap, and each is laid out by itself. The state is the embeddings of the last n - 1 tokens, (n - 1) M numbers a
-sequence. Before the first token stand copies of one learned vector, the same for every missing position. It sees n
-tokens and not one more, whatever the window of training. The trap: windows cut at t - n .. t - 1 predict token t + 1
-without its nearest neighbour, and padding on the right instead of the left shows the future.
+All positions at once, time O(T (n M F + F V)) for F hidden units, memory O(T n M): the windows overlap, and each is
+laid out by itself. The state is the embeddings of the last n - 1 tokens, (n - 1) M numbers a sequence. Before
+the first token stand copies of one learned vector, the same for every missing position. It sees n tokens and not one
+more, whatever the window of training. The trap: windows cut at t - n .. t - 1 predict token t + 1 without its nearest
+neighbour, and padding on the right instead of the left shows the future.
 """
 
 from typing import NamedTuple

@@ -59,7 +59,8 @@ class Entry:
     def index_row(self) -> str:
         papers = dict.fromkeys(re.findall(r"\b\d{4}\.\d{4,5}\b", " ".join(self.header)))
         links = ", ".join(f"[{paper}](https://arxiv.org/abs/{paper})" for paper in papers)
-        time = next((cost for module in self.modules if (cost := _time(_docstring(module)))), "")
+        mixing = [module for module in self.modules if module.startswith(("llmx.mixers.", "llmx.networks."))]
+        time = " + ".join(dict.fromkeys(cost for module in mixing if (cost := _time(_docstring(module)))))
         state, parameters, loss = ["", ""], "", ""
         if self.row:
             sizes = self.row["state_bytes"]
@@ -95,7 +96,7 @@ def _docstring(module: str) -> str:
 
 def _time(text: str) -> str:
     """The first cost in time that a docstring states, such as O(T^2 D)."""
-    found = re.search(r"[Tt]ime\s+(O\([^)]*\))", text)
+    found = re.search(r"\b[Tt]ime\b[^.]*?(O\((?:[^()]|\([^)]*\))*\))", text)
     return f"`{found.group(1)}`" if found else ""
 
 

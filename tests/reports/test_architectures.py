@@ -14,8 +14,8 @@ def test_the_page_is_in_step_with_code_configs_and_rows():
     assert PAGE.read_text() == render(), "run python -m llmx.reports.architectures"
 
 
-@pytest.mark.parametrize("name", collection())
-def test_every_architecture_is_measured_and_its_header_states_the_row(name: str):
+@pytest.mark.parametrize("name", ROWS)
+def test_the_header_of_what_was_measured_states_the_row(name: str):
     assert header(ROWS[name]) in (ROOT / "configs" / f"{name}.yaml").read_text().splitlines()
 
 
