@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from llmx.parts.init import normal_
+from llmx.parts.unit_norm import renormalise_
 from llmx.protocol import Embedding
 
 
@@ -101,3 +102,28 @@ class SinusoidalPositionEmbedding(Embedding):
         angles = positions[..., None].to(exact) * 10000.0**-exponents  # (..., D/2)
         waves = torch.stack((angles.sin(), angles.cos()), -1).flatten(-2)
         return vectors * self.scale + waves.to(vectors.dtype)
+
+
+class UnitEmbedding(Embedding):
+    """A vector of length 1 for each token, given it back after every optimizer step (nGPT, arXiv 2410.01131).
+
+    Args:
+        vocab_size: V.
+        dim: width of the residual stream.
+    """
+
+    def __init__(self, vocab_size: int, dim: int):
+        super().__init__()
+        self.table = nn.Embedding(vocab_size, dim)
+        normal_(self.table)
+        self.after_optimizer_step()
+
+    @property
+    def weight(self) -> Tensor:
+        return self.table.weight
+
+    def after_optimizer_step(self) -> None:
+        renormalise_(self.table.weight, 1)
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        return self.table(tokens)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from llmx.parts.init import normal_
+from llmx.parts.unit_norm import LearnedScale, renormalise_
 from llmx.protocol import Head
 
 
@@ -44,3 +45,27 @@ class SoftCappedHead(Head):
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.cap * torch.tanh(self.linear(hidden) / self.cap)
+
+
+class UnitHead(Head):
+    """s_z * (W h), rows of W of length 1, given it back after every optimizer step (nGPT, arXiv 2410.01131).
+
+    With h of length 1 too a row's product is a cosine; s_z (V,) sets how sharp the distribution can be. It starts at 1
+    and is stored as 1 / sqrt(D).
+    """
+
+    def __init__(self, dim: int, vocab_size: int):
+        super().__init__()
+        self.linear = nn.Linear(dim, vocab_size, bias=False)
+        self.scale = LearnedScale(vocab_size, 1.0, dim**-0.5)
+        normal_(self.linear)
+        self.after_optimizer_step()
+
+    def after_optimizer_step(self) -> None:
+        renormalise_(self.linear.weight, 1)
+
+    def tie(self, weight: Tensor) -> None:
+        self.linear.weight = cast(nn.Parameter, weight)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.linear(hidden) * self.scale()

@@ -1,0 +1,58 @@
+"""The block of the normalized Transformer, nGPT (arXiv 2410.01131): each branch turns a unit vector towards its output.
+
+    h <- unit(h + a_A * (unit(mixer(h)) - h))           unit(x) = x / |x|
+    h <- unit(h + a_M * (unit(feed_forward(h)) - h))
+
+The stream lives on the sphere and a layer is a step along it: a_A and a_M (D,), the "eigen learning rates", are
+learned, not negative, start at 0.05 and are stored as 1 / sqrt(D). No other norm anywhere, the network's last one
+included. O(T D) time, no state beside its components'. The traps: the branch is normalised before the difference is
+taken, or its length sets the step; and h has length 1 from the embedding on, so embedding, head, mixer and feed-forward
+have to be the ones made for it (dropout of the embedding breaks it). Weight decay and warm-up are for lengths, which
+are fixed here: the paper has neither.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from llmx.blocks.residual import ResidualBlock
+from llmx.parts.unit_norm import LearnedScale, unit_norm
+from llmx.protocol import FeedForward, Mixer, Run, Site
+
+
+class NGPTBlock(ResidualBlock):
+    """(B, T, D) -> (B, T, D), from unit vectors to unit vectors.
+
+    Args:
+        site: where the block stands.
+        mixer: factory of the token mixer.
+        feed_forward: factory of the channel mixer.
+        rate: where the eigen learning rates start.
+        dropout: probability of dropping a number of either branch before it is normalised, in training.
+
+    Raises:
+        ValueError: for a rate that is not positive.
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        mixer: Callable[[Site], Mixer],
+        feed_forward: Callable[[Site], FeedForward],
+        rate: float = 0.05,
+        dropout: float = 0.0,
+    ):
+        super().__init__(site, mixer, feed_forward, dropout)
+        if rate <= 0:
+            raise ValueError(f"rate: {rate} is not above 0")
+        self.mixer_rate = LearnedScale(site.dim, rate, site.dim**-0.5)
+        self.feed_forward_rate = LearnedScale(site.dim, rate, site.dim**-0.5)
+
+    def connect(self, x: Tensor, mix: Run, feed: Run) -> Tensor:
+        x = turned(x, mix(x), self.mixer_rate())
+        return turned(x, feed(x), self.feed_forward_rate())
+
+
+def turned(x: Tensor, branch: Tensor, rate: Tensor) -> Tensor:
+    """unit(x + |rate| (unit(branch) - x)), all (..., D)."""
+    return unit_norm(x + rate.abs() * (unit_norm(branch) - x))

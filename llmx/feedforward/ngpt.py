@@ -1,0 +1,51 @@
+"""The feed-forward of the normalized Transformer, nGPT (arXiv 2410.01131): SwiGLU with matrices of unit vectors.
+
+    u, v = s_u * W_u h, s_v * W_v h * sqrt(D)           s_u, s_v (F,), both start at 1 and are stored as 1
+    y = W_down (u * silu(v))
+
+Rows of W_u, W_v (D,) and columns of W_down (D,) have length 1, and are given it back after every optimizer step. Each
+position by itself: time O(T D F), no state. The traps: a cosine with h is of size 1 / sqrt(D), where silu is all but
+linear, hence the sqrt(D) in v (in u it would fall out of the normalisation that follows); and W_down is normalised
+along its output, the axis of the embedding space, not along F.
+"""
+
+import torch.nn.functional as F
+from torch import nn
+
+from llmx.parts.init import normal_
+from llmx.parts.unit_norm import LearnedScale, renormalise_
+from llmx.protocol import Context, Site, Stateless
+from llmx.shapes import Hidden
+
+
+class NGPTSwiGLU(Stateless):
+    """(B, T, D) -> (B, T, D).
+
+    Args:
+        site: where the feed-forward stands.
+        hidden: width inside; 8/3 dim, rounded, if not given.
+
+    Raises:
+        ValueError: for a hidden width below 1.
+    """
+
+    def __init__(self, site: Site, hidden: int | None = None):
+        super().__init__()
+        hidden = round(8 * site.dim / 3) if hidden is None else hidden
+        if hidden < 1:
+            raise ValueError(f"hidden: {hidden} is below 1")
+        self.gate_up = nn.Linear(site.dim, 2 * hidden, bias=False)  # W_v, W_u
+        self.gate_scale = LearnedScale(hidden, site.dim**0.5, 1.0)  # s_v sqrt(D)
+        self.up_scale = LearnedScale(hidden, 1.0, 1.0)  # s_u
+        self.down = nn.Linear(hidden, site.dim, bias=False)
+        normal_(self.gate_up)
+        normal_(self.down)
+        self.after_optimizer_step()
+
+    def after_optimizer_step(self) -> None:
+        renormalise_(self.gate_up.weight, 1)
+        renormalise_(self.down.weight, 0)
+
+    def forward(self, x: Hidden, context: Context) -> Hidden:
+        gate, up = self.gate_up(x).chunk(2, -1)
+        return self.down(F.silu(gate * self.gate_scale()) * (up * self.up_scale()))

@@ -1,0 +1,45 @@
+"""Vectors of length 1, and the scale factors that give such vectors back their freedom (nGPT, arXiv 2410.01131)."""
+
+import torch
+from torch import Tensor, nn
+
+
+def unit_norm(x: Tensor, dim: int = -1) -> Tensor:
+    """x / |x|, the Euclidean norm taken along `dim`, in float32 at least; a vector of zeros stays as it is."""
+    exact = x if x.dtype == torch.float64 else x.float()
+    return (exact * torch.rsqrt(exact.square().sum(dim, keepdim=True) + 1e-20)).to(x.dtype)
+
+
+@torch.no_grad()
+def renormalise_(matrix: Tensor, dim: int) -> None:
+    """Brings the vectors of a weight matrix back to length 1, in place.
+
+    `dim` is the axis of the embedding space: 1 for what reads the stream, whose rows are held against it (embedding and
+    head too), 0 for what writes to it, whose columns are added up. The result depends on the matrix alone, so processes
+    with equal weights keep equal weights.
+    """
+    matrix.copy_(unit_norm(matrix, dim))
+
+
+class LearnedScale(nn.Module):
+    """A learned vector whose numbers are `start` at first, and whose parameter is `stored` at first.
+
+    value = parameter * start / stored
+
+    Adam moves any parameter by about the learning rate a step, so `stored` says how fast the value changes relative to
+    its start. The parameter has one dimension, and the optimizer takes its weight decay off.
+
+    Args:
+        size: numbers in the vector.
+        start: the value before the first step.
+        stored: the parameter before the first step; not 0.
+    """
+
+    def __init__(self, size: int, start: float, stored: float):
+        super().__init__()
+        self.ratio = start / stored
+        self.weight = nn.Parameter(torch.full((size,), stored))
+
+    def forward(self) -> Tensor:
+        """The values, (size,)."""
+        return self.weight * self.ratio
