@@ -1,0 +1,151 @@
+"""Linear attention with decay, in chunks: a matrix for memory, written by outer products, read by the query.
+
+    S_t = diag(a_t) S_{t-1} + k_t v_t^T        (K, V) a head; a_t = exp(log_decay_t) in (0, 1]
+    o_t = S_t^T q_t  =  sum_{s <= t} (q_t . exp(G_t - G_s) k_s) v_s + S_0^T (exp(G_t) q_t),     G the sums of log a
+
+`scalar_decay` has one a_t a head, as RetNet, lightning attention and Mamba-2; `vector_decay` one a channel of the key,
+as GLA and HGRN2. Inside a chunk of c tokens the sum is taken as it stands, between chunks S is carried: time
+O(T (c + K) V), memory O(T c) for the scores and K V numbers for each chunk. The state is S, K V numbers a head.
+
+The trap: to factor exp(G_t - G_s) into exp(G_t) q_t and exp(-G_s) k_s, which turns everything into matrix products,
+overflows as soon as a chunk forgets by e^88. Here no exponent is ever positive: a scalar decay has its differences
+taken pair by pair; a vector decay has them split at a token r between s and t, (G_t - G_r) + (G_r - G_s). All sums are
+float32 at least, under autocast too.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PAIRWISE = 4  # tokens up to which a vector decay is taken pair by pair
+
+
+def scalar_decay(
+    query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, state: Tensor | None = None, chunk: int = 64
+) -> tuple[Tensor, Tensor]:
+    """One decay a head and token.
+
+    Args:
+        query: (B, T, G, K); value head h reads group h // (H / G).
+        key: (B, T, G, K).
+        value: (B, T, H, V).
+        log_decay: (B, T, H), or (1, T, H) where it is the same for all rows; not above 0.
+        state: S before the first token, (B, H, K, V); zeros if not given.
+        chunk: c.
+
+    Returns:
+        (B, T, H, V) in the dtype of the value, and S after the last token, in float32 at least.
+    """
+    time, groups = value.shape[1], key.shape[2]
+    chunk = min(chunk, time)
+    with torch.autocast(value.device.type, enabled=False):
+        query, key = (chunked(x, chunk)[:, :, :, None] for x in (query, key))  # (B, N, G, 1, c, K)
+        values, log_decay = (chunked(x, chunk).unflatten(2, (groups, -1)) for x in (value, log_decay))
+        total = log_decay.cumsum(-1)  # (B, N, G, R, c), R = H / G
+        ahead = torch.ones(chunk, chunk, dtype=torch.bool, device=value.device).triu(1)
+        decay = (total[..., :, None] - total[..., None, :]).masked_fill(ahead, float("-inf")).exp()
+        mixed = (query @ key.transpose(-1, -2) * decay) @ values
+        left = (total[..., -1:] - total).exp()[..., None]  # what the end of the chunk has of each token
+        local = key.transpose(-1, -2) @ (values * left)  # (B, N, G, R, K, V)
+        if state is not None:
+            state = state.unflatten(1, (groups, -1))
+        before, state = carry(local, total[..., -1:, None].exp(), state)
+        if before is not None:
+            mixed = mixed + (query @ before) * total[..., None].exp()
+    return joined(mixed.flatten(2, 3), time).to(value.dtype), state.flatten(1, 2)
+
+
+def vector_decay(
+    query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, state: Tensor | None = None, chunk: int = 64
+) -> tuple[Tensor, Tensor]:
+    """One decay a channel of the key, head and token.
+
+    Args:
+        query: (B, T, H, K).
+        key: (B, T, H, K).
+        value: (B, T, H, V).
+        log_decay: (B, T, H, K); not above 0.
+        state: S before the first token, (B, H, K, V); zeros if not given.
+        chunk: c, a power of 2.
+
+    Returns:
+        (B, T, H, V) in the dtype of the value, and S after the last token, in float32 at least.
+    """
+    time = value.shape[1]
+    chunk = min(chunk, 1 << (time - 1).bit_length())
+    with torch.autocast(value.device.type, enabled=False):
+        query, key, values, log_decay = (chunked(x, chunk) for x in (query, key, value, log_decay))  # (B, N, H, c, K)
+        mixed, total = _within(query, key, values, log_decay)
+        last = total[..., -1:, :]  # (B, N, H, 1, K)
+        local = (key * (last - total).exp()).transpose(-1, -2) @ values  # (B, N, H, K, V)
+        before, state = carry(local, last.exp().transpose(-1, -2), state)
+        if before is not None:
+            mixed = mixed + (query * total.exp()) @ before
+    return joined(mixed, time).to(value.dtype), state
+
+
+def decay_step(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The recurrence, one token: query and key (B, H, K), value (B, H, V), state (B, H, K, V), and a log decay that
+    broadcasts to (B, H, K) -> (B, H, V) in the dtype of the value, and the state."""
+    with torch.autocast(value.device.type, enabled=False):
+        query, key, new, log_decay = (x.to(state.dtype) for x in (query, key, value, log_decay))
+        state = log_decay.exp()[..., None] * state + key[..., None] * new[..., None, :]
+        return (query[..., None, :] @ state)[..., 0, :].to(value.dtype), state
+
+
+def chunked(x: Tensor, chunk: int) -> Tensor:
+    """(B, T, H, ...) -> (B, N, H, c, ...) in float32 at least, with zeros after the last token: a key of 0 and a log
+    decay of 0 leave the memory as it is."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    missing = -x.shape[1] % chunk
+    if missing:
+        x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, missing))
+    return x.unflatten(1, (-1, chunk)).transpose(2, 3)
+
+
+def joined(x: Tensor, time: int) -> Tensor:
+    """(B, N, H, c, V) -> (B, T, H, V)"""
+    return x.transpose(2, 3).flatten(1, 2)[:, :time]
+
+
+def carry(local: Tensor, decay: Tensor, state: Tensor | None) -> tuple[Tensor | None, Tensor]:
+    """From what each chunk adds to the memory, (B, N, ...), and by what it fades, of a shape that broadcasts to it:
+    the memory before each chunk, (B, N, ...), and after the last. None where there is nothing before the only chunk."""
+    if state is None:
+        if local.shape[1] == 1:
+            return None, local[:, 0]
+        state = torch.zeros_like(local[:, 0])
+    before = []
+    for new, fade in zip(local.unbind(1), decay.unbind(1), strict=True):
+        before.append(state)
+        state = fade * state + new
+    return torch.stack(before, 1), state
+
+
+def _within(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum inside of each chunk, with a vector decay: small blocks pair by pair, then two and two joined.
+
+    query, key, log_decay (..., c, K), value (..., c, V) -> (..., c, V), and the sums of log_decay (..., c, K). Where
+    the second of two blocks reads the first, the decay from s to t is split at the end of the first.
+    """
+    chunk = value.shape[-2]
+    size = min(PAIRWISE, chunk)
+
+    def cut(x: Tensor) -> Tensor:
+        """(..., c, K) -> (..., M, size, K)"""
+        return x.unflatten(-2, (-1, size))
+
+    total = cut(log_decay).cumsum(-2)
+    ahead = torch.ones(size, size, dtype=torch.bool, device=value.device).triu(1)[..., None]
+    decay = (total[..., :, None, :] - total[..., None, :, :]).masked_fill(ahead, float("-inf")).exp()
+    scores = (cut(query)[..., :, None, :] * cut(key)[..., None, :, :] * decay).sum(-1)  # (..., M, size, size)
+    mixed = scores @ cut(value)
+    while size < chunk:
+        (total1, total2), (mixed1, mixed2) = (x.unflatten(-3, (-1, 2)).unbind(-3) for x in (total, mixed))
+        query2 = cut(query).unflatten(-3, (-1, 2))[..., 1, :, :] * total2.exp()
+        key1, value1 = (cut(x).unflatten(-3, (-1, 2))[..., 0, :, :] for x in (key, value))
+        key1 = key1 * (total1[..., -1:, :] - total1).exp()
+        mixed = torch.cat((mixed1, mixed2 + (query2 @ key1.transpose(-1, -2)) @ value1), -2)
+        total = torch.cat((total1, total2 + total1[..., -1:, :]), -2)
+        size *= 2
+    return mixed.squeeze(-3), total.squeeze(-3)
