@@ -162,6 +162,41 @@ PEERS = {
 }
 
 
+def _recurrent(kind: str, settings: dict[str, Any], shape: Shape) -> nn.Module:
+    """A transformers model of a recurrent kind, without the CUDA kernels that it takes where they are installed."""
+    library = import_module("transformers")
+    special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    common = {"vocab_size": shape.vocab_size, "hidden_size": shape.dim, "num_hidden_layers": shape.depth}
+    config = getattr(library, f"{kind}Config")(**{**common, **special, **settings})
+    return _HuggingFace(getattr(library, f"{kind}ForCausalLM")(config))
+
+
+# depth, width and parameters as the config of the same architecture has them, as near as their settings allow
+_MAMBA = {"num_hidden_layers": 7, "state_size": 16, "time_step_rank": 8}
+_MAMBA2 = {"num_hidden_layers": 7, "state_size": 32, "num_heads": 8, "head_dim": 32, "n_groups": 1, "chunk_size": 64}
+_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32}
+_RECURRENT_GEMMA = {"block_types": ["recurrent"], "lru_width": 128, "intermediate_size": 682, **_HEADS}
+_QWEN3_NEXT = {
+    "layer_types": ["linear_attention"] * 4,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "intermediate_size": 341,
+    "mlp_only_layers": [0, 1, 2, 3],  # no experts
+    "num_experts": 0,
+    **_HEADS,
+}
+_XLSTM = {"num_heads": 4, "embedding_dim": 128, "num_blocks": 4, "mode": "train", "autocast_kernel_dtype": "float32"}
+RECURRENT = {
+    "hf_mamba": Peer("transformers Mamba", "none", partial(_recurrent, "Mamba", _MAMBA)),
+    "hf_mamba2": Peer("transformers Mamba-2", "none", partial(_recurrent, "Mamba2", _MAMBA2)),
+    "hf_rg_lru": Peer("transformers RG-LRU", "none", partial(_recurrent, "RecurrentGemma", _RECURRENT_GEMMA)),
+    "hf_gated_deltanet": Peer("transformers Gated DeltaNet", "none", partial(_recurrent, "Qwen3Next", _QWEN3_NEXT)),
+    "hf_mlstm": Peer("transformers mLSTM", "none", partial(_recurrent, "xLSTM", _XLSTM)),
+}
+
+
 def mean_loss(network: nn.Module, tokens: Tokens, targets: Tokens) -> Tensor:
     """The training loss: the mean negative log-likelihood, in nats, the softmax in float32."""
     if isinstance(network, Network):

@@ -1,0 +1,175 @@
+"""The collection side by side: training at three lengths, memory, decoding early and late, and what the state takes.
+
+Every contender is the network of a config as it stands (dim 128, depth 4, about 0.80 M parameters), without its
+window. Training goes through the loop of benchmarks.train with 4,096 tokens a step, so what rises with the length is
+what is not linear in it. Peers are transformers' PyTorch paths at the same dimensions.
+
+    python -m benchmarks.mixers                          # all configs that have a parallel form
+    python -m benchmarks.mixers llama mamba gru --out docs/results/speed/mixers.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.collection import CONFIGS, collection
+from benchmarks.harness import Case, Contender, Measure, Result, finish, measure_in_turns, parser, use_threads
+from benchmarks.peers import RECURRENT, Shape
+from benchmarks.train import Mode, prepare_loop
+from llmx.base_config import read_config
+from llmx.composition import components_by_name, from_config
+from llmx.protocol import Network
+from llmx.training.fastpath import fast_precision
+
+TOKENS = 4096  # a training step
+LENGTHS = (256, 1024, 4096)
+EARLY, LATE, FAR = 100, 20_000, 100_000  # tokens before the ones that are timed; the state is only counted at FAR
+CHUNK = 500  # tokens of a prefill on the way there
+DECODED = 32  # tokens that are timed
+VOCABULARY = 65
+BASELINE = "llama"
+
+
+def network_of(name: str) -> Callable[[Shape], Network]:
+    """The network of a config, as a function of the shape, of which it takes nothing but the vocabulary."""
+    config = _in_full(read_config(CONFIGS / f"{name}.yaml")["model"]["network"], components_by_name())
+    factory = from_config(config)
+    return lambda shape: factory(shape.vocab_size)
+
+
+def _in_full(value: Any, known: dict[str, type]) -> Any:
+    """Short names of components as whole paths, a name alone as a class_path."""
+    if isinstance(value, dict):
+        return {
+            key: _path(item, known) if key == "class_path" else _in_full(item, known) for key, item in value.items()
+        }
+    if isinstance(value, list):
+        return [_in_full(item, known) for item in value]
+    return {"class_path": _path(value, known)} if value in known else value
+
+
+def _path(name: str, known: dict[str, type]) -> str:
+    return f"{known[name].__module__}.{name}" if name in known else name
+
+
+def prepare(name: str, steps: int) -> Measure:
+    """Answers the cases `train N`, `decode N` and `state N`."""
+    build = network_of(name)
+
+    def measure(case: Case) -> float:
+        what, length = case.name.split()
+        if what == "train":
+            return prepare_training(build, steps)(case)
+        network = build(Shape(4, 128, 4, 341, window=0, batch_size=1)).eval()
+        return state_bytes(network, int(length)) if what == "state" else seconds_a_token(network, int(length))
+
+    return measure
+
+
+def prepare_training(build: Callable[[Shape], Any], steps: int) -> Measure:
+    mode = Mode(fast_precision("auto"), compile=False)
+
+    def measure(case: Case) -> float:
+        window = int(case.name.split()[1])
+        shape = Shape(4, 128, 4, 341, window, TOKENS // window)
+        return prepare_loop(build, shape, mode, steps)(case)
+
+    return measure
+
+
+def state_bytes(network: Network, length: int) -> float:
+    state = network.to("meta").init_state(1, length)
+    return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(state) if isinstance(leaf, Tensor))
+
+
+@torch.inference_mode()
+def seconds_a_token(network: Network, length: int) -> float:
+    """One row, eager, after `length` tokens: the median of DECODED steps."""
+    state = network.init_state(1, length + DECODED)
+    for chunk in torch.zeros(1, length, dtype=torch.int64).split(CHUNK, 1):
+        _, state = network.prefill(chunk, state)
+    token = torch.zeros(1, dtype=torch.int64)
+    seconds = []
+    for _ in range(DECODED):
+        start = time.perf_counter()
+        _, state = network.step(token, state)
+        seconds.append(time.perf_counter() - start)
+    return median(seconds)
+
+
+def summary(training: Sequence[Result], decoding: Sequence[Result], states: Sequence[Result]) -> Table:
+    """A row a contender."""
+    values = {(r.contender, r.case.name): median(r.values) for r in [*training, *decoding, *states] if r.values}
+    peaks = {(r.contender, r.case.name): r.peak_bytes for r in training}
+    rows = Table(title="the collection side by side", caption="medians; decoding is eager, one row")
+    headings = ["tokens/s at 256", "of attention's", "at 1,024", "at 4,096", "time 4,096 / 1,024", "memory"]
+    headings += [f"ms a token after {EARLY}", f"{LATE:,}", f"state bytes at {EARLY}", f"{FAR:,}"]
+    rows.add_column("network")
+    for heading in headings:
+        rows.add_column(heading, justify="right")
+    for name in dict.fromkeys(result.contender for result in training):
+
+        def cell(case: str, form: str, factor: float = 1, name: str = name) -> str:
+            value = values.get((name, case))
+            return "" if value is None else format(factor * value, form)
+
+        def ratio(over: float | None, under: float | None) -> str:
+            return f"{over / under:.2f}" if over and under else ""
+
+        rates = {length: values.get((name, f"train {length}")) for length in LENGTHS}
+        rows.add_row(
+            name,
+            cell("train 256", ",.0f"),
+            ratio(rates[256], values.get((BASELINE, "train 256"))),
+            cell("train 1024", ",.0f"),
+            cell("train 4096", ",.0f"),
+            ratio(rates[1024], rates[4096]),
+            ratio(peaks.get((name, "train 4096")), peaks.get((name, "train 1024"))),
+            cell(f"decode {EARLY}", ".2f", 1000),
+            cell(f"decode {LATE}", ".2f", 1000),
+            cell(f"state {EARLY}", ",.0f"),
+            cell(f"state {FAR}", ",.0f"),
+        )
+    return rows
+
+
+def main() -> int:
+    options = parser(__doc__)
+    options.add_argument("names", nargs="*", help="configs and peers; all of them if none is named")
+    options.add_argument("--steps", type=int, default=2, help="training steps a round")
+    options.add_argument("--decode", action=argparse.BooleanOptionalAction, default=True, help="measure decoding too")
+    chosen = options.parse_args()
+    configs = [name for name in collection() if name != "ngram"]
+    if unknown := [name for name in chosen.names if name not in configs and name not in RECURRENT]:
+        options.error(f"names: there is no {unknown[0]!r}; choose from {', '.join([*configs, *RECURRENT])}")
+    names = [BASELINE, *(name for name in chosen.names or [*configs, *RECURRENT] if name != BASELINE)]
+    use_threads(chosen.threads)
+    ours = [Contender(name, partial(prepare, name, chosen.steps)) for name in names if name in configs]
+    peers = [
+        Contender(RECURRENT[name].name, partial(prepare_training, RECURRENT[name].build, chosen.steps))
+        for name in names
+        if name in RECURRENT
+    ]
+    training = measure_in_turns([*ours, *peers], [Case(f"train {length}") for length in LENGTHS], chosen.repeats)
+    stateful = [contender for contender in ours if network_of(contender.name)(Shape(4, 128, 4, 341, 0, 1)).stateful]
+    decoding = [Case(f"decode {length}", "s") for length in (EARLY, LATE)] if chosen.decode else []
+    late = measure_in_turns(stateful, decoding, 1)
+    states = measure_in_turns(stateful, [Case(f"state {length}", "bytes") for length in (EARLY, FAR)], 1)
+    Console(width=180).print(summary(training, late, states))
+    return finish("mixers", [*training, *late, *states], chosen)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
