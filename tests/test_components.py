@@ -45,6 +45,8 @@ def context(x: Tensor) -> Context:
         torch.randn(x.shape, generator=generator, dtype=x.dtype),
     )
     made.store["first value"] = torch.randn(x.shape, generator=generator, dtype=x.dtype)  # what layer 0 leaves there
+    made.store["first value of RWKV-7"] = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+    made.store["hgrn2 bounds"] = torch.linspace(0, 0.9, 4, dtype=x.dtype)[:, None].expand(1, time, 4, DIM)
     return made
 
 

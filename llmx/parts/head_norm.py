@@ -1,0 +1,28 @@
+"""A norm for each head by itself, after heads have mixed time at scales of their own."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class HeadNorm(nn.Module):
+    """(..., H, V) -> (..., H V): (x - mean) / sqrt(variance + eps) over V, times a weight a channel.
+
+    This is GroupNorm with a group a head, of each token alone: `nn.GroupNorm` on (B, H V, T) takes its statistics over
+    time too, and shows every position its future.
+
+    Args:
+        heads: H.
+        head_dim: V.
+        eps: added to the variance.
+    """
+
+    def __init__(self, heads: int, head_dim: int, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(heads * head_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        exact = x.to(torch.promote_types(x.dtype, torch.float32))
+        normed = F.layer_norm(exact, exact.shape[-1:], eps=self.eps).to(x.dtype)
+        return normed.flatten(-2) * self.weight.to(x.dtype)
