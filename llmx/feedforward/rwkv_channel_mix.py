@@ -1,0 +1,63 @@
+"""RWKV-7's channel mix (arXiv 2503.14456): a two-layer perceptron that sees a share of the token before.
+
+    x'_t = x_t + m * (x_{t-1} - x_t),     y_t = W_down relu(W_up x'_t)^2          m (D,)
+
+Time O(T D F), memory O(T F); the state is the last x, D numbers a sequence. Unlike earlier RWKVs it has no gate. The
+trap: a feed-forward that looks back has a state, and one that is generated from without it sees zeros where the token
+before was; a shift by `roll` shows the first position the last one.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmx.protocol import Context, Site, StatefulFeedForward
+from llmx.shapes import Hidden
+
+
+class ChannelMixState(NamedTuple):
+    last: Tensor  # (B, D), x of the token before
+
+
+class RWKVChannelMix(StatefulFeedForward):
+    """(B, T, D) -> (B, T, D).
+
+    W_up starts orthogonal, W_down at 0; m starts spread over the channels, smaller the higher the layer.
+
+    Args:
+        site: where the feed-forward stands.
+        hidden: width inside; 4 dim if not given.
+
+    Raises:
+        ValueError: for a hidden width below 1.
+    """
+
+    def __init__(self, site: Site, hidden: int | None = None):
+        super().__init__()
+        hidden = 4 * site.dim if hidden is None else hidden
+        if hidden < 1:
+            raise ValueError(f"hidden: {hidden} is below 1")
+        self.shift = nn.Parameter(1 - (torch.arange(site.dim) / site.dim) ** ((1 - site.layer / site.depth) ** 4))
+        self.up = nn.Linear(site.dim, hidden, bias=False)
+        self.down = nn.Linear(hidden, site.dim, bias=False)
+        nn.init.orthogonal_(self.up.weight)
+        nn.init.zeros_(self.down.weight)
+
+    def forward(self, x: Hidden, context: Context) -> Hidden:
+        return self._mix(x, F.pad(x, (0, 0, 1, -1)))
+
+    def init_state(self, batch_size: int, max_length: int) -> ChannelMixState:
+        return ChannelMixState(self.down.weight.new_zeros(batch_size, self.down.out_features))
+
+    def step(self, x: Tensor, state: ChannelMixState, context: Context) -> tuple[Tensor, ChannelMixState]:  # type: ignore[override]
+        return self._mix(x, state.last.to(x.dtype)), ChannelMixState(x)
+
+    def prefill(self, x: Hidden, state: ChannelMixState, context: Context) -> tuple[Hidden, ChannelMixState]:  # type: ignore[override]
+        shifted = torch.cat((state.last.to(x.dtype)[:, None], x[:, :-1]), 1)
+        return self._mix(x, shifted), ChannelMixState(x[:, -1])
+
+    def _mix(self, x: Tensor, shifted: Tensor) -> Tensor:
+        x = torch.addcmul(x, shifted - x, self.shift.to(x.dtype))
+        return self.down(F.relu(self.up(x)).square())

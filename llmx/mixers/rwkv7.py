@@ -1,0 +1,204 @@
+"""RWKV-7, "Goose" (arXiv 2503.14456): a memory whose every step fades channels by a vector and rewrites along a key.
+
+    x'_t = x_t + m * (x_{t-1} - x_t)                    token shift, m (D,) for each of r, w, k, v, a, g
+    r, k, v = W x',   w = exp(-e^{-1/2} sigmoid(f_w(x'))),   a = sigmoid(f_a(x')),   g = W sigmoid(W x')
+    v <- v + sigmoid(f_v(x')) * (v^(1) - v)             v^(1) the values of the first layer of this kind
+    e = k * m_e / |k * m_e|,   k <- k * (1 + (a - 1) * m_a)
+    S_t = S_{t-1} (diag(w_t) - e_t (a_t * e_t)^T) + v_t k_t^T        (K, K) a head
+    y_t = W_o (g_t * (norm(S_t r_t) + (r_t . (m_r * k_t)) v_t))      the norm in each head, and the bonus of the token
+
+f are of low rank; exp(-exp(-softplus(-f) - 1/2)) is the same w, which stays above 0.545. Time O(T D (D + K)) a sequence
+in chunks, memory O(T (D + c H)); the state is S and the last x, D (K + 1) numbers a sequence, whatever its length. The
+traps: what is erased is read from S_{t-1} before it fades; v^(1) has to be there in every form; and the start decides:
+output 0, orthogonal maps, rates spread over channels and layers. What the paper has beyond the mixer is left to the
+network: a norm after the embedding, no weight decay on the low-rank maps, twice the learning rate for the bias of w.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmx.parts.dplr import dplr
+from llmx.protocol import Context, Site, StatefulMixer
+from llmx.shapes import Hidden
+
+FIRST_VALUE = "first value of RWKV-7"  # in the context's store: (B, T, D), without T in `step`
+FASTEST = -math.exp(-0.5)  # the log decay that no channel exceeds
+
+
+class RWKV7State(NamedTuple):
+    last: Tensor  # (B, D), x of the token before
+    memory: Tensor  # (B, H, K, K), S^T: keys by values
+
+
+class Rows(NamedTuple):
+    """What a token brings to the memory, each (..., H, K)."""
+
+    receptance: Tensor  # r
+    log_decay: Tensor  # log w, (FASTEST, 0)
+    key: Tensor  # k
+    value: Tensor  # v
+    erase: Tensor  # e
+    rate: Tensor  # a
+
+
+class RWKV7(StatefulMixer):
+    """(B, T, D) -> (B, T, D): what the paper calls time mixing.
+
+    All layers need the same width, for the first layer's values to fit.
+
+    Args:
+        site: where the mixer stands; the one with occurrence 0 is the first.
+        heads: must divide `dim`; the paper's heads are 64 wide.
+        decay_rank: of the map to the decay; as the paper suggests for the width if not given, and so are the others.
+        rate_rank: of the map to the learning rate a.
+        value_rank: of the map to the share of the first layer's values.
+        gate_rank: of the gate.
+
+    Raises:
+        ValueError: for heads that do not divide the width, or leave one channel to each, and a rank below 1.
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        heads: int = 4,
+        decay_rank: int | None = None,
+        rate_rank: int | None = None,
+        value_rank: int | None = None,
+        gate_rank: int | None = None,
+    ):
+        super().__init__()
+        dim = site.dim
+        if heads < 1 or dim % heads or dim == heads:
+            raise ValueError(f"heads: {heads} heads must divide dim {dim} into parts of 2 or more")
+        decay_rank = suggested_rank(dim, 2.5) if decay_rank is None else decay_rank
+        rate_rank = suggested_rank(dim, 2.5) if rate_rank is None else rate_rank
+        value_rank = suggested_rank(dim, 1.7) if value_rank is None else value_rank
+        gate_rank = suggested_rank(dim, 5.0) if gate_rank is None else gate_rank
+        ranks = {"decay_rank": decay_rank, "rate_rank": rate_rank, "value_rank": value_rank, "gate_rank": gate_rank}
+        for name, rank in ranks.items():
+            if rank < 1:
+                raise ValueError(f"{name}: {rank} is below 1")
+        self.heads = heads
+        self.head_dim = dim // heads
+
+        channel = torch.arange(dim) / (dim - 1)  # 0 to 1
+        depth = site.layer / max(site.depth - 1, 1)  # 0 to 1
+        within = torch.linspace(-1, 1, self.head_dim).repeat(heads)
+        within = within * within.abs()
+        powers = torch.tensor([0.2, 0.9, 0.7, 0.7, 0.9, 0.2]) * (1 - site.layer / site.depth)  # r, w, k, v, a, g
+        self.shifts = nn.ParameterList(1 - (torch.arange(dim) / dim) ** power for power in powers)
+
+        self.receptance = nn.Linear(dim, dim, bias=False)
+        self.key = nn.Linear(dim, dim, bias=False)
+        self.value = nn.Linear(dim, dim, bias=False)
+        self.decay = LowRank(dim, decay_rank, nn.Tanh(), -5.5 + 6 * channel ** (1 + depth**0.3) + 2.5 * within)
+        self.rate = LowRank(dim, rate_rank, nn.Identity(), -0.19 + 0.3 * within + 0.4 * (channel - 0.5))
+        self.gate = LowRank(dim, gate_rank, nn.Sigmoid())
+        self.share = None
+        if site.occurrence > 0:
+            self.share = LowRank(dim, value_rank, nn.Identity(), 0.73 - 0.4 * (channel - 0.5))
+        self.erase_scale = nn.Parameter(0.71 - 0.1 * (channel - 0.5))  # m_e
+        self.rate_scale = nn.Parameter(torch.full((dim,), 1.02))  # m_a
+        self.bonus = nn.Parameter(torch.full((dim,), -0.04))  # m_r
+        self.norm_weight = nn.Parameter(torch.full((dim,), ((site.layer + 1) / site.depth) ** 0.7))
+        self.norm_bias = nn.Parameter(torch.zeros(dim))
+        self.out = nn.Linear(dim, dim, bias=False)
+        nn.init.orthogonal_(self.receptance.weight)
+        nn.init.orthogonal_(self.key.weight, 0.1)
+        nn.init.orthogonal_(self.value.weight)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, x: Hidden, context: Context) -> Hidden:
+        return self._mix(x, F.pad(x, (0, 0, 1, -1)), None, context)[0]
+
+    def init_state(self, batch_size: int, max_length: int) -> RWKV7State:
+        like = self.out.weight
+        exact = torch.promote_types(like.dtype, torch.float32)
+        memory = like.new_zeros(batch_size, self.heads, self.head_dim, self.head_dim, dtype=exact)
+        return RWKV7State(like.new_zeros(batch_size, like.shape[0]), memory)
+
+    def step(self, x: Tensor, state: RWKV7State, context: Context) -> tuple[Tensor, RWKV7State]:  # type: ignore[override]
+        rows, gate = self._project(x, state.last.to(x.dtype), context)
+        dtype = state.memory.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            receptance, log_decay, key, value, erase, rate = (row.to(dtype)[..., None] for row in rows)  # (B, H, K, 1)
+            removed = (state.memory * erase).sum(-2)[..., None, :]  # e^T S^T, (B, H, 1, K)
+            memory = log_decay.exp() * state.memory - rate * erase * removed + key * value.mT
+            read = (memory * receptance).sum(-2)  # (B, H, K)
+        return self._read(read, rows, gate), RWKV7State(x, memory)
+
+    def prefill(self, x: Hidden, state: RWKV7State, context: Context) -> tuple[Hidden, RWKV7State]:  # type: ignore[override]
+        shifted = torch.cat((state.last.to(x.dtype)[:, None], x[:, :-1]), 1)
+        output, memory = self._mix(x, shifted, state.memory, context)
+        return output, RWKV7State(x[:, -1], memory)
+
+    def _mix(self, x: Hidden, shifted: Hidden, memory: Tensor | None, context: Context) -> tuple[Hidden, Tensor]:
+        """In chunks, from any memory."""
+        rows, gate = self._project(x, shifted, context)
+        receptance, log_decay, key, value, erase, rate = rows
+        read, memory = dplr(receptance, key, value, log_decay, -erase, erase * rate, FASTEST, memory)
+        return self._read(read, rows, gate), memory
+
+    def _project(self, x: Tensor, shifted: Tensor, context: Context) -> tuple[Rows, Tensor]:
+        """The rows of the token, and the gate (..., D), from x and the x of the token before, both (..., D)."""
+        change = shifted - x
+        for_r, for_w, for_k, for_v, for_a, for_g = (torch.addcmul(x, change, m.to(x.dtype)) for m in self.shifts)
+        key = self.key(for_k)
+        value = self.value(for_v)
+        if self.share is None:
+            context.store[FIRST_VALUE] = value
+        else:
+            value = value + self.share(for_v).sigmoid() * (context.store[FIRST_VALUE] - value)
+        rate = self.rate(for_a).sigmoid()
+        decay = self.decay(for_w)
+        log_decay = FASTEST * decay.to(torch.promote_types(decay.dtype, torch.float32)).sigmoid()
+        erase = F.normalize(self._heads(key * self.erase_scale), dim=-1)
+        key = key * (1 + (rate - 1) * self.rate_scale)
+        heads = self._heads
+        rows = Rows(heads(self.receptance(for_r)), heads(log_decay), heads(key), heads(value), erase, heads(rate))
+        return rows, self.gate(for_g)
+
+    def _read(self, read: Tensor, rows: Rows, gate: Tensor) -> Tensor:
+        """What was read, (..., H, K), and the token's own bonus -> (..., D)."""
+        eps = 1e-5 * self.head_dim  # 64e-5 at the paper's width
+        normed = F.layer_norm(read.to(torch.promote_types(read.dtype, torch.float32)), read.shape[-1:], eps=eps)
+        mixed = normed.flatten(-2) * self.norm_weight + self.norm_bias
+        bonus = (rows.receptance * rows.key * self._heads(self.bonus)).sum(-1, keepdim=True) * rows.value
+        return self.out((mixed + bonus.flatten(-2)).to(gate.dtype) * gate)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, self.head_dim))
+
+
+class LowRank(nn.Module):
+    """bias + U f(V x), with V x of few numbers; at the start no more than the bias.
+
+    Args:
+        dim: D.
+        rank: of U and V.
+        activation: f.
+        bias: (D,), where it starts.
+    """
+
+    def __init__(self, dim: int, rank: int, activation: nn.Module, bias: Tensor | None = None):
+        super().__init__()
+        self.down = nn.Linear(dim, rank, bias=False)
+        self.activation = activation
+        self.up = nn.Linear(rank, dim, bias=bias is not None)
+        nn.init.zeros_(self.down.weight)
+        nn.init.orthogonal_(self.up.weight, 0.1)
+        if bias is not None:
+            self.up.bias.data = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.activation(self.down(x)))
+
+
+def suggested_rank(dim: int, factor: float) -> int:
+    """factor sqrt(D), rounded to a multiple of 32 that is not 0."""
+    return max(32, round(factor * dim**0.5 / 32) * 32)

@@ -1,0 +1,105 @@
+"""A memory whose transition is a diagonal plus a matrix of rank one, in chunks: RWKV-7's, and that of delta rules with
+a decay a channel.
+
+    S_t = diag(a_t) S_{t-1} + b_t (S_{t-1}^T r_t)^T + k_t v_t^T          (K, V) a head, a_t = exp(log_decay_t)
+    o_t = S_t^T q_t
+
+Inside a chunk of c tokens, with G the sums of log a and u_t = S_{t-1}^T r_t what is taken out of the memory:
+
+    u_t = sum_{s < t} (r_t . exp(G_{t-1} - G_s) (b_s u_s^T + k_s v_s^T)) + (exp(G_{t-1}) r_t)^T S_0
+
+is a triangular system with ones on its diagonal, solved once for the part that is known and once for the part in S_0;
+from chunk to chunk S -> M S + C then. Time O(T (c + K) (K + V)) a head in T / c dependent steps, memory O(T (c + K))
+and K (K + V) numbers for each chunk. The traps: u_t reads S_{t-1} before it has faded by a_t, the query after; and
+exp(-G_s) alone overflows. exp(G_t - m) and exp(m - G_s) do not where the decay has a floor: with log a > -0.61, as in
+RWKV-7, c = 32 and m half of what a chunk can fade, both are below e^9.7, and no factor loses anything by being large.
+m is no middle of the decays at hand, which would let rounding see the future. Sums are float32 at least, under autocast
+too.
+"""
+
+import torch
+from torch import Tensor
+
+from llmx.parts.linear_attention import chunked, joined
+
+LARGEST = 80.0  # exponent that float32 has room for
+
+
+def dplr(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor,
+    read: Tensor,
+    write: Tensor,
+    lowest: float,
+    state: Tensor | None = None,
+    chunk: int = 32,
+) -> tuple[Tensor, Tensor]:
+    """All tokens, from any state.
+
+    Args:
+        query: q, (B, T, H, K).
+        key: k, (B, T, H, K).
+        value: v, (B, T, H, V).
+        log_decay: log a, (B, T, H, K); not above 0 and not below `lowest`.
+        read: r, (B, T, H, K).
+        write: b, (B, T, H, K).
+        lowest: the floor of log a.
+        state: S before the first token, (B, H, K, V); zeros if not given.
+        chunk: c.
+
+    Returns:
+        (B, T, H, V) in the dtype of the value, and S after the last token, in float32 at least.
+
+    Raises:
+        ValueError: for a floor so low that a chunk could fade by more than e^80.
+    """
+    if -lowest * chunk > LARGEST:
+        raise ValueError(f"lowest: {chunk} tokens that fade by {lowest:.3g} each are beyond float32")
+    time, dtype = value.shape[1], value.dtype
+    chunk = min(chunk, time)
+    with torch.autocast(value.device.type, enabled=False):
+        query, key, value, log_decay, read, write = (
+            chunked(x, chunk) for x in (query, key, value, log_decay, read, write)
+        )  # (B, N, H, c, K)
+        total = log_decay.cumsum(-2)  # G_t
+        last = total[..., -1:, :]
+        faded = read * (total - log_decay).exp()  # r_t exp(G_{t-1})
+        middle = lowest * chunk / 2
+        left = torch.cat((query * (total - middle).exp(), read * (total - log_decay - middle).exp()), -2)
+        right = torch.cat((write, key), -2) * (middle - total).exp().repeat(*[1] * (total.ndim - 2), 2, 1)
+        scores = (left @ right.transpose(-1, -2)) * _visible(chunk, left)  # (B, N, H, 2 c, 2 c)
+        from_query, from_read = scores.split(chunk, -2)
+        query_write, query_key = from_query.split(chunk, -1)
+        read_write, read_key = from_read.split(chunk, -1)
+
+        known = read_key @ value
+        only = state is None and value.shape[1] == 1  # one chunk, and nothing before it
+        if not only:
+            known = torch.cat((faded, known), -1)
+        # u = in_state S_0 + alone
+        known = torch.linalg.solve_triangular(-read_write, known, upper=False, unitriangular=True)
+        alone = known[..., -value.shape[-1] :]
+        mixed = query_write @ alone + query_key @ value
+        remaining = (last - total).exp()  # what the end of the chunk has of each token
+        write, key = ((x * remaining).transpose(-1, -2) for x in (write, key))
+        add = write @ alone + key @ value  # C, (B, N, H, K, V)
+        if only:
+            return joined(mixed, time).to(dtype), add[:, 0]
+        in_state = known[..., : faded.shape[-1]]
+        move = write @ in_state + torch.diag_embed(last.exp().squeeze(-2))  # M, (B, N, H, K, K)
+        if state is None:
+            state = torch.zeros_like(add[:, 0])
+        before = []
+        for m, c in zip(move.unbind(1), add.unbind(1), strict=True):
+            before.append(state)
+            state = m @ state + c
+        mixed = mixed + (query * total.exp() + query_write @ in_state) @ torch.stack(before, 1)
+    return joined(mixed, time).to(dtype), state
+
+
+def _visible(chunk: int, like: Tensor) -> Tensor:
+    """(2 c, 2 c) of ones and zeros: a query sees its own token, a read only those before."""
+    own = torch.ones(chunk, chunk, dtype=like.dtype, device=like.device).tril()
+    return torch.cat((own, own - torch.eye(chunk, dtype=like.dtype, device=like.device))).repeat(1, 2)
