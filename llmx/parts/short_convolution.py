@@ -1,0 +1,61 @@
+"""A causal convolution over the last few tokens, each channel by itself.
+
+    y_t = sum_{j < w} c_j * x_{t-j} + bias          c_j (D,), x before the first token 0
+
+Time O(T D w), state the last w - 1 inputs, (w - 1) D numbers. Written as w products of whole sequences: grouped
+convolutions are slower on a CPU. The trap: padding on both sides, or w on the left and no cut on the right, reads the
+future; the padding of a text that goes on is what came before, not zeros.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ShortConvolution(nn.Module):
+    """(B, T, D) -> (B, T, D). Its state is (B, w - 1, D), oldest first.
+
+    Starts uniform in +-1 / sqrt(w), the bias at 0.
+
+    Args:
+        dim: D.
+        width: w, the tokens it sees, the current one among them.
+        bias: adds a number a channel.
+
+    Raises:
+        ValueError: for a width below 1.
+    """
+
+    def __init__(self, dim: int, width: int = 4, bias: bool = False):
+        super().__init__()
+        if width < 1:
+            raise ValueError(f"width: {width} is below 1")
+        self.width = width
+        self.taps = nn.Parameter(torch.empty(width, dim).uniform_(-(width**-0.5), width**-0.5))  # oldest first
+        self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._convolve(F.pad(x, (0, 0, self.width - 1, 0)))
+
+    def init_state(self, batch_size: int) -> Tensor:
+        return self.taps.new_zeros(batch_size, self.width - 1, self.taps.shape[1])
+
+    def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """One token, (B, D) -> (B, D)."""
+        seen = torch.cat((state.to(x.dtype), x[:, None]), 1)  # (B, w, D)
+        y = (seen * self.taps.to(x.dtype)).sum(1)
+        return y if self.bias is None else y + self.bias.to(x.dtype), seen[:, 1:]
+
+    def prefill(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """From any state, (B, T, D) -> (B, T, D)."""
+        seen = torch.cat((state.to(x.dtype), x), 1)
+        return self._convolve(seen), seen[:, x.shape[1] :]
+
+    def _convolve(self, seen: Tensor) -> Tensor:
+        """(B, w - 1 + T, D) -> (B, T, D)"""
+        time = seen.shape[1] - self.width + 1
+        first, *others = self.taps.to(seen.dtype).unbind()
+        y = first * seen[:, :time]
+        for j, tap in enumerate(others, 1):
+            y = torch.addcmul(y, tap, seen[:, j : j + time])
+        return y if self.bias is None else y + self.bias.to(y.dtype)
