@@ -1,0 +1,144 @@
+"""Hyena of order 2 (arXiv 2302.10866): a convolution as long as the text between two gates, its filter computed.
+
+    q, k, v = short(W x)                                    causal convolutions over 3 tokens, a channel by itself
+    u_t = k_t * v_t,    z_t = sum_{s <= t} h_{t-s} * u_s + b * u_t,    y_t = W_o (q_t * z_t)
+    h_l = N(phi(l / L)) * (exp(-r l / L) + 0.05)            (D,) for the lag l; r (D,) fixed, fast to slow channels
+
+N is a small network with sines between its layers, phi the lag, sines and cosines of it. L is `max_length`: no lag
+beyond it has a filter. As in the paper's own code the short convolution stands for the filter before the first gate.
+Time O(T log T D) a sequence, memory O(T D). No fixed-size state: a step is a product of the filter with all past u,
+O(S D) for a cache of S slots, S D + 6 D numbers a sequence, and N runs over S lags for it. The trap: a product of
+spectra is a circular convolution, where the end of the text wraps round to its beginning and every position sees the
+future; both sides are padded with zeros to 2 T. What is left of the future is rounding, 1e-7 in fp32.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from llmx.parts.attention import write
+from llmx.parts.init import normal_, residual_std
+from llmx.parts.short_convolution import ShortConvolution
+from llmx.protocol import Context, Site, StatefulMixer
+from llmx.shapes import Hidden
+
+FASTEST, SLOWEST = math.log(100) / 0.3, math.log(100) / 1.5  # a channel's window is at 1/100 after 0.3 L to 1.5 L
+FLOOR = 0.05  # of the window, below which it does not fall
+
+
+class HyenaState(NamedTuple):
+    short: Tensor  # of the short convolution
+    past: Tensor  # (B, 1, S, D), u, slot s for position s; written in place while gradients are off
+
+
+class Hyena(StatefulMixer):
+    """(B, T, D) -> (B, T, D).
+
+    Args:
+        site: where the mixer stands.
+        max_length: L, the longest sequence; lags are measured in it, so it is part of what is learned.
+        filter_hidden: width of the network that computes the filter.
+        bands: frequencies of the sines and cosines that it reads.
+        frequency: where the slopes of its sines start.
+
+    Raises:
+        ValueError: for a size below 1, and for a sequence longer than `max_length`.
+    """
+
+    def __init__(
+        self, site: Site, max_length: int = 1024, filter_hidden: int = 64, bands: int = 16, frequency: float = 10.0
+    ):
+        super().__init__()
+        for name, size in (("max_length", max_length), ("filter_hidden", filter_hidden), ("bands", bands)):
+            if size < 1:
+                raise ValueError(f"{name}: {size} is below 1")
+        self.max_length = max_length
+        self.project = nn.Linear(site.dim, 3 * site.dim, bias=False)
+        self.short = ShortConvolution(3 * site.dim, 3)
+        self.filter = ImplicitFilter(site.dim, max_length, filter_hidden, bands, frequency)
+        self.skip = nn.Parameter(torch.randn(site.dim))
+        self.out = nn.Linear(site.dim, site.dim, bias=False)
+        normal_(self.project, site.dim**-0.5)  # products of three: smaller factors would start at nothing
+        normal_(self.out, residual_std(site.depth))
+
+    def forward(self, x: Hidden, context: Context) -> Hidden:
+        self._check(x.shape[1])
+        query, u = self._gate(self.short(self.project(x)))
+        return self._read(query, u, long_convolution(u, self.filter(x.shape[1])))
+
+    def init_state(self, batch_size: int, max_length: int) -> HyenaState:
+        self._check(max_length)
+        past = self.out.weight.new_zeros(batch_size, 1, max_length, self.out.in_features)
+        return HyenaState(self.short.init_state(batch_size), past)
+
+    def step(self, x: Tensor, state: HyenaState, context: Context) -> tuple[Tensor, HyenaState]:  # type: ignore[override]
+        projected, short = self.short.step(self.project(x), state.short)
+        query, u = self._gate(projected)
+        past = write(state.past, u[:, None, None], context.positions[:, None])
+        slots = past.shape[2]
+        lags = context.positions[:, None] - torch.arange(slots, device=x.device)  # (B, S)
+        taps = self.filter(slots)[lags.clamp(min=0)] * (lags >= 0)[..., None]  # (B, S, D)
+        return self._read(query, u, (taps * past[:, 0]).sum(1)), HyenaState(short, past)
+
+    def prefill(self, x: Hidden, state: HyenaState, context: Context) -> tuple[Hidden, HyenaState]:  # type: ignore[override]
+        projected, short = self.short.prefill(self.project(x), state.short)
+        query, u = self._gate(projected)
+        past = write(state.past, u[:, :, None], context.positions)
+        mixed = long_convolution(past[:, 0], self.filter(past.shape[2]))  # (B, S, D)
+        here = context.positions[..., None].expand_as(u)
+        return self._read(query, u, mixed.gather(1, here)), HyenaState(short, past)
+
+    def _gate(self, projected: Tensor) -> tuple[Tensor, Tensor]:
+        """query and u (..., D)"""
+        query, key, value = projected.chunk(3, -1)
+        return query, key * value
+
+    def _read(self, query: Tensor, u: Tensor, mixed: Tensor) -> Tensor:
+        return self.out(query * (mixed + self.skip * u).to(query.dtype))
+
+    def _check(self, length: int) -> None:
+        if length > self.max_length:
+            raise ValueError(f"max_length: {length} tokens, and no filter beyond {self.max_length}")
+
+
+class ImplicitFilter(nn.Module):
+    """The taps of all lags from 0 on, from a network that reads the lag.
+
+    Args:
+        dim: D.
+        max_length: L, the unit of lags.
+        hidden: width of the network.
+        bands: frequencies that it reads.
+        frequency: where the slopes of its sines start.
+    """
+
+    def __init__(self, dim: int, max_length: int, hidden: int, bands: int, frequency: float):
+        super().__init__()
+        self.max_length = max_length
+        self.bands = bands
+        self.layers = nn.ModuleList(nn.Linear(width, hidden) for width in (2 * bands + 1, hidden, hidden))
+        self.slopes = nn.Parameter(torch.full((hidden,), frequency))
+        self.last = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, length: int) -> Tensor:
+        """The lags below `length` -> (length, D), in float32 at least."""
+        weight = self.last.weight
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        with torch.autocast(weight.device.type, enabled=False):
+            lag = torch.arange(length, device=weight.device, dtype=exact)[:, None] / self.max_length
+            angle = 2 * math.pi * torch.arange(1, self.bands + 1, device=weight.device, dtype=exact) * lag
+            hidden = torch.cat((lag, angle.cos(), angle.sin()), 1)
+            for layer in self.layers:
+                hidden = torch.sin(self.slopes * layer(hidden))
+            rate = torch.linspace(SLOWEST, FASTEST, len(weight), device=weight.device, dtype=exact)
+            return self.last(hidden) * (torch.exp(-rate * lag) + FLOOR)
+
+
+def long_convolution(u: Tensor, taps: Tensor) -> Tensor:
+    """sum_{s <= t} taps_{t-s} * u_s: u (B, T, D), taps (T, D) -> (B, T, D), in the dtype of the taps."""
+    length = u.shape[1]
+    u, taps = u.to(taps.dtype).transpose(1, 2).contiguous(), taps.t().contiguous()  # transforms run along memory
+    spectrum = torch.fft.rfft(u, 2 * length) * torch.fft.rfft(taps, 2 * length)
+    return torch.fft.irfft(spectrum, 2 * length)[..., :length].transpose(1, 2)
