@@ -1,0 +1,124 @@
+"""The elementwise linear recurrence over time, which gated recurrences and diagonal state spaces have in common.
+
+    h_t = a_t * h_{t-1} + b_t        each number by itself, real or complex, |a_t| <= 1, from any h_0
+
+Computed as it stands, left to right: the steps are dependent, but each is one pass over all rows and channels. Where
+those are few, or on a GPU, time is cut into about sqrt(T) pieces: the last value of every piece and the product of its
+a are taken in all pieces at once, then carried from piece to piece, then each piece runs from its true start: some
+3 sqrt(T) dependent steps in place of T, for twice the arithmetic. Time O(T) a channel. The backward pass is the same
+scan from right to left and keeps a and h, nothing for the steps between:
+
+    g_t = dL/dh_t + a*_{t+1} g_{t+1},      dL/db_t = g_t,      dL/da_t = g_t h*_{t-1},      dL/dh_0 = a*_1 g_1
+
+The trap: dividing by cumulative products, or exponentiating minus their logarithms, makes a cumulative sum of the
+recurrence, and overflows as soon as something is forgotten. Here a = 0 is as good as any other decay. Numbers are
+float32 at least, under autocast too. Gradients of gradients are not provided.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+WIDE = 4096  # numbers a step, from which on a CPU the arithmetic of a step outweighs its overhead
+SHORT = 16  # steps that are not worth cutting
+
+
+def scan(a: Tensor, b: Tensor, start: Tensor | None = None) -> Tensor:
+    """All h_t of h_t = a_t * h_{t-1} + b_t.
+
+    Args:
+        a: (B, T, ...), |a| <= 1; a and b broadcast to each other.
+        b: (B, T, ...).
+        start: h_0, (B, ...); zeros if not given.
+
+    Returns:
+        (B, T, ...) in float32 at least, complex if an argument is. The last is the state to continue from.
+    """
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    if start is not None:
+        dtype = torch.promote_types(dtype, start.dtype)
+    a, b = torch.broadcast_tensors(a.to(dtype), b.to(dtype))
+    start = b.new_zeros(b[:, 0].shape) if start is None else start.to(dtype)
+    return _scan(a, b, start)
+
+
+# operators of their own: a compiler takes them as they are, where it would unroll the steps of a plain function
+@torch.library.custom_op("llmx::scan", mutates_args=())
+def _scan(a: Tensor, b: Tensor, start: Tensor) -> Tensor:
+    h = torch.empty(b.shape, dtype=b.dtype, device=b.device)
+    _run(a, b, start, h, False)
+    return h
+
+
+@torch.library.custom_op("llmx::scan_backward", mutates_args=())
+def _scan_backward(a: Tensor, h: Tensor, start: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of a, b and the start."""
+    a, h, start = a.conj(), h.conj(), start.conj()
+    g = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+    g[:, -1] = gradient[:, -1]
+    _run(a[:, 1:], gradient[:, :-1], gradient[:, -1], g[:, :-1], True)
+    d = torch.empty_like(g)
+    torch.mul(g[:, 1:], h[:, :-1], out=d[:, 1:])
+    torch.mul(g[:, 0], start, out=d[:, 0])
+    return d, g, g[:, 0] * a[:, 0]
+
+
+@_scan.register_fake
+def _(a: Tensor, b: Tensor, start: Tensor) -> Tensor:
+    return torch.empty(b.shape, dtype=b.dtype, device=b.device)
+
+
+@_scan_backward.register_fake
+def _(a: Tensor, h: Tensor, start: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    made = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (h, h, start)]
+    return made[0], made[1], made[2]
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    a, _, start = inputs
+    ctx.save_for_backward(a, output, start)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _scan_backward(*ctx.saved_tensors, gradient)
+
+
+_scan.register_autograd(_backward, setup_context=_keep)
+
+
+def _run(a: Tensor, b: Tensor, h: Tensor, out: Tensor, backwards: bool) -> None:
+    """Writes the scan from h to out, from the first step to the last, or backwards from the last to the first."""
+    time = b.shape[1]
+    if time <= SHORT or (b.device.type == "cpu" and b.numel() >= WIDE * time):
+        _sweep(a.unbind(1), b.unbind(1), h, out.unbind(1), backwards)
+        return
+    size = math.isqrt(time - 1) + 1
+    missing = -time % size
+    if missing:  # zeros where the scan ends
+        padding = (0, 0) * (b.ndim - 2) + ((missing, 0) if backwards else (0, missing))
+        a, b = F.pad(a, padding), F.pad(b, padding)
+    whole = torch.empty(b.shape, dtype=b.dtype, device=b.device) if missing else out
+    decays, inputs, outputs = (x.unflatten(1, (-1, size)).unbind(2) for x in (a, b, whole))  # c of (B, N, ...)
+    order = range(size)[::-1] if backwards else range(size)
+    last, product = inputs[order[0]], decays[order[0]]
+    for t in order[1:]:
+        last = torch.addcmul(inputs[t], decays[t], last)
+        product = product * decays[t]
+    lasts = torch.empty_like(last)
+    _sweep(product.unbind(1), last.unbind(1), h, lasts.unbind(1), backwards)
+    starts = torch.cat((lasts[:, 1:], h[:, None]) if backwards else (h[:, None], lasts[:, :-1]), 1)
+    _sweep(decays, inputs, starts, outputs, backwards)
+    if missing:
+        out.copy_(whole[:, missing:] if backwards else whole[:, :time])
+
+
+def _sweep(
+    decays: Sequence[Tensor], inputs: Sequence[Tensor], h: Tensor, outputs: Sequence[Tensor], backwards: bool
+) -> None:
+    """One step after the other."""
+    for t in range(len(inputs))[::-1] if backwards else range(len(inputs)):
+        h = torch.addcmul(inputs[t], decays[t], h, out=outputs[t])
