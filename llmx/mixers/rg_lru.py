@@ -1,0 +1,107 @@
+"""Griffin's recurrent block with its RG-LRU (arXiv 2402.19427): a linear recurrence gated by its input.
+
+    u = conv(W_u x),    r_t, i_t = sigmoid(W_r u_t + b_r), sigmoid(W_i u_t + b_i)      W_r, W_i block-diagonal, H blocks
+    log a_t = -8 softplus(L) r_t                                                        L (F,) learned
+    h_t = a_t * h_{t-1} + sqrt(1 - a_t^2) * (i_t * u_t)
+    y_t = W_o (h_t * gelu(W_g x_t))
+
+Each channel by itself between the projections; sqrt(1 - a^2) keeps the size of h whatever the decay. L starts where
+a^8, the decay of a fully open gate, is uniform in 0.9 to 0.999, as in the paper; RecurrentGemma's code has a there.
+Time O(T D F), memory O(T F); the state is h and the last 3 inputs of the convolution, 4 F numbers a sequence, whatever
+its length. The traps: near a = 1, 1 - a^2 is all rounding, so it is -expm1(2 log a), whose root has an infinite slope
+at 0; and the first token of a text, with nothing to be averaged with, enters without the root, as in RecurrentGemma
+(the paper is silent), so positions matter even here.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmx.parts.init import normal_, residual_std
+from llmx.parts.scan import scan
+from llmx.parts.short_convolution import ShortConvolution
+from llmx.protocol import Context, Site, StatefulMixer
+from llmx.shapes import Hidden
+
+SHARPNESS = 8.0  # c in the paper: log a = -c softplus(L) r
+SLOWEST, FASTEST = 0.999, 0.9  # a^c at the start
+
+
+class RGLRUState(NamedTuple):
+    convolution: Tensor  # (B, w - 1, F)
+    hidden: Tensor  # (B, F), h
+
+
+class RGLRU(StatefulMixer):
+    """(B, T, D) -> (B, T, D).
+
+    Args:
+        site: where the mixer stands.
+        hidden: F, the channels of the recurrence; `dim` if not given, the paper takes 4/3 of it.
+        heads: blocks of the gates' matrices; must divide `hidden`.
+        convolution: tokens that the convolution sees, the current one among them.
+
+    Raises:
+        ValueError: for heads that do not divide the channels, or a size below 1.
+    """
+
+    def __init__(self, site: Site, hidden: int | None = None, heads: int = 4, convolution: int = 4):
+        super().__init__()
+        hidden = site.dim if hidden is None else hidden
+        if hidden < 1:
+            raise ValueError(f"hidden: {hidden} is below 1")
+        if heads < 1 or hidden % heads:
+            raise ValueError(f"heads: {heads} heads must divide hidden {hidden}")
+        if convolution < 1:
+            raise ValueError(f"convolution: {convolution} is below 1")
+        block = hidden // heads
+        self.project = nn.Linear(site.dim, 2 * hidden)  # u, and what is gated by gelu
+        self.convolution = ShortConvolution(hidden, convolution, bias=True)
+        self.gates = nn.Parameter(torch.randn(heads, block, 2 * block) * block**-0.5)  # r and i
+        self.gate_bias = nn.Parameter(torch.zeros(heads, 2 * block))
+        rate = -torch.empty(hidden).uniform_(FASTEST, SLOWEST).log() / SHARPNESS
+        self.decay = nn.Parameter(rate.expm1().log())  # L: softplus(L) is the rate
+        self.out = nn.Linear(hidden, site.dim)
+        normal_(self.project, site.dim**-0.5)
+        normal_(self.out, residual_std(site.depth))
+
+    def forward(self, x: Hidden, context: Context) -> Hidden:
+        u, gate = self.project(x).chunk(2, -1)
+        return self._read(scan(*self._recurrence(self.convolution(u), context.positions)), gate)
+
+    def init_state(self, batch_size: int, max_length: int) -> RGLRUState:
+        hidden = self.decay.new_zeros(batch_size, len(self.decay))
+        return RGLRUState(self.convolution.init_state(batch_size), hidden.to(_exact(hidden)))
+
+    def step(self, x: Tensor, state: RGLRUState, context: Context) -> tuple[Tensor, RGLRUState]:  # type: ignore[override]
+        u, gate = self.project(x).chunk(2, -1)
+        u, convolution = self.convolution.step(u, state.convolution)
+        a, b = self._recurrence(u, context.positions)
+        hidden = a * state.hidden + b
+        return self._read(hidden, gate), RGLRUState(convolution, hidden)
+
+    def prefill(self, x: Hidden, state: RGLRUState, context: Context) -> tuple[Hidden, RGLRUState]:  # type: ignore[override]
+        u, gate = self.project(x).chunk(2, -1)
+        u, convolution = self.convolution.prefill(u, state.convolution)
+        hidden = scan(*self._recurrence(u, context.positions), state.hidden)
+        return self._read(hidden, gate), RGLRUState(convolution, hidden[:, -1])
+
+    def _recurrence(self, u: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """a_t and what it adds, in float32 at least: u (B, T, F), positions (B or 1, T), without T in `step`."""
+        blocks = u.unflatten(-1, (len(self.gates), -1))
+        gates = torch.einsum("...hk,hkj->...hj", blocks, self.gates.to(u.dtype)) + self.gate_bias.to(u.dtype)
+        r, i = gates.to(_exact(gates)).sigmoid().chunk(2, -1)
+        log_a = -SHARPNESS * F.softplus(self.decay.to(r.dtype)) * r.flatten(-2)
+        square = -torch.expm1(2 * log_a)  # 1 - a^2
+        root = square.clamp(min=torch.finfo(square.dtype).tiny).sqrt()
+        scale = torch.where(positions[..., None] == 0, 1.0, root)
+        return log_a.exp(), scale * i.flatten(-2) * u
+
+    def _read(self, hidden: Tensor, gate: Tensor) -> Tensor:
+        return self.out(hidden.to(gate.dtype) * F.gelu(gate, approximate="tanh"))
+
+
+def _exact(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
