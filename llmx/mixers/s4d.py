@@ -1,0 +1,96 @@
+"""S4D (arXiv 2206.11893): a diagonal state space a channel, the same at all times, hence a long convolution.
+
+    h'(t) = A h(t) + u(t),   v(t) = 2 Re(C . h(t)) + E u(t)          h complex, N / 2 modes a channel
+    h_t = exp(dt A) h_{t-1} + (exp(dt A) - 1) / A u_t                  exact where u stands still for dt (ZOH)
+    K_l = 2 Re sum_n C_n (exp(dt A_n) - 1) / A_n exp(l dt A_n),   v = K * u + E u,   y_t = GLU(W gelu(v_t) + b)
+
+Start (S4D-Lin): A_n = -1/2 + i pi n; dt log-uniform over channels in 0.001 to 0.1; C normal; B is 1, absorbed by C.
+Time O(T (log T + N) D) by transforms padded to 2 T, memory O(T N D) for the powers; the state is h, N D numbers a
+sequence, whatever its length. No positions. The traps: unpadded transforms wrap the end of the text round to its
+beginning; exp(dt A) - 1 loses its digits where dt is small, so it is expm1; and half of the modes stand for their
+conjugates, hence the 2. The authors train A and dt at a smaller rate; here all share one.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmx.parts.init import normal_
+from llmx.parts.long_convolution import long_convolution
+from llmx.protocol import Context, Site, StatefulMixer
+from llmx.shapes import Hidden
+
+FASTEST, SLOWEST = 0.1, 0.001  # dt at the start
+
+
+class S4DState(NamedTuple):
+    modes: Tensor  # (B, D, N / 2), h, complex
+
+
+class S4D(StatefulMixer):
+    """(B, T, D) -> (B, T, D).
+
+    Args:
+        site: where the mixer stands.
+        state: N, real numbers of state a channel; even.
+
+    Raises:
+        ValueError: for a state that is odd or below 2.
+    """
+
+    def __init__(self, site: Site, state: int = 64):
+        super().__init__()
+        if state < 2 or state % 2:
+            raise ValueError(f"state: {state} must be even and 2 at least")
+        modes = state // 2
+        self.log_step = nn.Parameter(torch.empty(site.dim).uniform_(math.log(SLOWEST), math.log(FASTEST)))  # of dt
+        self.log_decay = nn.Parameter(torch.full((site.dim, modes), math.log(0.5)))  # of -Re A
+        self.frequency = nn.Parameter(math.pi * torch.arange(modes).float().repeat(site.dim, 1))  # Im A
+        self.read = nn.Parameter(torch.randn(site.dim, modes, 2) * 0.5**0.5)  # C, real and imaginary
+        self.skip = nn.Parameter(torch.randn(site.dim))  # E
+        self.out = nn.Linear(site.dim, 2 * site.dim)
+        normal_(self.out, site.dim**-0.5)
+
+    def forward(self, x: Hidden, context: Context) -> Hidden:
+        exponent, write, read = self._discrete()
+        return self._mix(x, self._convolve(x, read * write, _powers(exponent, x.shape[1])))
+
+    def init_state(self, batch_size: int, max_length: int) -> S4DState:
+        dtype = torch.promote_types(self.log_decay.dtype, torch.complex64)
+        return S4DState(self.log_decay.new_zeros(batch_size, *self.log_decay.shape, dtype=dtype))
+
+    def step(self, x: Tensor, state: S4DState, context: Context) -> tuple[Tensor, S4DState]:  # type: ignore[override]
+        exponent, write, read = self._discrete()
+        modes = exponent.exp() * state.modes + write * x[..., None]
+        return self._mix(x, 2 * (read * modes).real.sum(-1)), S4DState(modes)
+
+    def prefill(self, x: Hidden, state: S4DState, context: Context) -> tuple[Hidden, S4DState]:  # type: ignore[override]
+        exponent, write, read = self._discrete()
+        powers = _powers(exponent, x.shape[1])
+        mixed = self._convolve(x, read * write, powers)
+        kept = exponent.exp() * state.modes  # what the first token finds
+        mixed = mixed + 2 * torch.einsum("bdn,dnt->btd", read * kept, powers).real
+        written = write * torch.einsum("btd,dnt->bdn", x.to(powers.dtype), powers.flip(-1))
+        return self._mix(x, mixed), S4DState(powers[..., -1] * kept + written)
+
+    def _discrete(self) -> tuple[Tensor, Tensor, Tensor]:
+        """dt A, (exp(dt A) - 1) / A and C, (D, N / 2) each, complex."""
+        exact = torch.promote_types(self.log_decay.dtype, torch.float32)
+        rate = torch.complex(-self.log_decay.to(exact).exp(), self.frequency.to(exact))
+        exponent = rate * self.log_step.to(exact).exp()[:, None]
+        return exponent, exponent.expm1() / rate, torch.view_as_complex(self.read.to(exact))
+
+    def _convolve(self, x: Hidden, weights: Tensor, powers: Tensor) -> Tensor:
+        """From no state: weights (D, N / 2), powers (D, N / 2, T) -> (B, T, D)."""
+        return long_convolution(x, 2 * torch.einsum("dn,dnt->td", weights, powers).real)
+
+    def _mix(self, x: Tensor, v: Tensor) -> Tensor:
+        return F.glu(self.out(F.gelu(v + self.skip * x).to(x.dtype)))
+
+
+def _powers(exponent: Tensor, time: int) -> Tensor:
+    """exp(l exponent) for lags l below T, (..., T)."""
+    return torch.exp(exponent[..., None] * torch.arange(time, device=exponent.device))
