@@ -1,0 +1,112 @@
+"""Mamba-2 (arXiv 2405.21060): a selective state space with one decay a head, hence linear attention in chunks (SSD).
+
+    (g, [u; B; C], r)_t = W x_t,    [u; B; C] = silu(conv([u; B; C]))     u, g (F,) in H heads of P; B, C (N,) for all
+    dt_t = softplus(r_t + b)   (H,),    a_t = exp(-dt_t exp(A_log))       (H,)
+    S_t = a_t S_{t-1} + B_t (dt_t u_t)^T                                  (N, P) a head
+    y_t = W_o norm((S_t^T C_t + E u_t) * silu(g_t))                       norm: RMSNorm over all F; E (H,)
+
+C is the query, B the key of linear attention, shared by all heads; dt u is the value. Start: exp(A_log) uniform in 1 to
+16, dt log-uniform in 0.001 to 0.1, E = 1. Time O(T (c + N) F) a sequence for chunks of c = 64, nearly all of it matrix
+products; memory O(T c H) for the scores and N F for each chunk; the state is S and the last 3 inputs of the
+convolution, N F + 3 (F + 2 N) numbers a sequence, whatever its length. No positions. The traps: the norm comes after
+the gate, not before; B and C go through the convolution too; and differences of summed log decays are masked before the
+exponential, not after, for above the diagonal they overflow, and 0 times infinity is no gradient.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmx.parts.init import normal_, residual_std
+from llmx.parts.linear_attention import decay_step, scalar_decay
+from llmx.parts.norm import RMSNorm
+from llmx.parts.short_convolution import ShortConvolution
+from llmx.protocol import Context, Site, StatefulMixer
+from llmx.shapes import Hidden
+
+FASTEST, SLOWEST = 0.1, 0.001  # dt at the start
+STRONGEST = 16.0  # exp(A_log) at the start; the weakest is 1
+
+
+class Mamba2State(NamedTuple):
+    convolution: Tensor  # (B, w - 1, F + 2 N)
+    memory: Tensor  # (B, H, N, P), S
+
+
+class Mamba2(StatefulMixer):
+    """(B, T, D) -> (B, T, D).
+
+    Args:
+        site: where the mixer stands.
+        hidden: F, the channels of the state space; twice `dim` if not given.
+        heads: H; must divide `hidden`.
+        state: N, numbers of state a channel.
+        convolution: tokens that the convolution sees, the current one among them.
+
+    Raises:
+        ValueError: for heads that do not divide the channels, or a size below 1.
+    """
+
+    def __init__(self, site: Site, hidden: int | None = None, heads: int = 4, state: int = 64, convolution: int = 4):
+        super().__init__()
+        hidden = 2 * site.dim if hidden is None else hidden
+        for name, size in (("hidden", hidden), ("state", state), ("convolution", convolution)):
+            if size < 1:
+                raise ValueError(f"{name}: {size} is below 1")
+        if heads < 1 or hidden % heads:
+            raise ValueError(f"heads: {heads} heads must divide hidden {hidden}")
+        self.heads = heads
+        self.widths = (hidden, hidden + 2 * state, heads)  # g, what is convolved, r
+        self.convolved = (hidden, state, state)  # u, B, C
+        self.project = nn.Linear(site.dim, sum(self.widths), bias=False)
+        self.convolution = ShortConvolution(hidden + 2 * state, convolution, bias=True)
+        start = torch.empty(heads).uniform_(math.log(SLOWEST), math.log(FASTEST)).exp()
+        self.step_bias = nn.Parameter(start.expm1().log())  # b: softplus of it is the start
+        self.decay_log = nn.Parameter(torch.empty(heads).uniform_(1, STRONGEST).log())  # A_log
+        self.skip = nn.Parameter(torch.ones(heads))  # E
+        self.norm = RMSNorm(hidden)
+        self.out = nn.Linear(hidden, site.dim, bias=False)
+        normal_(self.project, site.dim**-0.5)
+        normal_(self.out, residual_std(site.depth))
+
+    def forward(self, x: Hidden, context: Context) -> Hidden:
+        gate, u, steps = self.project(x).split(self.widths, -1)
+        query, key, value, size, log_decay = self._recurrence(self.convolution(u), steps)
+        mixed, _ = scalar_decay(query, key, value * size, log_decay)
+        return self._read(mixed, value, gate)
+
+    def init_state(self, batch_size: int, max_length: int) -> Mamba2State:
+        hidden, state, _ = self.convolved
+        exact = torch.promote_types(self.skip.dtype, torch.float32)
+        memory = self.skip.new_zeros(batch_size, self.heads, state, hidden // self.heads, dtype=exact)
+        return Mamba2State(self.convolution.init_state(batch_size), memory)
+
+    def step(self, x: Tensor, state: Mamba2State, context: Context) -> tuple[Tensor, Mamba2State]:  # type: ignore[override]
+        gate, u, steps = self.project(x).split(self.widths, -1)
+        u, convolution = self.convolution.step(u, state.convolution)
+        query, key, value, size, log_decay = self._recurrence(u, steps)
+        mixed, memory = decay_step(query, key, value * size, log_decay[..., None], state.memory)
+        return self._read(mixed, value, gate), Mamba2State(convolution, memory)
+
+    def prefill(self, x: Hidden, state: Mamba2State, context: Context) -> tuple[Hidden, Mamba2State]:  # type: ignore[override]
+        gate, u, steps = self.project(x).split(self.widths, -1)
+        u, convolution = self.convolution.prefill(u, state.convolution)
+        query, key, value, size, log_decay = self._recurrence(u, steps)
+        mixed, memory = scalar_decay(query, key, value * size, log_decay, state.memory)
+        return self._read(mixed, value, gate), Mamba2State(convolution, memory)
+
+    def _recurrence(self, u: Tensor, steps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """C and B (B, T, 1, N), u (B, T, H, P), dt (B, T, H, 1) and log a (B, T, H), without T in `step`."""
+        value, key, query = F.silu(u).split(self.convolved, -1)
+        exact = torch.promote_types(steps.dtype, torch.float32)
+        size = F.softplus(steps.to(exact) + self.step_bias.to(exact))
+        value = value.unflatten(-1, (self.heads, -1))
+        return query[..., None, :], key[..., None, :], value, size[..., None], -size * self.decay_log.to(exact).exp()
+
+    def _read(self, mixed: Tensor, value: Tensor, gate: Tensor) -> Tensor:
+        """(B, T, H, P), and the gate (B, T, F) -> (B, T, D), without T in `step`."""
+        mixed = (mixed + self.skip[:, None] * value).flatten(-2).to(gate.dtype)
+        return self.out(self.norm(mixed * F.silu(gate)))
