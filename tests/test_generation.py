@@ -21,7 +21,7 @@ VOCAB = 13
 ATTENTION = partial(Attention, heads=2)
 
 
-class PlainAttention(Mixer):
+class UncachedAttention(Mixer):
     """Attention as somebody's first draft: forward alone."""
 
     def __init__(self, site: Site):
@@ -81,7 +81,7 @@ def test_within_the_window_every_token_sees_the_whole_text():
 
 @pytest.mark.parametrize("sampling", [greedy(25), Sampling(max_new_tokens=25, temperature=2.0, seed=4)])
 def test_a_mixer_with_forward_alone_generates_the_text_of_the_same_mixer_with_a_state(sampling: Sampling):
-    stateful, plain = decoder(), decoder(PlainAttention)
+    stateful, plain = decoder(), decoder(UncachedAttention)
     weights = stateful.state_dict()
     plain.load_state_dict({name.replace("mixer.", "mixer.attention."): tensor for name, tensor in weights.items()})
     assert stateful.stateful
@@ -239,8 +239,8 @@ def test_the_global_random_state_is_neither_read_nor_moved():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_training_mode_is_left_as_it_was_and_dropout_is_off(training: bool):
-    network, prompt = decoder(PlainAttention, dropout=0.5).train(training), prompts(2, 4)
-    expected = generate(decoder(PlainAttention), prompt, 8, greedy(20))
+    network, prompt = decoder(UncachedAttention, dropout=0.5).train(training), prompts(2, 4)
+    expected = generate(decoder(UncachedAttention), prompt, 8, greedy(20))
     assert torch.equal(generate(network, prompt, 8, greedy(20)), expected)
     assert network.training is training
     assert network.blocks[0].training is training
