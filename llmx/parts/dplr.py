@@ -20,7 +20,7 @@ too.
 import torch
 from torch import Tensor
 
-from llmx.parts.linear_attention import chunked, joined
+from llmx.parts.linear_attention import carry_moved, chunked, joined
 
 LARGEST = 80.0  # exponent that float32 has room for
 
@@ -89,13 +89,8 @@ def dplr(
             return joined(mixed, time).to(dtype), add[:, 0]
         in_state = known[..., : faded.shape[-1]]
         move = write @ in_state + torch.diag_embed(last.exp().squeeze(-2))  # M, (B, N, H, K, K)
-        if state is None:
-            state = torch.zeros_like(add[:, 0])
-        before = []
-        for m, c in zip(move.unbind(1), add.unbind(1), strict=True):
-            before.append(state)
-            state = m @ state + c
-        mixed = mixed + (query * total.exp() + query_write @ in_state) @ torch.stack(before, 1)
+        past, state = carry_moved(move, add, state)
+        mixed = mixed + (query * total.exp() + query_write @ in_state) @ past
     return joined(mixed, time).to(dtype), state
 
 

@@ -122,6 +122,17 @@ def carry(local: Tensor, decay: Tensor, state: Tensor | None) -> tuple[Tensor | 
     return torch.stack(before, 1), state
 
 
+def carry_moved(move: Tensor, add: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The same where a chunk does to the memory what a matrix does, S -> M S + C: from M (B, N, ..., K, K) and
+    C (B, N, ..., K, V) the memory before each chunk, (B, N, ..., K, V), and after the last."""
+    state = torch.zeros_like(add[:, 0]) if state is None else state.to(add.dtype)
+    before = []
+    for m, c in zip(move.unbind(1), add.unbind(1), strict=True):
+        before.append(state)
+        state = m @ state + c
+    return torch.stack(before, 1), state
+
+
 def _within(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:
     """The sum inside of each chunk, with a vector decay: small blocks pair by pair, then two and two joined.
 

@@ -1,0 +1,207 @@
+"""The delta rule, in chunks: a memory that takes out what a key already holds before it writes there.
+
+    S_t = (I - b_t k_t k_t^T) diag(a_t) S_{t-1} + b_t k_t v_t^T            (K, V) a head; |k_t| = 1, b_t in (0, 2)
+        = diag(a_t) S_{t-1} + k_t u_t^T,    u_t = b_t (v_t - (diag(a_t) S_{t-1})^T k_t),        o_t = S_t^T q_t
+
+`delta_rule` has one decay a_t a head (arXiv 2412.06464) or none (2406.06484), and may write several keys before a query
+reads (2502.10297); `vector_delta_rule` has one a channel of the key (2510.26692). Inside a chunk of c tokens, with
+g_ts = sum of log a over s < r <= t,
+
+    u_t + b_t sum_{s < t} (k_t . exp(g_ts) k_s) u_s = b_t (v_t - S_0^T exp(g_t0) k_t)
+
+is a triangular system with ones on its diagonal, solved once for v and once for the part in S_0; from chunk to chunk
+S -> M S + C then. Time O(T (c + K) (K + V)) a head in T / c dependent steps, memory O(T (c + K)) and K (K + V) numbers
+for each chunk; the state is S, K V numbers a head. The traps: the decay comes before the erasure, so what is taken out
+has faded; the triangle is strict; exp(-sum of log a) overflows, and the difference of two long sums has lost the short
+one: here every g_ts is summed by itself, of numbers with one sign. Sums are float32 at least, under autocast too.
+"""
+
+import torch
+from torch import Tensor
+
+from llmx.parts.linear_attention import carry_moved, chunked, joined
+
+
+def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """x / sqrt(|x|^2 + eps) over the last dimension, in float32 at least: zeros stay zeros, with a finite gradient."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
+
+
+def delta_rule(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None = None,
+    state: Tensor | None = None,
+    chunk: int = 32,
+) -> tuple[Tensor, Tensor]:
+    """One decay a head, or none; T keys, and a query after every n of them.
+
+    Args:
+        query: q, (B, T / n, G, K); value head h reads group h // (H / G).
+        key: k, (B, T, G, K), of length 1 or less.
+        value: v, (B, T, H, V).
+        beta: b, (B, T, H), between 0 and 2.
+        log_decay: log a, (B, T, H), not above 0; nothing fades if not given.
+        state: S before the first token, (B, H, K, V); zeros if not given.
+        chunk: c.
+
+    Returns:
+        (B, T / n, H, V) in the dtype of the value, and S after the last token, in float32 at least.
+    """
+    time, groups, queries = key.shape[1], key.shape[2], query.shape[1]
+    each = time // queries  # n
+    chunk = min(max(chunk // each, 1) * each, time)
+    with torch.autocast(value.device.type, enabled=False):
+        faded = query = chunked(query, chunk // each)[:, :, :, None]  # (B, N, G, 1, c / n, K)
+        read = right = key = chunked(key, chunk)[:, :, :, None]  # (B, N, G, 1, c, K)
+        values, rate = (chunked(x, chunk).unflatten(2, (groups, -1)) for x in (value, beta))
+        from_query, from_key = (x @ key.transpose(-1, -2) for x in (query, key))
+        fade = None
+        if log_decay is not None:
+            log_decay = chunked(log_decay, chunk).unflatten(2, (groups, -1))  # (B, N, G, R, c), R = H / G
+            total = log_decay.cumsum(-1).exp()[..., None]
+            between = _between(log_decay).exp()  # (B, N, G, R, c, c)
+            fade = total[..., -1:, :]
+            faded, read = query * total[..., each - 1 :: each, :], key * total
+            right = key * between[..., -1, :, None]
+            from_query, from_key = from_query * between[..., each - 1 :: each, :], from_key * between
+        if state is not None:
+            state = state.unflatten(1, (groups, -1))
+        from_query = from_query.tril(0) if each == 1 else from_query * _written(chunk, each, from_query)
+        mixed, state = _solve(from_query, from_key, faded, read, right, values, rate[..., None], fade, state)
+    return joined(mixed.flatten(2, 3), queries).to(value.dtype), state.flatten(1, 2)
+
+
+def vector_delta_rule(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    beta: Tensor,
+    log_decay: Tensor,
+    state: Tensor | None = None,
+    chunk: int = 32,
+) -> tuple[Tensor, Tensor]:
+    """One decay a channel of the key.
+
+    Args:
+        query: q, (B, T, H, K).
+        key: k, (B, T, H, K), of length 1 or less.
+        value: v, (B, T, H, V).
+        beta: b, (B, T, H), between 0 and 2.
+        log_decay: log a, (B, T, H, K), not above 0.
+        state: S before the first token, (B, H, K, V); zeros if not given.
+        chunk: c, a power of 2.
+
+    Returns:
+        (B, T, H, V) in the dtype of the value, and S after the last token, in float32 at least.
+    """
+    time = value.shape[1]
+    chunk = min(chunk, 1 << (time - 1).bit_length())
+    with torch.autocast(value.device.type, enabled=False):
+        query, key, values, rate, log_decay = (chunked(x, chunk) for x in (query, key, value, beta, log_decay))
+        from_query, from_key, total, left = _scores(query, key, log_decay)
+        fade = total[..., -1:, :].exp().transpose(-1, -2)  # (B, N, H, K, 1)
+        total = total.exp()
+        right = key * left.exp()
+        mixed, state = _solve(
+            from_query, from_key, query * total, key * total, right, values, rate[..., None], fade, state
+        )
+    return joined(mixed, time).to(value.dtype), state
+
+
+def delta_step(
+    query: Tensor, key: Tensor, value: Tensor, beta: Tensor, log_decay: Tensor | None, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The recurrence, one token: query and key (B, H, K), value (B, H, V), beta (B, H), a log decay that broadcasts to
+    (B, H, K), state (B, H, K, V) -> (B, H, V) in the dtype of the value, and the state."""
+    state = delta_write(key, value, beta, log_decay, state)
+    with torch.autocast(value.device.type, enabled=False):
+        return (query.to(state.dtype)[..., None, :] @ state)[..., 0, :].to(value.dtype), state
+
+
+def delta_write(key: Tensor, value: Tensor, beta: Tensor, log_decay: Tensor | None, state: Tensor) -> Tensor:
+    """The same without a query: the state alone."""
+    with torch.autocast(value.device.type, enabled=False):
+        key, value, beta = (x.to(state.dtype) for x in (key, value, beta))
+        if log_decay is not None:
+            state = log_decay.to(state.dtype).exp()[..., None] * state
+        held = (key[..., None, :] @ state)[..., 0, :]  # (B, H, V)
+        return state + key[..., None] * (beta[..., None] * (value - held))[..., None, :]
+
+
+def _solve(
+    from_query: Tensor,
+    from_key: Tensor,
+    query: Tensor,
+    read: Tensor,
+    right: Tensor,
+    value: Tensor,
+    beta: Tensor,
+    fade: Tensor | None,
+    state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """What all kinds of decay have in common.
+
+    from_query (B, N, ..., c / n, c) and from_key (B, N, ..., c, c) are the scores in a chunk, the latter's lower
+    triangle read alone; query, read (both faded since S_0) and right (fading until the end) are (B, N, ..., c, K);
+    value (B, N, ..., c, V), beta (B, N, ..., c, 1), fade of a whole chunk broadcasting to (B, N, ..., K, 1), state
+    (B, ..., K, V) -> (B, N, ..., c / n, V), and the state.
+    """
+    only = state is None and value.shape[1] == 1  # one chunk, and nothing before it
+    known = beta * value if only else torch.cat((beta * read, beta * value), -1)
+    known = torch.linalg.solve_triangular(beta * from_key, known, upper=False, unitriangular=True)
+    right = right.transpose(-1, -2)
+    if only:
+        return from_query @ known, (right @ known)[:, 0]
+    in_state, update = known.split((read.shape[-1], value.shape[-1]), -1)
+    add = right @ update  # C, (B, N, ..., K, V)
+    one = torch.eye(right.shape[-2], dtype=right.dtype, device=right.device)
+    move = (one if fade is None else one * fade) - right @ in_state  # M, (B, N, ..., K, K)
+    past, state = carry_moved(move, add, state)
+    return from_query @ (update - in_state @ past) + query @ past, state
+
+
+def _between(log_decay: Tensor) -> Tensor:
+    """g_ts of all pairs: (..., c) -> (..., c, c), 0 where t <= s."""
+    chunk = log_decay.shape[-1]
+    later = torch.ones(chunk, chunk, dtype=log_decay.dtype, device=log_decay.device).tril(-1)
+    return (log_decay[..., None] * later).cumsum(-2)
+
+
+def _written(chunk: int, each: int, like: Tensor) -> Tensor:
+    """(c / n, c) of ones and zeros: query i sees the first n (i + 1) keys."""
+    return torch.ones(chunk, chunk, dtype=like.dtype, device=like.device).tril()[each - 1 :: each]
+
+
+def _scores(query: Tensor, key: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q_t . exp(g_ts) k_s and k_t . exp(g_ts) k_s with a vector decay: each token by itself, then blocks joined two and
+    two, where the decay from s to t is split at the end of the first.
+
+    (..., c, K) -> (..., c, c) twice, 0 where t < s, and g from the start to t and from t to the end, (..., c, K).
+    """
+    chunk, size = key.shape[-2], 1
+    both = torch.stack((query, key))  # (2, ..., c, K)
+
+    def halves(x: Tensor) -> tuple[Tensor, ...]:
+        """(..., M, n, K) -> two of (..., M / 2, n, K)"""
+        return x.unflatten(-3, (-1, 2)).unbind(-3)
+
+    scores = (both * key).sum(-1)[..., None, None]  # (2, ..., M, size, size)
+    total = log_decay[..., None, :]  # from the start of a block, (..., M, size, K)
+    left = 0 * total  # to its end
+    while size < chunk:
+        (total1, total2), (left1, left2), (scores1, scores2) = halves(total), halves(left), halves(scores)
+        late = halves(both.unflatten(-2, (-1, size)))[1] * total2.exp()
+        early = halves(key.unflatten(-2, (-1, size)))[0] * left1.exp()
+        # a product of two vectors is slow as one of matrices
+        across = late @ early.transpose(-1, -2) if size > 1 else (late * early).sum(-1, keepdim=True)
+        upper = torch.cat((scores1, torch.zeros_like(scores1)), -1)
+        scores = torch.cat((upper, torch.cat((across, scores2), -1)), -2)
+        left = torch.cat((left1 + total2[..., -1:, :], left2), -2)
+        total = torch.cat((total1, total2 + total1[..., -1:, :]), -2)
+        size *= 2
+    from_query, from_key = scores.squeeze(-3)
+    return from_query, from_key, total.squeeze(-3), left.squeeze(-3)
