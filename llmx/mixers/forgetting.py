@@ -1,0 +1,107 @@
+"""The Forgetting Transformer's attention (FoX, arXiv 2503.02130): softmax attention that forgets by content.
+
+    f_t = sigmoid(w_f x_t + b_f) a head,     d_ts = sum_{r = s + 1 .. t} log f_r = F_t - F_s <= 0
+    y_t = W_o concat_h  sum_{s <= t} softmax_s(q_t . k_s / sqrt(K) + d_ts) v_s
+
+No positions: the gates tell near from far. Time O(T^2 D) a sequence, memory O(T^2 H) with the scores written out; the
+state grows with the length, (2 K + 1) H numbers a token: keys, values, and F, the sums of all log gates up to a token.
+The traps: the gate of s itself does not weaken s, so F_t - F_s begins at s + 1; and F grows without bound. Once a text
+has forgotten much, near 10^5 say, a float32 step by step no longer takes in log gates under 0.004, and its attention
+stops forgetting: F is float64 here, and only differences of it are rounded.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmx.parts.attention import KeyValues, attend_cache, biased_causal_attention, empty_cache, write
+from llmx.parts.init import normal_, residual_std
+from llmx.protocol import Context, Site, StatefulMixer
+from llmx.shapes import Hidden
+
+
+class ForgettingState(NamedTuple):
+    """The past, slot s for position s; caches are written in place while gradients are off."""
+
+    cache: KeyValues
+    sums: Tensor  # (B, H, S, 1), F of each slot, float64
+    total: Tensor  # (B, H), F of the last token, float64
+
+
+class ForgettingAttention(StatefulMixer):
+    """(B, T, D) -> (B, T, D).
+
+    Args:
+        site: where the mixer stands.
+        heads: must divide `dim`.
+        dropout: probability of dropping an attention weight in training.
+
+    Raises:
+        ValueError: for heads that do not divide the width.
+    """
+
+    def __init__(self, site: Site, heads: int = 8, dropout: float = 0.0):
+        super().__init__()
+        if heads < 1 or site.dim % heads:
+            raise ValueError(f"heads: {heads} heads must divide dim {site.dim}")
+        self.heads = heads
+        self.head_dim = site.dim // heads
+        self.dropout = dropout
+        self.qkv = nn.Linear(site.dim, 3 * site.dim, bias=False)
+        self.forget = nn.Linear(site.dim, heads)
+        self.out = nn.Linear(site.dim, site.dim, bias=False)
+        normal_(self.qkv)
+        normal_(self.forget)
+        normal_(self.out, residual_std(site.depth))
+
+    def forward(self, x: Hidden, context: Context) -> Hidden:
+        query, key, value, log_gate = self._project(x)
+        sums = log_gate.cumsum(1).transpose(1, 2)  # (B, H, T)
+        query, key, value = (heads.transpose(1, 2) for heads in (query, key, value))
+        bias = _decay(sums, sums, value)
+        mixed = biased_causal_attention(query, key, value, bias, self.dropout if self.training else 0.0)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+    def init_state(self, batch_size: int, max_length: int) -> ForgettingState:
+        like = self.out.weight
+        return ForgettingState(
+            empty_cache(like, batch_size, self.heads, max_length, self.head_dim, self.head_dim),
+            like.new_zeros(batch_size, self.heads, max_length, 1, dtype=torch.float64),
+            like.new_zeros(batch_size, self.heads, dtype=torch.float64),
+        )
+
+    def step(self, x: Tensor, state: ForgettingState, context: Context) -> tuple[Tensor, ForgettingState]:  # type: ignore[override]
+        mixed, state = self._attend(x[:, None], state, context.positions[:, None])
+        return mixed[:, 0], state
+
+    def prefill(self, x: Hidden, state: ForgettingState, context: Context) -> tuple[Hidden, ForgettingState]:  # type: ignore[override]
+        return self._attend(x, state, context.positions)
+
+    def _attend(self, x: Hidden, state: ForgettingState, positions: Tensor) -> tuple[Hidden, ForgettingState]:
+        query, key, value, log_gate = self._project(x)
+        total = state.total[:, None] + log_gate.cumsum(1)  # (B, T, H)
+        sums = write(state.sums, total[..., None], positions)
+        bias = _decay(total.transpose(1, 2), sums[..., 0], value)
+        mixed, cache = attend_cache(query, key, value, state.cache, positions, bias)
+        return self.out(mixed), ForgettingState(cache, sums, total[:, -1])
+
+    def _project(self, x: Hidden) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Query, key and value (B, T, H, K), and log f (B, T, H) in float64."""
+        query, key, value = self.qkv(x).unflatten(-1, (3 * self.heads, self.head_dim)).chunk(3, -2)
+        gate = self.forget(x)
+        log_gate = F.logsigmoid(gate.to(torch.promote_types(gate.dtype, torch.float32)))
+        return query, key, value, log_gate.double()
+
+
+def _decay(now: Tensor, past: Tensor, like: Tensor) -> Tensor:
+    """d_ts, but for what is the same for all s, which a softmax ignores; meaningless where s > t.
+
+    F at T tokens (B, H, T) and at S slots (B, H, S) -> (B, H, 1, T, S), in the precision of `like`, float32 at least.
+    Two float32 numbers make up F: so there is no matrix in float64.
+    """
+    exact = torch.promote_types(like.dtype, torch.float32)
+    coarse = past.to(exact)
+    rest = (past - coarse).to(exact).detach()  # the gradient passes through the other part
+    return (now.to(exact)[..., None] - coarse[..., None, :] - rest[..., None, :])[:, :, None]
