@@ -1,0 +1,70 @@
+"""A head that predicts the next n tokens at every position (arXiv 2404.19737), for training and for drafts.
+
+    h_1 = h,  h_k = h + silu(W_k h)    h (D) the decoder's last vector, k = 2 .. n
+    p(x_{t+k} | x_{<=t}) = softmax(U h_k)    U (V, D) the one unembedding
+    loss = -log p(x_{t+1}) - weight sum_{k=2}^n log p(x_{t+k})
+
+This is the paper's parallel form: each of the n predictions sees the trunk alone, none sees another (DeepSeek-V3, arXiv
+2412.19437, chains them). W_k is a transformer layer in the paper, linear in its appendix, and here the residual layer
+of Medusa (arXiv 2401.10774): it looks at one position, so the head has no state, and the next token's head is plain.
+(n - 1) D^2 parameters; O(T n D (D + V)) operations a sequence and n logits vectors a token in training; evaluation
+leaves the further heads out. The traps: the loss of the tokens further away belongs to training, not to the
+validation loss; the last k - 1 positions have no k-th target; and in the paper small models get worse by it.
+"""
+
+from typing import cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmx.parts.init import normal_
+from llmx.protocol import IGNORE, Head
+from llmx.shapes import Hidden, Tokens
+
+
+class MultiTokenHead(Head):
+    """(..., D) -> (..., V), the logits of the next token; `ahead` has those of all n tokens, (..., n, V).
+
+    Args:
+        dim: D.
+        vocab_size: V.
+        tokens: n, the next one included; at least 2.
+        weight: of the further tokens' losses; 1 in the paper.
+
+    Raises:
+        ValueError: for fewer than 2 tokens, or a weight that is not positive.
+    """
+
+    def __init__(self, dim: int, vocab_size: int, tokens: int = 4, weight: float = 1.0):
+        super().__init__()
+        if tokens < 2:
+            raise ValueError(f"tokens: {tokens} is below 2, the next token and one more")
+        if not weight > 0:
+            raise ValueError(f"weight: {weight} is not above 0")
+        self.tokens = tokens
+        self.weight = weight
+        self.further = nn.Linear(dim, (tokens - 1) * dim, bias=False)  # W_2 .. W_n
+        self.linear = nn.Linear(dim, vocab_size, bias=False)  # U
+        normal_(self.further)
+        normal_(self.linear)
+
+    def tie(self, weight: Tensor) -> None:
+        self.linear.weight = cast(nn.Parameter, weight)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.linear(hidden)
+
+    def auxiliary(self, hidden: Hidden, targets: Tokens) -> Tensor:
+        further = self.tokens - 1
+        logits = self._further(hidden)  # (B, T, n - 1, V)
+        shifted = F.pad(targets, (0, further), value=IGNORE).unfold(1, self.tokens, 1)[..., 1:]  # (B, T, n - 1)
+        losses = F.cross_entropy(
+            logits.flatten(0, 2).float(), shifted.flatten(), ignore_index=IGNORE, reduction="none"
+        ).view(-1, further)
+        counted = (shifted != IGNORE).sum((0, 1))  # (n - 1,)
+        return self.weight * (losses.sum(0) / counted.clamp_min(1)).sum()
+
+    def _further(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (..., n - 1, V): the logits of the tokens after the next one."""
+        added = F.silu(self.further(hidden)).unflatten(-1, (self.tokens - 1, -1))
+        return self.linear(hidden[..., None, :] + added)
