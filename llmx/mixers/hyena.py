@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from llmx.parts.attention import write
 from llmx.parts.init import normal_, residual_std
+from llmx.parts.long_convolution import long_convolution
 from llmx.parts.short_convolution import ShortConvolution
 from llmx.protocol import Context, Site, StatefulMixer
 from llmx.shapes import Hidden
@@ -134,11 +135,3 @@ class ImplicitFilter(nn.Module):
                 hidden = torch.sin(self.slopes * layer(hidden))
             rate = torch.linspace(SLOWEST, FASTEST, len(weight), device=weight.device, dtype=exact)
             return self.last(hidden) * (torch.exp(-rate * lag) + FLOOR)
-
-
-def long_convolution(u: Tensor, taps: Tensor) -> Tensor:
-    """sum_{s <= t} taps_{t-s} * u_s: u (B, T, D), taps (T, D) -> (B, T, D), in the dtype of the taps."""
-    length = u.shape[1]
-    u, taps = u.to(taps.dtype).transpose(1, 2).contiguous(), taps.t().contiguous()  # transforms run along memory
-    spectrum = torch.fft.rfft(u, 2 * length) * torch.fft.rfft(taps, 2 * length)
-    return torch.fft.irfft(spectrum, 2 * length)[..., :length].transpose(1, 2)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from llmx.mixers.hyena import Hyena, long_convolution
+from llmx.mixers.hyena import Hyena
+from llmx.parts.long_convolution import long_convolution
 from llmx.protocol import Context, Site
 from tests.forms import perturbed
 
