@@ -7,21 +7,10 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from llmx.parts.delta import delta_rule, delta_step, delta_write, l2_norm, vector_delta_rule
+from tests.delta import naive
+from tests.forms import SAME
 
-SAME = {"rtol": 1e-10, "atol": 1e-10}  # float64, sums in another order
 KINDS = ["none", "scalar", "vector"]
-
-
-def naive(query, key, value, beta, log_decay, state: Tensor) -> tuple[Tensor, Tensor]:
-    """A token at a time, the transition as the (K, K) matrix that it is. log_decay (B, T, H, K)."""
-    outputs = []
-    one = torch.eye(key.shape[-1], dtype=key.dtype)
-    for t in range(key.shape[1]):
-        k = key[:, t, :, :, None]
-        b = beta[:, t, :, None, None]
-        state = (one - b * k @ k.mT) @ torch.diag_embed(log_decay[:, t].exp()) @ state + b * k @ value[:, t, :, None]
-        outputs.append((query[:, t, :, None] @ state)[:, :, 0])
-    return torch.stack(outputs, 1), state
 
 
 def wide(log_decay: Tensor | None, key: Tensor) -> Tensor:
