@@ -150,7 +150,8 @@ def _solve(
     value (B, N, ..., c, V), beta (B, N, ..., c, 1), fade of a whole chunk broadcasting to (B, N, ..., K, 1), state
     (B, ..., K, V) -> (B, N, ..., c / n, V), and the state.
     """
-    only = state is None and value.shape[1] == 1  # one chunk, and nothing before it
+    # one chunk, and nothing before it; a token alone goes the long way, for a decay without effect to have a gradient
+    only = state is None and value.shape[1] == 1 < value.shape[-2]
     known = beta * value if only else torch.cat((beta * read, beta * value), -1)
     known = torch.linalg.solve_triangular(beta * from_key, known, upper=False, unitriangular=True)
     right = right.transpose(-1, -2)
