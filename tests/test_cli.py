@@ -235,13 +235,12 @@ def test_two_processes_give_the_loss_of_one(lab):
             + (["--trainer.strategy", "ddp"] if devices == 2 else []),
             check=True,
             capture_output=True,
-            timeout=240,
         )
         losses.append(json.loads(Path(f"lightning_logs/version_{devices - 1}/metrics.json").read_text())["val/loss"])
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)  # training sums its gradients in another order
     run_dir = "lightning_logs/version_0/checkpoints/last.ckpt"
     command = [sys.executable, str(CHECKOUT / "main.py"), "validate", "--ckpt_path", run_dir, "--trainer.devices", "2"]
-    result = subprocess.run([*command, "--trainer.accelerator", "cpu"], capture_output=True, text=True, timeout=240)
+    result = subprocess.run([*command, "--trainer.accelerator", "cpu"], capture_output=True, text=True)
     assert f"val loss {losses[0]:.4f}" in result.stdout
 
 

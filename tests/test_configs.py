@@ -20,6 +20,7 @@ NAMES = sorted(
     if "network" in (read_config(path).get("model") or {}) and path.parent.name != "scale"
 )
 PARAMETERS = {"transformer": 803_712, "seed/transformer": 1_112_781, "seed/differential": 1_113_421}
+RUNS = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in NAMES]  # a run, made once, serves them all
 LEAKING = ("expert_choice", "seed/transformer", "seed/differential")
 
 
@@ -59,7 +60,7 @@ def run(tmp_path_factory):
     return fit
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", RUNS)
 def test_a_config_trains_and_only_those_that_are_meant_to_leak(run, name):
     record = json.loads((run(name) / "run.json").read_text())
     assert record["leaking"] == (name in LEAKING)
@@ -67,7 +68,7 @@ def test_a_config_trains_and_only_those_that_are_meant_to_leak(run, name):
         assert record["parameters"] == PARAMETERS[name]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", RUNS)
 def test_a_config_passes_the_other_audits_and_generates_past_its_window(run, name):
     model = LanguageModel.load_from_checkpoint(run(name) / "checkpoints" / "last.ckpt", map_location="cpu")
     forms, parameters = audit_forms(model.network, 32), audit_parameters(model.network, 32)
