@@ -3,13 +3,23 @@
 Policy at the end of the window: no network is asked about more positions than it was trained on. When the context has
 grown to the window, its last half is read again in one prefill and decoding goes on from there, so that each new
 character sees between half a window and a whole window of text. A prompt longer than the window counts with its end.
+
+With `speculate` (blockwise parallel decoding, arXiv 1811.03115, on the drafts of arXiv 2404.19737) the head proposes
+tokens beyond the next one and one prefill reads them all. A draft stands if it is the very token that is chosen at its
+place anyway, with the noise of that place; so the text is that of ordinary sampling, up to the rounding of a prefill
+against steps, whatever the drafts are worth. Drafts take the noise of their places too: where head and network agree on
+the distribution they then agree on the draw. All rows go on by the drafts that stand in every one of them. The
+prefill runs on a copy of the state, for a mixer may write in place or forget; where a draft falls, the state from
+before stays, and the tokens that stand are read again together with the next drafts.
 """
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from llmx.protocol import Network, State
 from llmx.shapes import Tokens
@@ -28,6 +38,7 @@ class Sampling:
         top_p: only the smallest set of tokens that holds this probability (arXiv 1904.09751).
         min_p: only tokens with at least this share of the highest probability (arXiv 2407.01082).
         seed: of the draws; the same seed and prompts give the same text.
+        speculate: drafts that are read at once, as many as the network's head makes at most; 0 goes token by token.
 
     Raises:
         ValueError: for a value out of range.
@@ -39,6 +50,7 @@ class Sampling:
     top_p: float | None = None
     min_p: float | None = None
     seed: int = 0
+    speculate: int = 0
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 0:
@@ -51,15 +63,17 @@ class Sampling:
             raise ValueError(f"top_p: {self.top_p} is not in (0, 1]")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p: {self.min_p} is not in [0, 1]")
+        if self.speculate < 0:
+            raise ValueError(f"speculate: {self.speculate} is below 0")
 
 
 Decode = Callable[[Network, Tensor, State, Sampling, Sequence[Tensor]], tuple[Tokens, State]]
 
 
 def choose(logits: Tensor, sampling: Sampling, noise: Tensor) -> Tensor:
-    """Takes one token a row: logits (B, V) -> (B,) int64. The cuts apply one after the other, top_k first.
+    """Takes one token a row: logits (..., V) -> (...) int64. The cuts apply one after the other, top_k first.
 
-    noise (B, V), float32: draws from the exponential distribution of rate 1; a temperature of 0 leaves them aside.
+    noise (..., V), float32: draws from the exponential distribution of rate 1; a temperature of 0 leaves them aside.
     """
     if sampling.temperature == 0:
         return logits.argmax(-1)
@@ -92,6 +106,46 @@ def decode(
     return torch.stack(chosen, 1), state
 
 
+def check_drafts(network: Network, sampling: Sampling) -> None:
+    """Raises ValueError where the network makes fewer drafts than are wanted, or cannot go on from a state."""
+    if not sampling.speculate:
+        return
+    if not network.drafts:
+        raise ValueError(
+            "speculate: this network makes no drafts; one with a MultiTokenHead does, such as configs/multi_token.yaml"
+        )
+    if sampling.speculate > network.drafts:
+        raise ValueError(f"speculate: {sampling.speculate} is more than the {network.drafts} drafts of the head")
+    if not network.stateful:
+        raise ValueError("speculate: this network has a mixer without a state, from which drafts could be read")
+
+
+class Noise:
+    """The noise (B, V) of every place of a text, drawn once and in order, however a place is reached.
+
+    Args:
+        text: (B, L), for device and rows.
+        start: the first place that has noise.
+    """
+
+    def __init__(self, text: Tokens, start: int, vocab_size: int, sampling: Sampling):
+        self.generator = torch.Generator(text.device).manual_seed(sampling.seed)
+        self.greedy = sampling.temperature == 0
+        self.shape = (text.shape[0], vocab_size)
+        self.first = start  # place of the first in `held`
+        self.held: deque[Tensor] = deque()
+
+    def at(self, begin: int, end: int) -> list[Tensor]:
+        """Of the places from begin to end; those before begin are not asked for again."""
+        while self.held and self.first < begin:
+            self.held.popleft()
+            self.first += 1
+        while self.first + len(self.held) < end:
+            drawn = torch.empty(self.shape, device=self.generator.device)
+            self.held.append(drawn if self.greedy else drawn.exponential_(generator=self.generator))
+        return list(self.held)[: end - begin]
+
+
 @torch.no_grad()
 def generate(
     network: Network, prompts: Tokens, window: int, sampling: Sampling, decode_at_once: Decode = decode
@@ -100,39 +154,81 @@ def generate(
 
     A network without a state recomputes its context for every token. The network's training mode is left as it was.
     `decode_at_once` stands in for `decode` where AT_ONCE tokens are wanted, for instance compiled.
+
+    Raises:
+        ValueError: where the network cannot `speculate`.
     """
+    check_drafts(network, sampling)
     was_training = network.training
     network.eval()
     try:
-        generator = torch.Generator(prompts.device).manual_seed(sampling.seed)
-        start, batch_size = prompts.shape[1], prompts.shape[0]
-        text = prompts.new_empty(batch_size, start + sampling.max_new_tokens)
+        start = prompts.shape[1]
+        text = prompts.new_empty(prompts.shape[0], start + sampling.max_new_tokens)
         text[:, :start] = prompts
-
-        def noise() -> Tensor:
-            drawn = torch.empty(batch_size, network.vocab_size, device=prompts.device)
-            return drawn if sampling.temperature == 0 else drawn.exponential_(generator=generator)
-
-        state: State | None = None
-        begin = max(0, start - window)  # where the context starts in the text
-        end = start
-        while end < text.shape[1]:
-            if end - begin > window:
-                begin = end - max(1, window // 2)
-                state = None
-            if state is not None:
-                at_once = AT_ONCE if end + AT_ONCE <= min(text.shape[1], begin + window + 1) else 1
-                take = decode if at_once == 1 else decode_at_once
-                following, state = take(network, text[:, end - 1], state, sampling, [noise() for _ in range(at_once)])
-            else:
-                if network.stateful:
-                    room = network.init_state(batch_size, window)
-                    logits, state = network.prefill(text[:, begin:end], room)
-                else:
-                    logits = network(text[:, begin:end])
-                following = choose(logits[:, -1], sampling, noise())[:, None]
-            text[:, end : end + following.shape[1]] = following
-            end += following.shape[1]
+        noise = Noise(text, start, network.vocab_size, sampling)
+        if sampling.speculate:
+            _speculate(network, text, start, window, sampling, noise)
+        else:
+            _go_on(network, text, start, window, sampling, noise, decode_at_once)
         return text[:, start:]
     finally:
         network.train(was_training)
+
+
+def _go_on(
+    network: Network, text: Tokens, end: int, window: int, sampling: Sampling, noise: Noise, decode_at_once: Decode
+) -> None:
+    """Fills the text from `end` on, token by token."""
+    state: State | None = None
+    begin = max(0, end - window)  # where the context starts in the text
+    while end < text.shape[1]:
+        if end - begin > window:
+            begin = end - max(1, window // 2)
+            state = None
+        if state is not None:
+            at_once = AT_ONCE if end + AT_ONCE <= min(text.shape[1], begin + window + 1) else 1
+            take = decode if at_once == 1 else decode_at_once
+            following, state = take(network, text[:, end - 1], state, sampling, noise.at(end, end + at_once))
+        else:
+            if network.stateful:
+                room = network.init_state(text.shape[0], window)
+                logits, state = network.prefill(text[:, begin:end], room)
+            else:
+                logits = network(text[:, begin:end])
+            following = choose(logits[:, -1], sampling, noise.at(end, end + 1)[0])[:, None]
+        text[:, end : end + following.shape[1]] = following
+        end += following.shape[1]
+
+
+def _speculate(network: Network, text: Tokens, end: int, window: int, sampling: Sampling, noise: Noise) -> None:
+    """Fills the text from `end` on, several tokens at once where drafts stand."""
+    drafts = text[:, :0]  # (B, n), for the places from `end` on
+    state: State | None = None  # after the tokens from `begin` to `read`
+    begin = read = max(0, end - window)
+    while end < text.shape[1]:
+        if end - begin > window:
+            begin = read = end - max(1, window // 2)
+            drafts = text[:, :0]
+            state = None
+        if state is None:
+            state = network.init_state(text.shape[0], window)
+        drafts = drafts[:, : min(begin + window, text.shape[1] - 1) - end]
+        n = drafts.shape[1]
+        if n and end - read > sampling.speculate + 1:  # too much to read again and again
+            state = network.prefill_ahead(text[:, read : end - 1], state, 1)[1]
+            read = end - 1
+        seen = torch.cat((text[:, read:end], drafts), 1)
+        before = tree_map(torch.clone, state) if n else state
+        logits, after = network.prefill_ahead(seen, before, n + 1)  # (B, n + 1, 1 + drafts, V)
+        noises = torch.stack(noise.at(end, end + n + 1 + sampling.speculate), 1)  # (B, n + 1 + speculate, V)
+        chosen = choose(logits[:, :, 0], sampling, noises[:, : n + 1])
+        stand = int((chosen[:, :n] == drafts).all(0).cumprod(0).sum())
+        text[:, end : end + stand + 1] = chosen[:, : stand + 1]
+        if stand == n:
+            state, read = after, end + n
+        drafts = choose(
+            logits[:, stand, 1 : 1 + sampling.speculate],
+            sampling,
+            noises[:, stand + 1 : stand + 1 + sampling.speculate],
+        )
+        end += stand + 1

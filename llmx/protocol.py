@@ -203,6 +203,15 @@ class Head(Component, ABC):
         """A loss in nats per token beside that of the next token, for training alone; None where there is none."""
         return None
 
+    @property
+    def drafts(self) -> int:
+        """How many tokens after the next one it predicts too."""
+        return 0
+
+    def ahead(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (..., 1 + drafts, V): the logits of the next token and of those after it."""
+        return self(hidden)[..., None, :]
+
 
 Run = Callable[[Tensor], Tensor]
 
@@ -281,6 +290,15 @@ class Network(nn.Module, ABC):
     def prefill(self, tokens: Tokens, state: State) -> tuple[Logits, State]:
         """(B, T) -> (B, T, V), continuing from any state."""
         raise TypeError(f"{type(self).__name__} has no state")
+
+    @property
+    def drafts(self) -> int:
+        """How many tokens after the next one `prefill_ahead` predicts too."""
+        return 0
+
+    def prefill_ahead(self, tokens: Tokens, state: State, last: int) -> tuple[Tensor, State]:
+        """`prefill` that also looks further: (B, T) -> (B, last, 1 + drafts, V), for the last positions alone."""
+        raise TypeError(f"{type(self).__name__} predicts no further than the next token")
 
     def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
         """(B,) -> (B, V)"""

@@ -106,12 +106,26 @@ class Decoder(Network):
         return self.logits(self.norm(x)), DecoderState(state.position + 1, states)
 
     def prefill(self, tokens: Tokens, state: DecoderState) -> tuple[Logits, DecoderState]:  # type: ignore[override]
+        hidden, state = self._prefill(tokens, state)
+        return self.logits(hidden), state
+
+    @property
+    def drafts(self) -> int:
+        return self.head.drafts
+
+    def prefill_ahead(  # type: ignore[override]
+        self, tokens: Tokens, state: DecoderState, last: int
+    ) -> tuple[Tensor, DecoderState]:
+        hidden, state = self._prefill(tokens, state)
+        return self.head.ahead(hidden[:, -last:]), state
+
+    def _prefill(self, tokens: Tokens, state: DecoderState) -> tuple[Hidden, DecoderState]:
         time = tokens.shape[1]
         positions = state.position[:, None] + torch.arange(time, device=tokens.device)
         x = self._embed(tokens, positions)
         context = Context(tokens, positions, x)
         x, states = self._advance(x, [block.prefill for block in self._turns], state, context)
-        return self.logits(self.norm(x)), DecoderState(state.position + time, states)
+        return self.norm(x), DecoderState(state.position + time, states)
 
     def enable_gradient_checkpointing(self) -> None:
         self.gradient_checkpointing = True

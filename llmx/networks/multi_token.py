@@ -14,6 +14,7 @@ validation loss; the last k - 1 positions have no k-th target; and in the paper 
 
 from typing import cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -63,6 +64,13 @@ class MultiTokenHead(Head):
         ).view(-1, further)
         counted = (shifted != IGNORE).sum((0, 1))  # (n - 1,)
         return self.weight * (losses.sum(0) / counted.clamp_min(1)).sum()
+
+    @property
+    def drafts(self) -> int:
+        return self.tokens - 1
+
+    def ahead(self, hidden: Tensor) -> Tensor:
+        return torch.cat((self(hidden)[..., None, :], self._further(hidden)), -2)
 
     def _further(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., n - 1, V): the logits of the tokens after the next one."""

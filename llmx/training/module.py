@@ -24,7 +24,7 @@ from llmx.data.datamodule import Prompts, TextDataModule
 from llmx.data.tokenizers import Tokenizer, tokenizer_from_config
 from llmx.data.windows import Batch
 from llmx.errors import UserError
-from llmx.generation import Sampling, generate
+from llmx.generation import Sampling, check_drafts, generate
 from llmx.protocol import CountingNetwork, Network
 from llmx.shapes import Tokens
 from llmx.training.checkpoints import read_checkpoint
@@ -96,6 +96,7 @@ class LanguageModel(pl.LightningModule):
             logger=False,
         )
         self.network: Network = build(self.hparams["network"], self.tokenizer.vocab_size, "model.network")
+        _check_drafts("model.sampling.", self.network, self.sampling)
         if gradient_checkpointing:
             self.network.enable_gradient_checkpointing()
         if warm_start is not None:
@@ -256,7 +257,8 @@ class LanguageModel(pl.LightningModule):
             **sampling: fields of `Sampling` that differ from the model's own.
 
         Raises:
-            UserError: for an empty prompt, a character outside the vocabulary, or a sampling value out of range.
+            UserError: for an empty prompt, a character outside the vocabulary, or a sampling value out of range or
+                beyond the network.
         """
         if not prompt:
             raise UserError("prompt: give at least one character")
@@ -264,6 +266,7 @@ class LanguageModel(pl.LightningModule):
         if unknown:
             raise UserError(f"{unknown.pop()}: not a sampling option; there are {', '.join(asdict(self.sampling))}")
         how = _sampling("", {**asdict(self.sampling), **sampling})
+        _check_drafts("", self.network, how)
         tokens = torch.from_numpy(self.tokenizer.encode(prompt)).long()[None].to(self.device)
         return prompt + self.tokenizer.decode(self._continued(tokens, how)[0].tolist())
 
@@ -271,7 +274,7 @@ class LanguageModel(pl.LightningModule):
         long = sampling.max_new_tokens >= COMPILE_DECODING_FROM and self.network.stateful
         # an n-gram's look-ups run many times slower compiled (order 7, one row on a CPU: 55 ms a token in place of 3)
         long = long and not isinstance(self.network, CountingNetwork)
-        if not long or self.hparams["compile"] is False or not can_compile():
+        if not long or sampling.speculate or self.hparams["compile"] is False or not can_compile():
             return generate(self.network, prompts, self.window, sampling)
         rank_zero_info("A long generation: its step is compiled first, in about 20 seconds.")
         return generate(self.network, prompts, self.window, sampling, compiled_decode())
@@ -316,6 +319,13 @@ class LanguageModel(pl.LightningModule):
 def _sampling(prefix: str, values: Config) -> Sampling:
     try:
         return Sampling(**values)
+    except ValueError as error:
+        raise UserError(f"{prefix}{error}") from error
+
+
+def _check_drafts(prefix: str, network: Network, sampling: Sampling) -> None:
+    try:
+        check_drafts(network, sampling)
     except ValueError as error:
         raise UserError(f"{prefix}{error}") from error
 
