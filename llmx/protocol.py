@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +79,13 @@ class Context:
 
 
 class Component(nn.Module):
-    """Any part of a network that may have something to do after an optimizer step."""
+    """Any part of a network that has a say in how the optimizer treats it.
+
+    undecayed: names of its parameters that weight decay on matrices leaves alone although they have two dimensions:
+        rates and frequencies, which zero is no neutral value of
+    """
+
+    undecayed: ClassVar[tuple[str, ...]] = ()
 
     def after_optimizer_step(self) -> None:
         """Called after every update: the place to renormalise a weight, or to move a bias that has no gradient."""

@@ -48,6 +48,8 @@ class Mamba(StatefulMixer):
         ValueError: for a size below 1.
     """
 
+    undecayed = ("decay_log",)
+
     def __init__(
         self, site: Site, hidden: int | None = None, state: int = 16, rank: int | None = None, convolution: int = 4
     ):

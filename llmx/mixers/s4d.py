@@ -41,6 +41,8 @@ class S4D(StatefulMixer):
         ValueError: for a state that is odd or below 2.
     """
 
+    undecayed = ("log_decay", "frequency")
+
     def __init__(self, site: Site, state: int = 64):
         super().__init__()
         if state < 2 or state % 2:

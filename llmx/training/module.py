@@ -25,7 +25,7 @@ from llmx.data.tokenizers import Tokenizer, tokenizer_from_config
 from llmx.data.windows import Batch
 from llmx.errors import UserError
 from llmx.generation import Sampling, check_drafts, generate
-from llmx.protocol import CountingNetwork, Network
+from llmx.protocol import Component, CountingNetwork, Network
 from llmx.shapes import Tokens
 from llmx.training.checkpoints import read_checkpoint
 from llmx.training.fastpath import COMPILE_DECODING_FROM, COMPILE_FROM, can_compile, compiled_decode, keep_freed_memory
@@ -49,7 +49,7 @@ class LanguageModel(pl.LightningModule):
         optimizer: factory of the optimizer, from parameter groups.
         schedule: factory of the learning-rate schedule, from the number of steps.
         weight_decay_on: the parameters that the optimizer's weight decay touches: `matrices` (two dimensions or
-            more), or `all`.
+            more, but for those that a component excepts), or `all`.
         compile: compile the network with its loss; `auto` does in runs that are long enough to pay for it, where a
             compiler is found. The step of a long generation is compiled too, unless this is `false`.
         audit: the causality audit before the first step: a leak is an `error`, or a `warn`ing that marks the run as
@@ -187,8 +187,10 @@ class LanguageModel(pl.LightningModule):
         parameters = [p for p in self.network.parameters() if p.requires_grad]
         groups: list[dict[str, Any]] = [{"params": parameters}]
         if self.hparams["weight_decay_on"] == "matrices":
-            matrices = [p for p in parameters if p.ndim >= 2]
-            others = [p for p in parameters if p.ndim < 2]
+            parts = [part for part in self.network.modules() if isinstance(part, Component)]
+            spared = {part.get_parameter(name) for part in parts for name in part.undecayed}
+            matrices = [p for p in parameters if p.ndim >= 2 and p not in spared]
+            others = [p for p in parameters if p.ndim < 2 or p in spared]
             groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
         optimizer = build(self.hparams["optimizer"], [group for group in groups if group["params"]], "model.optimizer")
         self._initial = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
