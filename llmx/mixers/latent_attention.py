@@ -39,7 +39,7 @@ class LatentAttention(StatefulMixer):
         heads: H.
         latent: C, width of the latent.
         head_dim: N, the part of a head that is not rotated, and V, the width of its value; dim / heads if not given.
-        rotary_dim: R, the part that is; even.
+        rotary_dim: R, the part that is; even. With 0 there are no positions (NoPE), as in Kimi Linear.
         rotary_base: base of the rotary frequencies.
         eps: of the latent's norm.
 
@@ -64,8 +64,8 @@ class LatentAttention(StatefulMixer):
             raise ValueError(f"latent: {latent} is below 1")
         if head_dim is not None and head_dim < 1:
             raise ValueError(f"head_dim: {head_dim} is below 1")
-        if rotary_dim < 2 or rotary_dim % 2:
-            raise ValueError(f"rotary_dim: {rotary_dim} is no even number from 2 on")
+        if rotary_dim < 0 or rotary_dim % 2:
+            raise ValueError(f"rotary_dim: {rotary_dim} is no even number from 0 on")
         self.heads = heads
         self.latent = latent
         self.head_dim = site.dim // heads if head_dim is None else head_dim

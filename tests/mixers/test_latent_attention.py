@@ -56,6 +56,20 @@ def test_only_the_slice_that_is_rotated_knows_positions():
     assert torch.equal(made(x, context(x)), made(x, later))
 
 
+def test_with_no_rotated_slice_no_position_matters_and_the_latent_is_all_that_is_kept():
+    made = randomised(LatentAttention(Site(dim=DIM), latent=16, rotary_dim=0)).double()
+    assert numbers_a_token(made) == 16
+    x = torch.randn(2, TIME, DIM, dtype=torch.float64)
+    shuffled = torch.cat((x[:, torch.randperm(TIME - 1)], x[:, -1:]), 1)
+    expected = made(x, context(x))
+    assert_close(made(shuffled, context(x))[:, -1], expected[:, -1])
+    state, outputs = made.init_state(2, TIME), []
+    for t in range(TIME):
+        output, state = made.step(x[:, t], state, context(x).at(t))
+        outputs.append(output)
+    assert_close(torch.stack(outputs, 1), expected)
+
+
 def test_widths_have_to_fit():
     with pytest.raises(ValueError, match="heads: 5 heads must divide dim 64"):
         LatentAttention(Site(dim=DIM), heads=5)
