@@ -137,12 +137,12 @@ class Noise:
 
     def at(self, begin: int, end: int) -> list[Tensor]:
         """Of the places from begin to end; those before begin are not asked for again."""
-        while self.held and self.first < begin:
-            self.held.popleft()
-            self.first += 1
         while self.first + len(self.held) < end:
             drawn = torch.empty(self.shape, device=self.generator.device)
             self.held.append(drawn if self.greedy else drawn.exponential_(generator=self.generator))
+        while self.first < begin:
+            self.held.popleft()
+            self.first += 1
         return list(self.held)[: end - begin]
 
 
