@@ -46,14 +46,14 @@ def delta_rule(
         beta: b, (B, T, H), between 0 and 2.
         log_decay: log a, (B, T, H), not above 0; nothing fades if not given.
         state: S before the first token, (B, H, K, V); zeros if not given.
-        chunk: c.
+        chunk: c / n, queries in a chunk.
 
     Returns:
         (B, T / n, H, V) in the dtype of the value, and S after the last token, in float32 at least.
     """
     time, groups, queries = key.shape[1], key.shape[2], query.shape[1]
     each = time // queries  # n
-    chunk = min(max(chunk // each, 1) * each, time)
+    chunk = min(chunk, queries) * each
     with torch.autocast(value.device.type, enabled=False):
         faded = query = chunked(query, chunk // each)[:, :, :, None]  # (B, N, G, 1, c / n, K)
         read = right = key = chunked(key, chunk)[:, :, :, None]  # (B, N, G, 1, c, K)
