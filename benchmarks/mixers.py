@@ -1,8 +1,9 @@
 """The collection side by side: training at three lengths, memory, decoding early and late, and what the state takes.
 
 Every contender is the network of a config as it stands (dim 128, depth 4, about 0.80 M parameters), without its
-window. Training goes through the loop of benchmarks.train with 4,096 tokens a step, so what rises with the length is
-what is not linear in it. Peers are transformers' PyTorch paths at the same dimensions.
+window, and with a `max_length` that all lengths fit into. Training goes through the loop of benchmarks.train with 4,096
+tokens a step, so what rises with the length is what is not linear in it. Peers are transformers' PyTorch paths at the
+same dimensions.
 
     python -m benchmarks.mixers                          # all configs that have a parallel form
     python -m benchmarks.mixers llama mamba gru --out docs/results/speed/mixers.json
@@ -50,11 +51,10 @@ def network_of(name: str) -> Callable[[Shape], Network]:
 
 
 def _in_full(value: Any, known: dict[str, type]) -> Any:
-    """Short names of components as whole paths, a name alone as a class_path."""
+    """Short names of components as whole paths, a name alone as a class_path, room for the longest text."""
     if isinstance(value, dict):
-        return {
-            key: _path(item, known) if key == "class_path" else _in_full(item, known) for key, item in value.items()
-        }
+        special = {"class_path": lambda item: _path(item, known), "max_length": lambda _: FAR}
+        return {key: special[key](item) if key in special else _in_full(item, known) for key, item in value.items()}
     if isinstance(value, list):
         return [_in_full(item, known) for item in value]
     return {"class_path": _path(value, known)} if value in known else value
