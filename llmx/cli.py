@@ -37,6 +37,7 @@ from llmx.training.callbacks import (
     RunRecord,
     Samples,
     TokensPerSecond,
+    ValidationLosses,
     run_folder,
 )
 from llmx.training.checkpoints import read_checkpoint
@@ -282,7 +283,14 @@ class CLI(LightningCLI):
 
     def _callbacks(self, trainer: Any) -> list[Callback]:
         config = self._parser("fit").dump(self.config["fit"], skip_none=False)
-        callbacks = [LearningRate(), TokensPerSecond(), Samples(), EndWithValidation(), RunRecord(config)]
+        callbacks = [
+            LearningRate(),
+            TokensPerSecond(),
+            Samples(),
+            EndWithValidation(),
+            ValidationLosses(),
+            RunRecord(config),
+        ]
         return callbacks + ([] if trainer.enable_checkpointing is False else [BestCheckpoint(), LastCheckpoint()])
 
     def _logger(self, trainer: Any) -> TensorBoardLogger:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -134,6 +135,20 @@ def test_fit_leaves_a_run_that_tells_everything(lab, capsys):
     assert (folder / "checkpoints/last.ckpt").resolve().name == "step=6.ckpt"
 
 
+def test_a_run_keeps_the_loss_of_each_character_that_it_was_validated_on(lab):
+    folder = fit("--data.val_stride", 3)
+    losses = np.load(folder / "val_losses.npy")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    model = LanguageModel.load_from_checkpoint(folder / "checkpoints/last.ckpt")
+    tokens = torch.from_numpy(model.tokenizer.encode(TEXT[int(0.9 * len(TEXT)) :])).long()
+    assert losses.shape == (len(tokens) - 1,)
+    assert losses.mean(dtype=np.float64) == pytest.approx(metrics["val/loss"], abs=1e-6)
+    first, last = tokens[None, :9], tokens[None, -9:]  # a window, and the one that ends with the split
+    for window, kept in ((first, losses[:8]), (last, losses[-1:])):
+        expected = model.network.losses(window[:, :-1], window[:, 1:])[0][0, -len(kept) :]
+        torch.testing.assert_close(torch.from_numpy(kept), expected.detach(), rtol=0, atol=1e-5)  # fp32, other batches
+
+
 def test_tensorboard_has_the_curves_samples_influence_and_hparams(lab):
     folder = fit()
     curves = scalars(folder)
@@ -228,7 +243,7 @@ def test_accumulation_and_restart_change_nothing_but_memory(lab):
 def test_two_processes_give_the_loss_of_one(lab):
     """Through the shell, as a user would: DDP on the CPU, with an epoch whose last batch is ragged."""
     command = [sys.executable, str(CHECKOUT / "main.py"), "fit", "--config", "tiny.yaml"]
-    losses = []
+    losses, characters = [], []
     for devices in (1, 2):
         subprocess.run(
             [*command, "--trainer.accelerator", "cpu", "--trainer.devices", str(devices)]
@@ -236,8 +251,11 @@ def test_two_processes_give_the_loss_of_one(lab):
             check=True,
             capture_output=True,
         )
-        losses.append(json.loads(Path(f"lightning_logs/version_{devices - 1}/metrics.json").read_text())["val/loss"])
+        folder = Path(f"lightning_logs/version_{devices - 1}")
+        losses.append(json.loads((folder / "metrics.json").read_text())["val/loss"])
+        characters.append(np.load(folder / "val_losses.npy"))
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)  # training sums its gradients in another order
+    np.testing.assert_allclose(characters[1], characters[0], atol=1e-4)
     run_dir = "lightning_logs/version_0/checkpoints/last.ckpt"
     command = [sys.executable, str(CHECKOUT / "main.py"), "validate", "--ckpt_path", run_dir, "--trainer.devices", "2"]
     result = subprocess.run([*command, "--trainer.accelerator", "cpu"], capture_output=True, text=True)

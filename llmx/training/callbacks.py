@@ -9,20 +9,27 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import rich
+import torch
 import yaml
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
 
 from llmx.audits.causality import influence_figure
 from llmx.data.datamodule import TextDataModule
+from llmx.data.windows import Batch
 from llmx.describe import describe, parameters
 from llmx.errors import UserError
+from llmx.protocol import IGNORE
 from llmx.training.metrics import bits, perplexity
 from llmx.training.module import LanguageModel
 from llmx.training.provenance import provenance
+
+UNCOUNTED = -1.0  # no loss is below 0
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -113,6 +120,30 @@ class Samples(Callback):
         text = pl_module.generate(prompt, max_new_tokens=self.max_new_tokens)
         indented = "\n".join("    " + line for line in text.splitlines())  # markdown's verbatim form
         board.add_text("samples", indented, trainer.global_step)
+
+
+class ValidationLosses(Callback):
+    """`val_losses.npy`: what the last validation of a fit gave each character that it predicted, in nats (float32), in
+    the order of the split. With them two runs compare character by character, long after their checkpoints are gone."""
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.batches: list[Tensor] = []
+
+    def on_validation_batch_end(  # type: ignore[override]
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Tensor, batch: Batch, *_: Any
+    ) -> None:
+        self.batches.append(outputs.float().masked_fill(batch.targets == IGNORE, UNCOUNTED))
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.sanity_checking or trainer.state.fn != "fit" or not self.batches:
+            return
+        # of each batch the first rows are those of the first process
+        mine = torch.stack(self.batches)  # (N, B, T)
+        all_: Any = pl_module.all_gather(mine)
+        losses = all_.view(trainer.world_size, *mine.shape).transpose(0, 1)
+        folder = run_folder(trainer)
+        if folder is not None and trainer.is_global_zero:
+            np.save(folder / "val_losses.npy", losses[losses != UNCOUNTED].cpu().numpy())
 
 
 class RunRecord(Callback):

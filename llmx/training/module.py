@@ -222,8 +222,10 @@ class LanguageModel(pl.LightningModule):
         return (self.trainer.max_epochs or 0) * self.trainer.datamodule.steps_per_epoch  # type: ignore[attr-defined]
 
     # -------------------------------------------------------------------------------------------------- evaluation
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self.val_loss.update(self.losses(batch.inputs, batch.targets)[0], batch.targets)
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        losses = self.losses(batch.inputs, batch.targets)[0]
+        self.val_loss.update(losses, batch.targets)
+        return losses
 
     def on_validation_epoch_end(self) -> None:
         self._log_loss("val", self.val_loss)
