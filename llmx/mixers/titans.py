@@ -1,0 +1,172 @@
+"""The long-term memory of Titans (arXiv 2501.00663) as a layer: gradient descent with momentum and weight decay.
+
+    [q; k; v]_t = silu(conv(W x))_t,   q, k of length 1 in each head;    (a, e, r)_t = W_r x_t + c    a head
+    alpha_t = sigmoid(a_t),    eta_t = sigmoid(e_t),    theta_t = (1 - eta_t) sigmoid(r_t) / b
+    S_t = eta_t S_{t-1} - theta_t k_t (M'^T k_t - v_t)^T                 the gradient of |M'^T k_t - v_t|^2 / 2
+    M_t = (1 - alpha_t) M_{t-1} + S_t                                    (K, K) a head
+    y_t = W_o (norm(M_t^T q_t) * silu(W_g x_t))                          norm: RMSNorm over the K channels of a head
+
+M' is M at the end of the mini-batch before, of b = 8 tokens: within one, what a query reads is a masked attention over
+errors, its weights a product of two triangles of decays, eta's and 1 - alpha's. T / b dependent steps of matrix
+products, time O(T (b + K) D), memory O(T K D / b). The state is M', M, S and the last 3 inputs of the convolution,
+3 K D + 9 D numbers a sequence, whatever its length; the first M is learned. No positions. The memory is linear here,
+the shallowest of the paper's. It leaves open how the rates depend on x; the traps are there: b gradients at one M'
+overshoot b times over where keys agree, and momentum 1 / (1 - eta) times more; theta divides both out. And S moves M
+at each token, written or not, so that padding inside of a mini-batch has to hold M still.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmx.parts.delta import l2_norm
+from llmx.parts.init import normal_, residual_std
+from llmx.parts.mini_batches import MiniBatches
+from llmx.parts.norm import RMSNorm
+from llmx.parts.short_convolution import ShortConvolution
+from llmx.protocol import Context, Site, StatefulMixer
+from llmx.shapes import Hidden
+
+FASTEST, SLOWEST = 0.1, 0.001  # alpha at the start, from head to head
+
+
+class TitansState(NamedTuple):
+    convolution: Tensor  # (B, w - 1, 3 D)
+    start: Tensor  # (B, H, K, K), M' of the last token's mini-batch
+    memory: Tensor  # (B, H, K, K), M
+    momentum: Tensor  # (B, H, K, K), S
+
+
+class Rows(NamedTuple):
+    """What a token brings, each (B, T, H, ...), without T in `step`."""
+
+    query: Tensor  # (..., K)
+    key: Tensor  # (..., K)
+    value: Tensor  # (..., K)
+    rate: Tensor  # (...), theta
+    log_keep: Tensor  # (...), log(1 - alpha)
+    log_momentum: Tensor  # (...), log eta
+
+
+class Titans(StatefulMixer):
+    """(B, T, D) -> (B, T, D).
+
+    Args:
+        site: where the mixer stands.
+        heads: H; must divide `dim`.
+        mini_batch: b, tokens whose gradients are taken at the same memory.
+        convolution: tokens that the convolution sees, the current one among them.
+
+    Raises:
+        ValueError: for heads that do not divide the width, or a mini-batch below 1.
+    """
+
+    def __init__(self, site: Site, heads: int = 4, mini_batch: int = 8, convolution: int = 4):
+        super().__init__()
+        if heads < 1 or site.dim % heads:
+            raise ValueError(f"heads: {heads} heads must divide dim {site.dim}")
+        if mini_batch < 1:
+            raise ValueError(f"mini_batch: {mini_batch} is below 1")
+        self.heads = heads
+        self.head_dim = site.dim // heads
+        self.mini_batch = mini_batch
+        self.widths = (3 * site.dim, site.dim, 3 * heads)  # q, k, v; gate; a, e, r
+        self.project = nn.Linear(site.dim, sum(self.widths), bias=False)
+        self.convolution = ShortConvolution(3 * site.dim, convolution)
+        forgets = torch.linspace(math.log(SLOWEST), math.log(FASTEST), heads).exp()
+        self.rates = nn.Parameter(torch.cat((forgets.logit(), torch.zeros(2 * heads))))  # c
+        self.memory = nn.Parameter(torch.empty(heads, self.head_dim, self.head_dim))  # the first M
+        self.norm = RMSNorm(self.head_dim)
+        self.out = nn.Linear(site.dim, site.dim, bias=False)
+        normal_(self.project)
+        nn.init.normal_(self.memory, std=0.02)
+        normal_(self.out, residual_std(site.depth))
+
+    def forward(self, x: Hidden, context: Context) -> Hidden:
+        u, gate, rates = self.project(x).split(self.widths, -1)
+        rows = self._rows(self.convolution(u), rates)
+        return self._train(rows, gate, self.init_state(len(x), 0), None)[0]
+
+    def init_state(self, batch_size: int, max_length: int) -> TitansState:
+        exact = self.memory.to(torch.promote_types(self.memory.dtype, torch.float32))
+        memory = exact.repeat(batch_size, 1, 1, 1)
+        return TitansState(self.convolution.init_state(batch_size), memory, memory.clone(), torch.zeros_like(memory))
+
+    def step(self, x: Tensor, state: TitansState, context: Context) -> tuple[Tensor, TitansState]:  # type: ignore[override]
+        u, gate, rates = self.project(x).split(self.widths, -1)
+        u, convolution = self.convolution.step(u, state.convolution)
+        query, key, value, rate, log_keep, log_momentum = (row[..., None] for row in self._rows(u, rates))
+        with torch.autocast(x.device.type, enabled=False):
+            begins = (context.positions % self.mini_batch == 0)[:, None, None, None]
+            start = torch.where(begins, state.memory, state.start)
+            error = key.mT @ start - value.mT  # (B, H, 1, K)
+            momentum = log_momentum[..., None].exp() * state.momentum - rate[..., None] * key * error
+            memory = log_keep[..., None].exp() * state.memory + momentum
+            read = (query.mT @ memory).squeeze(-2)
+        return self._read(read, gate), TitansState(convolution, start, memory, momentum)
+
+    def prefill(self, x: Hidden, state: TitansState, context: Context) -> tuple[Hidden, TitansState]:  # type: ignore[override]
+        u, gate, rates = self.project(x).split(self.widths, -1)
+        u, convolution = self.convolution.prefill(u, state.convolution)
+        state = state._replace(convolution=convolution)
+        return self._train(self._rows(u, rates), gate, state, context.positions.expand(len(x), -1))
+
+    def _rows(self, u: Tensor, rates: Tensor) -> Rows:
+        """From what was convolved, (B, T, 3 D), and W_r x (B, T, 3 H), without T in `step`: in float32 at least."""
+        exact = torch.promote_types(u.dtype, torch.float32)
+        query, key, value = F.silu(u).to(exact).unflatten(-1, (3, self.heads, self.head_dim)).unbind(-3)
+        decay, momentum, rate = (rates.to(exact) + self.rates.to(exact)).chunk(3, -1)
+        rate = (-momentum).sigmoid() * rate.sigmoid() / self.mini_batch
+        return Rows(l2_norm(query), l2_norm(key), value, rate, F.logsigmoid(-decay), F.logsigmoid(momentum))
+
+    def _train(
+        self, rows: Rows, gate: Tensor, state: TitansState, positions: Tensor | None
+    ) -> tuple[Hidden, TitansState]:
+        """One mini-batch after the other. Without positions, at the text's start."""
+        with torch.autocast(gate.device.type, enabled=False):
+            batches = MiniBatches(gate.shape[1], self.mini_batch, positions, rows.rate)
+            query, key, value, rate, log_keep, log_momentum = (batches.cut(row) for row in rows)  # (B, N, H, b, ...)
+            kept, moved = _faded(log_keep), _faded(log_momentum)  # (B, N, H, b, b + 1)
+            moves = (
+                kept[..., 1:] * batches.present[:, :, :, None]
+            )  # how much of each S is in each M: none after padding
+            memory_keeps, momentum_keeps = kept[..., :1], moved[..., :1]  # of M and S before
+            memory_moves = moves @ moved
+            carried, written = memory_moves.split((1, self.mini_batch), -1)  # of S before, and of each gradient
+            written = written * rate[..., None, :]
+            scores = (query @ key.mT) * written  # (B, N, H, b, b)
+            into_memory = written[..., -1, :, None] * key  # what the last place has of each gradient, (B, N, H, b, K)
+            into_momentum = (moved[..., -1, 1:] * rate)[..., None] * key
+            into = torch.cat((into_memory, into_momentum), -1).mT  # (B, N, H, 2 K, b)
+            from_memory, from_momentum = memory_keeps * query, carried * query
+            last_kept, last_carried, last_moved = (y[..., -1:, :] for y in (memory_keeps, carried, momentum_keeps))
+            begins = batches.begins[..., None, None, None]  # (B, N, 1, 1, 1)
+            _, start, memory, momentum = state
+            reads = []
+            for n in range(batches.count):
+                start = torch.where(begins[:, n], memory, start)
+                error = key[:, n] @ start - value[:, n]
+                read = from_memory[:, n] @ memory + from_momentum[:, n] @ momentum
+                reads.append(read - scores[:, n] @ error)
+                to_memory, to_momentum = (into[:, n] @ error).chunk(2, -2)
+                memory = last_kept[:, n] * memory + last_carried[:, n] * momentum - to_memory
+                momentum = last_moved[:, n] * momentum - to_momentum
+            read = batches.join(torch.stack(reads, 1))
+        return self._read(read, gate), TitansState(state.convolution, start, memory, momentum)
+
+    def _read(self, read: Tensor, gate: Tensor) -> Tensor:
+        """(B, T, H, K), and the gate (B, T, D) -> (B, T, D), without T in `step`."""
+        return self.out((self.norm(read).flatten(-2) * F.silu(gate)).to(gate.dtype))
+
+
+def _faded(log_decay: Tensor) -> Tensor:
+    """How much each place (row) has of what was there before the first, and of what came at each place (columns).
+
+    (..., b) -> (..., b, b + 1). Sums of one sign, each by itself: a difference of two long ones has lost the short one.
+    """
+    size = log_decay.shape[-1]
+    later = torch.ones(size, size + 1, dtype=log_decay.dtype, device=log_decay.device).tril()
+    return (log_decay[..., None] * later).cumsum(-2).exp().tril(1)
