@@ -146,14 +146,17 @@ class Titans(StatefulMixer):
             begins = batches.begins[..., None, None, None]  # (B, N, 1, 1, 1)
             _, start, memory, momentum = state
             reads = []
-            for n in range(batches.count):
-                start = torch.where(begins[:, n], memory, start)
-                error = key[:, n] @ start - value[:, n]
-                read = from_memory[:, n] @ memory + from_momentum[:, n] @ momentum
-                reads.append(read - scores[:, n] @ error)
-                to_memory, to_momentum = (into[:, n] @ error).chunk(2, -2)
-                memory = last_kept[:, n] * memory + last_carried[:, n] * momentum - to_memory
-                momentum = last_moved[:, n] * momentum - to_momentum
+            # unbound, where an index would fill a gradient of the whole length at each mini-batch
+            parts = (begins, key, value, from_memory, from_momentum, scores, into, last_kept, last_carried, last_moved)
+            for begin, k, v, of_memory, of_momentum, score, write, keep, carry, move in zip(
+                *(part.unbind(1) for part in parts), strict=True
+            ):
+                start = torch.where(begin, memory, start)
+                error = k @ start - v
+                reads.append(of_memory @ memory + of_momentum @ momentum - score @ error)
+                to_memory, to_momentum = (write @ error).chunk(2, -2)
+                memory = keep * memory + carry * momentum - to_memory
+                momentum = move * momentum - to_momentum
             read = batches.join(torch.stack(reads, 1))
         return self._read(read, gate), TitansState(state.convolution, start, memory, momentum)
 

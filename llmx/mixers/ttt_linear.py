@@ -137,15 +137,18 @@ class TTTLinear(StatefulMixer):
             scores = sizes * (query @ weighed.mT).tril()  # (B, N, H, b, b): a query reads up to its own token
             both = torch.cat((key, query), -2)  # (B, N, H, 2 b, K + 1)
             begins = batches.begins[..., None, None, None]  # (B, N, 1, 1, 1)
+            held = None if positions is None else sizes * query[:, 0]  # reads what its mini-batch has from before
             reads = []
-            for n in range(batches.count):
-                weights, gradient = state = self._begin(state, begins[:, n])
-                known, read = (both[:, n] @ weights).chunk(2, -2)  # (B, H, b, K)
-                slope = self._slope(known, target[:, n])
-                if n == 0 and positions is not None:  # what the mini-batch has from before
-                    read = read - sizes * (query[:, n] @ gradient)
-                reads.append(read - scores[:, n] @ slope)
-                state = TTTLinearState(weights, gradient + weighed[:, n].mT @ slope)
+            # unbound, where an index would fill a gradient of the whole length at each mini-batch
+            parts = (part.unbind(1) for part in (begins, both, target, scores, weighed.mT))
+            for begin, known_and_read, wanted, score, write in zip(*parts, strict=True):
+                weights, gradient = state = self._begin(state, begin)
+                known, read = (known_and_read @ weights).chunk(2, -2)  # (B, H, b, K)
+                slope = self._slope(known, wanted)
+                if held is not None:
+                    read, held = read - held @ gradient, None
+                reads.append(read - score @ slope)
+                state = TTTLinearState(weights, gradient + write @ slope)
             read = batches.join(torch.stack(reads, 1))
         return self._read(rows.query, read, dtype), state
 
