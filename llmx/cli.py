@@ -6,19 +6,20 @@ is wrong with it becomes one message and exit code 2; nothing is written before 
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import logging
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from llmx.base_config import with_bases, with_list_entries
@@ -42,12 +43,16 @@ from llmx.training.callbacks import (
 )
 from llmx.training.checkpoints import read_checkpoint
 from llmx.training.fastpath import fast_precision
+from llmx.training.logger import RunLogger
 from llmx.training.metrics import bits, perplexity
 from llmx.training.module import LanguageModel
 from llmx.training.predictions import write_predictions
 from llmx.training.trainer import Trainer
 
 GROUPS: dict[str, type] = {"model": LanguageModel, "data": TextDataModule}
+OTHER_VERBS = {  # modules with a run(arguments) -> exit code
+    "sweep": "llmx.sweep.command",
+}
 SMALL = 50_000_000  # parameters of a network that is described by running it, where shapes alone do not do
 
 
@@ -61,16 +66,11 @@ def main(args: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if args is None else args
     _quiet()
     try:
-        arguments = with_list_entries(with_bases(arguments))
-        return CLI(arguments).exit_code
-    except ParserError as error:
-        options = ["config", "seed_everything", "vocab_size", "ckpt_path", "length", "format"]
-        options += ["weights_only", "verbose", "return_predictions", "help"]
-        message = explain(str(error), arguments, list(CLI.subcommands()), {**GROUPS, "trainer": Trainer}, options)
+        if arguments and arguments[0] in OTHER_VERBS:
+            return importlib.import_module(OTHER_VERBS[arguments[0]]).run(arguments[1:])
+        return execute(arguments).exit_code
     except UserError as error:
         message = str(error)
-    except MisconfigurationException as error:  # Lightning's word for flags that do not go together
-        message = f"trainer: {' '.join(str(error).split())}"
     except OSError as error:
         if error.filename is None:
             raise
@@ -78,6 +78,31 @@ def main(args: list[str] | None = None) -> int:
     sys.stdout.flush()
     sys.stderr.write(f"error: {message}\n")
     return 2
+
+
+def execute(arguments: list[str], callbacks: Sequence[Callback] = (), dry: bool = False) -> CLI:
+    """Runs one of the trainer's verbs.
+
+    Args:
+        arguments: the command line, verb first.
+        callbacks: what the trainer of a fit has besides its own.
+        dry: reads the arguments and nothing more.
+
+    Raises:
+        UserError: for whatever is wrong with the arguments.
+        OSError: for a file that cannot be read or written.
+    """
+    try:
+        arguments = with_list_entries(with_bases(arguments))
+        return CLI(arguments, callbacks, dry)
+    except ParserError as error:
+        options = ["config", "seed_everything", "vocab_size", "ckpt_path", "length", "format"]
+        options += ["weights_only", "verbose", "return_predictions", "help"]
+        verbs = [*CLI.subcommands(), *OTHER_VERBS]
+        message = explain(str(error), arguments, verbs, {**GROUPS, "trainer": Trainer}, options)
+        raise UserError(message) from error
+    except MisconfigurationException as error:  # Lightning's word for flags that do not go together
+        raise UserError(f"trainer: {' '.join(str(error).split())}") from error
 
 
 class ParserError(Exception):
@@ -94,8 +119,10 @@ class Parser(LightningArgumentParser):
 class CLI(LightningCLI):
     """fit, validate, test, predict, audit, describe."""
 
-    def __init__(self, arguments: list[str]):
+    def __init__(self, arguments: list[str], callbacks: Sequence[Callback] = (), dry: bool = False):
         self.exit_code = 0
+        self.callbacks = callbacks
+        self.dry = dry
         self.run: Path | None = None  # the run that --ckpt_path belongs to
         import_collection()
         verbs = self.subcommands()
@@ -183,6 +210,8 @@ class CLI(LightningCLI):
             self.parser.add_instantiator(lambda *_, **__: None, cls, subclasses=False)
 
     def instantiate_classes(self) -> None:
+        if self.dry:
+            return
         settings = self.config[self.subcommand]
         verb = self.subcommand
         self._check_settings(settings)
@@ -290,15 +319,16 @@ class CLI(LightningCLI):
             EndWithValidation(),
             ValidationLosses(),
             RunRecord(config),
+            *self.callbacks,
         ]
         return callbacks + ([] if trainer.enable_checkpointing is False else [BestCheckpoint(), LastCheckpoint()])
 
-    def _logger(self, trainer: Any) -> TensorBoardLogger:
+    def _logger(self, trainer: Any) -> RunLogger:
         """A new version_N, or the run that is resumed, its curve cut where the checkpoint was written."""
         root = trainer.default_root_dir or "."
         if self.run is None or not (self.run / "config.yaml").is_file():
-            return TensorBoardLogger(root, "lightning_logs", default_hp_metric=False)
-        return TensorBoardLogger(
+            return RunLogger(root, "lightning_logs", default_hp_metric=False)
+        return RunLogger(
             self.run.parent.parent,
             self.run.parent.name,
             version=self.run.name,
@@ -376,6 +406,8 @@ class CLI(LightningCLI):
         self.exit_code = int(not cast(Trainer, self.trainer).audit(**arguments))
 
     def _run_subcommand(self, subcommand: str) -> None:
+        if self.dry:
+            return
         if subcommand == "describe":
             self.describe()
         else:

@@ -282,7 +282,7 @@ def test_warm_start_begins_with_another_runs_weights(lab):
 
 
 def test_a_command_that_lacks_the_essential_is_told_what(lab, capsys):
-    assert "fit, validate, test, predict, audit or describe" in fails(capsys)
+    assert "fit, validate, test, predict, audit, describe" in fails(capsys)
     assert "--config" in fails(capsys, "fit", "--trainer.max_steps", 5)
 
 

@@ -1,0 +1,115 @@
+"""`sweep`: reads its command line, and shows what came of it. Everything that it does not know goes to `fit`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from llmx.base_config import with_bases
+from llmx.cli import execute
+from llmx.errors import UserError
+from llmx.sweep.report import Report
+from llmx.sweep.space import Space, Values, flags, read_space
+
+
+def run(arguments: list[str]) -> int:
+    """Runs what is missing of the study, and shows all of it.
+
+    Raises:
+        UserError: for whatever is wrong with the arguments, and where every trial failed.
+    """
+    options, others = _parser().parse_known_args(arguments)
+    fit = [word for config in options.config or [] for word in ("--config", config)] + others
+    for name in ("seeds", "trials"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise UserError(f"{name}: {getattr(options, name)} is below 1")
+    space, seeds = _space(options)
+    points = space.points()
+    trials = options.trials or space.trials
+    if points is None and trials is None:
+        raise UserError("trials: a range has no last combination; give their number, --trials 20")
+    trainer = _trainer_settings(fit, space)
+    try:
+        from llmx.sweep.study import Sweep, open_storage
+    except ImportError as error:
+        if error.name != "optuna":
+            raise
+        raise UserError("sweep: Optuna is not installed; pip install -e '.[sweep]'") from None
+    name = options.study or "-".join(Path(x).stem for x in (*(options.config or []), options.sweep or "seeds"))
+    sweep = Sweep(
+        name=name,
+        storage=open_storage(options.storage or _default_storage(trainer.default_root_dir)),
+        space=space,
+        points=points if trials is None else None,
+        trials=trials,
+        prune=(trials is not None) if space.prune is None else space.prune,
+        seeds=seeds,
+        fit=[*fit, "--trainer.devices", "1"] if trainer.devices == "auto" else fit,
+        identity={"space": space.to_dict(), "seeds": seeds, "settings": with_bases(fit)},
+        say=partial(print, flush=True, file=sys.stderr if options.format == "json" else sys.stdout),
+    )
+    try:
+        sweep.run()
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; the same command goes on from here\n")
+        return 130
+    report = Report(name, space, sweep.trials(), command=["python", "main.py", "fit", *fit], means=not options.sweep)
+    report.show(options.format)
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise UserError(f"sweep: {message}")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="main.py sweep",
+        description="Repeats fit over a search space, or over seeds. Any further flag is one of fit.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", "-c", action="append", help="The config that every trial starts from.")
+    parser.add_argument("--sweep", help="The search space: a YAML file, see configs/sweeps/.")
+    parser.add_argument("--seeds", type=int, help="Repeat each configuration over the seeds 1 to this, for their mean.")
+    parser.add_argument("--trials", type=int, help="How many configurations are tried; all, where they can be counted.")
+    parser.add_argument("--storage", help="The database that processes share; lightning_logs/sweeps.db if not given.")
+    parser.add_argument("--study", help="The study's name there; from the names of the files if not given.")
+    parser.add_argument("--format", choices=["table", "json"], default="table", help="How the result is shown.")
+    return parser
+
+
+def _space(options: argparse.Namespace) -> tuple[Space, list[int] | None]:
+    """The space, and the seeds of each of its points; where seeds are all there is, they are the space."""
+    seeds = None if options.seeds is None else list(range(1, options.seeds + 1))
+    if options.sweep is not None:
+        return read_space(options.sweep), seeds
+    if seeds is None:
+        raise UserError("sweep: give --sweep FILE (such as configs/sweeps/learning_rate.yaml), or --seeds 5")
+    return Space({"seed_everything": Values(tuple(seeds))}), None
+
+
+def _trainer_settings(fit: list[str], space: Space) -> Any:
+    """What `fit` understands of all this, which is read before there is a study.
+
+    Raises:
+        UserError: for keys that do not exist, and for what a sweep cannot do.
+    """
+    first = {key: d.values[0] if isinstance(d, Values) else d.low for key, d in space.dimensions.items()}
+    arguments = ["fit", *fit, *flags(first)]
+    if any(argument.split("=")[0] == "--ckpt_path" for argument in arguments):
+        raise UserError("ckpt_path: a sweep's runs are new ones; --model.warm_start begins them with a run's weights")
+    trainer = execute(arguments, dry=True).config["fit"].trainer
+    devices = trainer.devices
+    if str(devices) not in ("auto", "1") and not (isinstance(devices, list) and len(devices) == 1):
+        raise UserError(f"trainer.devices: {devices}, but a sweep trains on one; start a process for each device")
+    return trainer
+
+
+def _default_storage(root: str | None) -> str:
+    folder = Path(root or ".") / "lightning_logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    return f"sqlite:///{folder / 'sweeps.db'}"

@@ -1,0 +1,143 @@
+"""What came of a sweep: its trials by validation loss, the best one's command, and whether its ranges held it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import statistics
+from typing import TYPE_CHECKING, Any, Literal
+
+import rich
+from rich import box
+from rich.table import Table
+
+from llmx.sweep.space import Space, flags
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
+DIED = "interrupted, or its process died"
+ORDER = ["COMPLETE", "PRUNED", "RUNNING", "WAITING", "FAIL"]
+
+
+class Report:
+    """A study as it stands.
+
+    Args:
+        name: of the study.
+        space: what was searched.
+        trials: that count.
+        command: of one run, without what was searched.
+        means: the trials are one configuration's seeds: their mean is the result, and none is the best.
+    """
+
+    def __init__(self, name: str, space: Space, trials: list[FrozenTrial], command: list[str], means: bool):
+        self.name, self.space, self.command, self.means = name, space, command, means
+        self.trials = sorted(trials, key=lambda t: (ORDER.index(t.state.name), t.value or 0.0, t.number))
+        done = [trial for trial in self.trials if trial.state.name == "COMPLETE"]
+        self.best = None if means or not done else done[0]
+        self.losses = [trial.value for trial in done if trial.value is not None]
+
+    def show(self, format: Literal["table", "json"] = "table") -> None:
+        if format == "json":
+            print(json.dumps(self.to_dict(), indent=2))
+            return
+        rich.print(self._table())
+        if self.means:
+            print(f"val loss {_with_deviation(self.losses)} over {len(self.losses)} seeds")
+        if self.best is not None:
+            print(f"best: {self._reproduction()}")
+        for edge in self._edges():
+            range_ = f"{edge['low']} .. {edge['high']}"
+            if edge["edge"] is None:
+                print(f"{edge['key']}: {edge['value']} is inside {range_}")
+            else:
+                print(f"{edge['key']}: {edge['value']} is AT THE EDGE of {range_} ({edge['edge']}): widen it there")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain data."""
+        return {
+            "study": self.name,
+            "trials": [
+                {
+                    "number": trial.number,
+                    "state": trial.state.name.lower(),
+                    "val/loss": trial.value,
+                    "parameters": trial.params,
+                    "runs": trial.user_attrs.get("runs", []),
+                    "error": _error(trial),
+                }
+                for trial in self.trials
+            ],
+            "mean": statistics.fmean(self.losses) if self.means else None,
+            "deviation": statistics.stdev(self.losses) if self.means and len(self.losses) > 1 else None,
+            "best": None if self.best is None else {"number": self.best.number, "command": self._reproduction()},
+            "edges": self._edges(),
+        }
+
+    def _table(self) -> Table:
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title=f"sweep {self.name}")
+        names = _short(list(self.space.dimensions))
+        for heading in ("trial", *names, "val loss"):
+            table.add_column(heading, justify="right", no_wrap=heading == "val loss")
+        table.add_column("run", overflow="fold")
+        for trial in self.trials:
+            values = [str(trial.params.get(key, "")) for key in self.space.dimensions]
+            table.add_row(str(trial.number), *values, _loss(trial), _places(trial))
+        return table
+
+    def _reproduction(self) -> str:
+        """The command of the best trial, of its first seed if it has several."""
+        assert self.best is not None
+        seed = self.best.user_attrs["runs"][0]["seed"]
+        seeding = [] if seed is None else [f"--seed_everything={seed}"]
+        point = {key: self.best.params[key] for key in self.space.dimensions}
+        return shlex.join([*self.command, *flags(point), *seeding])
+
+    def _edges(self) -> list[dict[str, Any]]:
+        """Of each range of numbers, which end the best trial lies at, or none."""
+        if self.best is None:
+            return []
+        found = []
+        for key, dimension in self.space.dimensions.items():
+            if dimension.ends is not None:
+                value = self.best.params[key]
+                low, high = dimension.ends
+                found.append({"key": key, "value": value, "low": low, "high": high, "edge": dimension.edge(value)})
+        return found
+
+
+def _loss(trial: FrozenTrial) -> str:
+    runs = trial.user_attrs.get("runs", [])
+    if trial.state.name == "COMPLETE":
+        return _with_deviation([run["val/loss"] for run in runs])
+    if trial.state.name == "PRUNED":
+        return f"{trial.value:.4f} at step {runs[0]['step']}, pruned"
+    return "failed" if trial.state.name == "FAIL" else trial.state.name.lower()
+
+
+def _with_deviation(losses: list[float]) -> str:
+    mean = f"{statistics.fmean(losses):.4f}"
+    return mean if len(losses) < 2 else f"{mean} ± {statistics.stdev(losses):.4f}"
+
+
+def _places(trial: FrozenTrial) -> str:
+    runs = trial.user_attrs.get("runs", [])
+    places = ", ".join(run["folder"] for run in runs if run["folder"] is not None)
+    if any(run.get("leaking") for run in runs):
+        places = f"LEAKING {places}"
+    return _error(trial) or places
+
+
+def _error(trial: FrozenTrial) -> str | None:
+    return trial.user_attrs.get("error", DIED) if trial.state.name == "FAIL" else None
+
+
+def _short(keys: list[str]) -> list[str]:
+    """The last parts of keys, as many as tell them apart; `init_args` is left out."""
+    parts = [[part for part in key.split(".") if part != "init_args"] for key in keys]
+    for length in range(1, max(map(len, parts))):
+        names = [".".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return keys
