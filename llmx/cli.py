@@ -51,6 +51,7 @@ from llmx.training.trainer import Trainer
 
 GROUPS: dict[str, type] = {"model": LanguageModel, "data": TextDataModule}
 OTHER_VERBS = {  # modules with a run(arguments) -> exit code
+    "compare": "llmx.comparison.command",
     "sweep": "llmx.sweep.command",
 }
 SMALL = 50_000_000  # parameters of a network that is described by running it, where shapes alone do not do

@@ -23,6 +23,7 @@ ROOMS = {  # first name below llmx -> (floor, room); inside one room imports are
     "data": (5, "data"),  # beside the house: see DATA_MAY_IMPORT
     "training": (6, "training"),
     "reports": (6, "reports"),
+    "comparison": (7, "comparison"),
     "cli": (7, "top"),
     "explain": (7, "top"),
     "base_config": (7, "top"),

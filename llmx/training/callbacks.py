@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from llmx.data.datamodule import TextDataModule
 from llmx.data.windows import Batch
 from llmx.describe import describe, parameters
 from llmx.errors import UserError
-from llmx.protocol import IGNORE
+from llmx.protocol import IGNORE, CountingNetwork
 from llmx.training.metrics import bits, perplexity
 from llmx.training.module import LanguageModel
 from llmx.training.provenance import provenance
@@ -102,9 +103,13 @@ class TokensPerSecond(Callback):
 
 
 class Samples(Callback):
-    """A sample as text at every validation, from draws of its own: training's random state is untouched."""
+    """A sample as text at every validation, from draws of its own: training's random state is untouched.
+
+    tokens_per_second: of the last one, a single row; None before it
+    """
 
     def __init__(self, prompt: str = "\n", max_new_tokens: int = 200):
+        self.tokens_per_second: float | None = None
         self.prompt = prompt
         self.max_new_tokens = max_new_tokens
 
@@ -117,7 +122,9 @@ class Samples(Callback):
             pl_module.tokenizer.encode(prompt := self.prompt)
         except UserError:
             prompt = pl_module.tokenizer.decode([0])
+        started = time.perf_counter()
         text = pl_module.generate(prompt, max_new_tokens=self.max_new_tokens)
+        self.tokens_per_second = self.max_new_tokens / (time.perf_counter() - started)
         indented = "\n".join("    " + line for line in text.splitlines())  # markdown's verbatim form
         board.add_text("samples", indented, trainer.global_step)
 
@@ -162,7 +169,8 @@ class RunRecord(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
         self.started = time.perf_counter()
         self.first_step = trainer.global_step
-        rich.print(describe(pl_module.network, pl_module.window).render())
+        self.description = describe(pl_module.network, pl_module.window)
+        rich.print(self.description.render())
         if pl_module.causality is not None:
             rich.print(pl_module.causality.summary())
         compiled = "compiled" if pl_module.compiled else "not compiled"
@@ -192,12 +200,18 @@ class RunRecord(Callback):
             return
         best: Any = next((c for c in trainer.checkpoint_callbacks if isinstance(c, BestCheckpoint)), None)
         score = None if best is None or best.best_model_score is None else best.best_model_score.item()
+        samples = next((c for c in trainer.callbacks if isinstance(c, Samples)), None)  # type: ignore[attr-defined]
+        counts = isinstance(pl_module.network, CountingNetwork)
         _write_json(
             folder / "metrics.json",
             {
                 **self.final,
                 "best/val/loss": score,
                 "step": trainer.global_step,
+                # as many windows a step; a network that counts has seen the training split once
+                "tokens": None if counts else trainer.global_step * _data(trainer).batch_size * _data(trainer).window,
+                "peak_bytes": peak_bytes(pl_module.device),
+                "generated_tokens_per_second": None if samples is None else samples.tokens_per_second,
                 "seconds": round(time.perf_counter() - self.started, 1),
                 "steps_in_these_seconds": trainer.global_step - self.first_step,
                 "leaking": pl_module.leaking,
@@ -211,13 +225,13 @@ class RunRecord(Callback):
             for summary in hparams(flat, {"val/loss": self.final.get("val/loss", math.nan)}):
                 board._get_file_writer().add_summary(summary)
 
-    @staticmethod
-    def _record(trainer: pl.Trainer, pl_module: LanguageModel) -> dict[str, Any]:
+    def _record(self, trainer: pl.Trainer, pl_module: LanguageModel) -> dict[str, Any]:
         report = pl_module.causality
         return {
             **provenance(),
             "data": _data(trainer).protocol,
             "parameters": parameters(pl_module.network),
+            "network": {key: value for key, value in self.description.to_dict().items() if key != "layers"},
             "precision": str(trainer.precision),
             "compiled": pl_module.compiled,
             "devices": trainer.world_size,
@@ -231,6 +245,18 @@ def tensorboard(trainer: pl.Trainer) -> Any:
     """The SummaryWriter of the run, if it has one."""
     loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
     return loggers[0].experiment if loggers and not trainer.fast_dev_run else None  # type: ignore[attr-defined]
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """The most memory held at once: by the process, or on a GPU by its tensors there; None where nobody counts."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # kilobytes but there
 
 
 def run_folder(trainer: pl.Trainer) -> Path | None:

@@ -1,0 +1,114 @@
+"""The figures of a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from llmx.comparison.breakdown import KINDS, by_kind, by_position, validation_text
+from llmx.comparison.runs import Group, Run
+from llmx.comparison.table import Comparison
+
+
+def figures(comparison: Comparison, groups: Sequence[Group]) -> dict[str, Figure]:
+    """By name; those for which there is nothing to draw are left out."""
+    by_name = {group.name: group for group in groups}
+    ordered = [by_name[row.name] for row in comparison.rows]
+    made = {"loss": loss_figure(comparison), "curves": curves_figure(ordered)}
+    if (position := position_figure(ordered)) is not None:
+        made["position"] = position
+    if (kind := kind_figure(ordered)) is not None:
+        made["kind"] = kind
+    return made
+
+
+def loss_figure(comparison: Comparison) -> Figure:
+    """The losses with their intervals, best at the top."""
+    rows = comparison.rows
+    figure = Figure(figsize=(8, 1.2 + 0.34 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    for place, row in enumerate(rows):
+        color = "tab:red" if row.leaking else "tab:blue" if row.loss.basis == "seeds" else "tab:gray"
+        axes.plot([row.loss.low, row.loss.high], [place, place], color=color, linewidth=2)
+        axes.plot(row.loss.value, place, "o", color=color)
+    axes.set_yticks(range(len(rows)), [_label(row.name, row.leaking) for row in rows])
+    axes.invert_yaxis()
+    axes.set(xlabel="validation loss, nats per character (95 %: blue over seeds, gray over the text, red LEAKING)")
+    axes.grid(axis="x", alpha=0.3)
+    return figure
+
+
+def curves_figure(groups: Sequence[Group]) -> Figure:
+    """Validation loss against steps, training FLOPs and wall-clock; a thin line a run."""
+    figure = Figure(figsize=(13, 4.5), layout="constrained")
+    panels: list[tuple[str, Callable[[Run], float | None]]] = [
+        ("step", lambda run: 1.0),
+        ("training FLOPs", lambda run: _a_step(run, run.training_flops)),
+        ("seconds of the fit", lambda run: _a_step(run, run.metrics["seconds"])),
+    ]
+    for axes, (title, a_step) in zip(figure.subplots(1, 3, sharey=True), panels, strict=True):
+        for index, group in enumerate(groups):
+            for number, run in enumerate(group.runs):
+                factor = a_step(run)
+                if factor is None or "val/loss" not in run.curves:
+                    continue
+                steps, values = zip(*run.curves["val/loss"], strict=True)
+                label = _label(group.name, group.leaking) if number == 0 else None
+                style = "--" if group.leaking else "-"
+                x = (np.array(steps) + 1) * factor
+                axes.plot(x, values, style, marker=".", color=f"C{index % 10}", linewidth=1, label=label)
+        axes.set(xlabel=title)
+        axes.grid(alpha=0.3)
+    figure.axes[0].set(ylabel="validation loss, nats per character")
+    figure.axes[0].legend(fontsize=7)
+    return figure
+
+
+def position_figure(groups: Sequence[Group]) -> Figure | None:
+    """Loss against the place in the window: a network that uses its context falls."""
+    alike = [group for group in groups if group.runs[0].protocol["val_count"] == "new"]
+    if not alike:
+        return None
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for index, group in enumerate(alike):
+        protocol = group.runs[0].protocol
+        place, loss = by_position(group.losses, protocol["window"], protocol["val_stride"])
+        style = "--" if group.leaking else "-"
+        label = _label(group.name, group.leaking)
+        axes.plot(place + 1, loss, style, marker=".", color=f"C{index % 10}", linewidth=1, label=label)
+    axes.set(xlabel="characters of context", ylabel="validation loss, nats per character")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    return figure
+
+
+def kind_figure(groups: Sequence[Group]) -> Figure | None:
+    """Loss by the kind of the character that is predicted; None where the text is gone."""
+    texts = [(group, validation_text(group.runs[0].config["data"])) for group in groups]
+    known = [(g, t) for g, t in texts if t is not None and len(t) == len(g.losses) + 1]
+    if not known:
+        return None
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(known)
+    for index, (group, text) in enumerate(known):
+        loss = by_kind(group.losses, text)
+        x = np.array([KINDS.index(name) for name in loss]) + (index - (len(known) - 1) / 2) * width
+        label = _label(group.name, group.leaking)
+        axes.bar(x, list(loss.values()), width, color=f"C{index % 10}", label=label, hatch="//" * group.leaking)
+    axes.set_xticks(range(len(KINDS)), KINDS)
+    axes.set(ylabel="validation loss, nats per character")
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(fontsize=7)
+    return figure
+
+
+def _a_step(run: Run, total: float | None) -> float | None:
+    return None if total is None else total / max(1, run.metrics["step"])
+
+
+def _label(name: str, leaking: bool) -> str:
+    return f"{name} (LEAKING)" if leaking else name

@@ -1,0 +1,194 @@
+"""Finished runs as their folders tell of them, and the groups of those that differ in their seed alone."""
+
+from __future__ import annotations
+
+import glob
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from llmx.errors import UserError
+
+Curve = list[tuple[int, float]]  # (step, value)
+# what a run was measured on, and how much it has seen
+PROTOCOL = ("corpus", "sha256", "split", "vocab_size", "window", "val_stride", "val_count")
+# settings that change where and how fast a run goes, and not what it computes
+ASIDE = {"seed_everything", "ckpt_path", "weights_only"}
+ASIDE_OF_TRAINER = {"default_root_dir", "enable_progress_bar", "logger", "log_every_n_steps", "callbacks", "profiler"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished fit."""
+
+    folder: Path
+    config: dict[str, Any]
+    record: dict[str, Any]  # run.json
+    metrics: dict[str, Any]  # metrics.json
+
+    @property
+    def name(self) -> str:
+        """The configuration's name where the command line tells it, else that of the network's class."""
+        configs = [value for flag, value in pairwise(self.record["command"]) if flag in ("--config", "-c")]
+        if configs:
+            path = Path(configs[-1]).with_suffix("")
+            return path.as_posix().rpartition("configs/")[2] if "configs" in path.parts else path.name
+        network = self.config["model"]["network"]
+        return (network["class_path"] if isinstance(network, dict) else network).rsplit(".", 1)[-1]
+
+    @property
+    def seed(self) -> Any:
+        return self.config.get("seed_everything")
+
+    @property
+    def loss(self) -> float:
+        return self.metrics["val/loss"]
+
+    @property
+    def leaking(self) -> bool:
+        return bool(self.metrics["leaking"])
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """What two runs must share for their losses to be ranked. A network that counts has no number of tokens."""
+        return {key: self.record["data"][key] for key in PROTOCOL} | {"tokens seen": self.metrics["tokens"]}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The flat configuration without the seed and what has no say in the result."""
+        kept = {key: value for key, value in self.config.items() if key not in ASIDE}
+        kept["trainer"] = {k: v for k, v in (kept.get("trainer") or {}).items() if k not in ASIDE_OF_TRAINER}
+        return dict(_flat(kept))
+
+    @cached_property
+    def losses(self) -> np.ndarray:
+        """(N,) nats of each predicted character of the validation split, float64."""
+        return np.load(self.folder / "val_losses.npy").astype(np.float64)
+
+    @cached_property
+    def curves(self) -> dict[str, Curve]:
+        events = EventAccumulator(str(self.folder), size_guidance={"scalars": 0})
+        events.Reload()
+        return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """The median over the run, validation left out."""
+        curve = self.curves.get("train/tokens_per_second")
+        return float(np.median([value for _, value in curve])) if curve else None
+
+    @property
+    def training_flops(self) -> float | None:
+        per_token, tokens = self.record["network"]["training_flops_per_token"], self.metrics["tokens"]
+        return None if per_token is None or tokens is None else per_token * tokens
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one configuration, by seed."""
+
+    name: str
+    runs: tuple[Run, ...]
+
+    @property
+    def values(self) -> np.ndarray:
+        """(K,) the validation losses."""
+        return np.array([run.loss for run in self.runs])
+
+    @property
+    def losses(self) -> np.ndarray:
+        """(N,) the losses of each character, averaged over the runs."""
+        return np.mean([run.losses for run in self.runs], axis=0)
+
+    @property
+    def leaking(self) -> bool:
+        return any(run.leaking for run in self.runs)
+
+
+def read_run(folder: str | Path) -> Run:
+    """A run that has ended.
+
+    Raises:
+        UserError: where the folder is no run, has not ended, or is of a version that kept less.
+    """
+    folder = Path(folder)
+    contents: dict[str, Any] = {}
+    for name in ("run.json", "metrics.json", "config.yaml"):
+        if not (folder / name).is_file():
+            unfinished = " (it has not ended)" if name == "metrics.json" else ""
+            raise UserError(f"{folder}: is no finished run: it has no {name}{unfinished}")
+        try:
+            contents[name] = yaml.safe_load((folder / name).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"{folder / name}: cannot be read: {' '.join(str(error).split())[:200]}") from None
+    run = Run(folder, contents["config.yaml"], contents["run.json"], contents["metrics.json"])
+    missing = {"val/loss", "tokens"} - run.metrics.keys()
+    if missing or "network" not in run.record:
+        raise UserError(f"{folder}: was never validated, or is a run of an older version: run its fit again")
+    if not (folder / "val_losses.npy").is_file():
+        raise UserError(f"{folder}: has no val_losses.npy, the losses of its validation split: run its fit again")
+    return run
+
+
+def find_runs(patterns: Iterable[str]) -> list[Run]:
+    """The runs of folders and globs; a folder that is no run stands for the runs in it (`lightning_logs`).
+
+    Raises:
+        UserError: for a pattern that finds nothing, and for a folder that is named and is no finished run.
+    """
+    folders: dict[Path, None] = {}  # each once, in order
+    for pattern in patterns:
+        matches = sorted(glob.glob(pattern, recursive=True), key=_by_number)
+        found = [Path(match) for match in matches if (Path(match) / "run.json").is_file()]
+        for match in matches if not found else []:
+            found += [path.parent for path in sorted(Path(match).glob("**/run.json"), key=lambda p: _by_number(str(p)))]
+        if not found and len(matches) == 1 and Path(matches[0]).is_dir():
+            read_run(matches[0])  # says what it lacks
+        if not found:
+            raise UserError(f"{pattern}: no run is there; a run is a folder with a run.json, lightning_logs/version_N")
+        folders |= dict.fromkeys(path.resolve() for path in found)
+    here = Path.cwd()
+    return [read_run(path.relative_to(here) if path.is_relative_to(here) else path) for path in folders]
+
+
+def grouped(runs: Iterable[Run]) -> list[Group]:
+    """Runs that differ in their seed alone, under one name; groups of one name are told apart by what differs."""
+    by_settings: dict[str, list[Run]] = {}
+    for run in runs:
+        by_settings.setdefault(json.dumps([run.name, run.settings, run.protocol], sort_keys=True), []).append(run)
+    groups = list(by_settings.values())
+    named = []
+    for members in groups:
+        rivals = [other[0].settings for other in groups if other[0].name == members[0].name]
+        mine = members[0].settings
+        keys = {key for rival in rivals for key in mine.keys() | rival.keys() if mine.get(key) != rival.get(key)}
+        said = ", ".join(f"{_short(key)}={mine[key]}" for key in sorted(keys) if key in mine)
+        name = f"{members[0].name} ({said})" if said else members[0].name
+        named.append(Group(name, tuple(sorted(members, key=lambda run: str(run.seed)))))
+    return named
+
+
+def _flat(values: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    pairs = values.items() if isinstance(values, dict) else enumerate(values)
+    for key, value in pairs:
+        if isinstance(value, dict | list):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _short(key: str) -> str:
+    return key.replace(".init_args", "").split(".", 1)[-1]
+
+
+def _by_number(path: str) -> list[Any]:
+    """version_10 after version_9"""
+    return [(part.rstrip("0123456789"), int(part[len(part.rstrip("0123456789")) :] or 0)) for part in Path(path).parts]

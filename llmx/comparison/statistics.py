@@ -1,0 +1,95 @@
+"""How sure a mean, and a difference of two, is.
+
+Over seeds: Student's t for a mean, Welch's for a difference (the runs of two networks share no draw that would pair
+them). Where a network was run once, nothing is known about the spread over seeds, and what can be said is how much the
+validation text itself decides: a bootstrap over blocks of it (circular, Politis and Romano 1992), paired, for both
+networks read the same characters. Blocks, because neighbouring losses go together; single characters drawn by
+themselves would make intervals too narrow. Many comparisons are corrected after Holm (1979): the chance of one false
+finding among all of them stays at the level of a single one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from scipy.special import stdtr, stdtrit
+
+LEVEL = 0.95
+BLOCK = 500  # characters, about a speech: the losses of neighbours are no longer related beyond it
+DRAWS = 2000
+
+Basis = Literal["seeds", "text"]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its interval.
+
+    basis: what the interval is over: `seeds`, or the validation `text`
+    p:     two-sided, of the hypothesis that the number is 0; for differences
+    """
+
+    value: float
+    low: float
+    high: float
+    basis: Basis
+    p: float | None = None
+
+
+def mean_over_seeds(values: np.ndarray, level: float = LEVEL) -> Estimate:
+    """values (K,), K >= 2: mean and Student's interval."""
+    half = stdtrit(len(values) - 1, (1 + level) / 2) * values.std(ddof=1) / math.sqrt(len(values))
+    return Estimate(float(values.mean()), float(values.mean() - half), float(values.mean() + half), "seeds")
+
+
+def difference_over_seeds(values: np.ndarray, baseline: np.ndarray, level: float = LEVEL) -> Estimate:
+    """values (K,) minus baseline (J,), both of two at least: Welch's interval and test."""
+    parts = [x.var(ddof=1) / len(x) for x in (values, baseline)]
+    error, difference = math.sqrt(sum(parts)), float(values.mean() - baseline.mean())
+    if error == 0:
+        return Estimate(difference, difference, difference, "seeds", 1.0 if difference == 0 else 0.0)
+    freedom = sum(parts) ** 2 / sum(v**2 / (len(x) - 1) for v, x in zip(parts, (values, baseline), strict=True))
+    half = stdtrit(freedom, (1 + level) / 2) * error
+    p = 2 * float(stdtr(freedom, -abs(difference) / error))
+    return Estimate(difference, difference - half, difference + half, "seeds", p)
+
+
+def mean_over_text(losses: np.ndarray, level: float = LEVEL, seed: int = 0) -> Estimate:
+    """losses (N,) of consecutive characters, or differences of such: their mean, its bootstrap interval and the
+    two-sided p of a mean of 0, which DRAWS bound below."""
+    means = block_means(losses, seed)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    beyond = min((means <= 0).sum(), (means >= 0).sum())
+    return Estimate(
+        float(losses.mean()), float(low), float(high), "text", float(min(1.0, 2 * (beyond + 1) / (DRAWS + 1)))
+    )
+
+
+def difference_over_text(losses: np.ndarray, baseline: np.ndarray, level: float = LEVEL, seed: int = 0) -> Estimate:
+    """losses (N,) minus baseline (N,), character by character."""
+    if np.array_equal(losses, baseline):
+        return Estimate(0.0, 0.0, 0.0, "text", 1.0)
+    return mean_over_text(losses - baseline, level, seed)
+
+
+def block_means(values: np.ndarray, seed: int) -> np.ndarray:
+    """(N,) -> (DRAWS,) means of as many blocks, drawn with replacement, as make up the length; the end of the text
+    goes on at its beginning."""
+    length, block = len(values), min(BLOCK, len(values))
+    sums = np.concatenate(([0.0], np.concatenate((values, values[: block - 1])).cumsum()))
+    of_block = (sums[block:] - sums[:-block]) / block  # (N,), by where they start
+    starts = np.random.default_rng(seed).integers(length, size=(DRAWS, -(-length // block)))
+    return of_block[starts].mean(1)
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """Adjusted p values, in the order of those given."""
+    adjusted, largest = [0.0] * len(ps), 0.0
+    for rank, index in enumerate(np.argsort(ps, kind="stable")):
+        largest = max(largest, min(1.0, (len(ps) - rank) * ps[index]))
+        adjusted[index] = largest
+    return adjusted

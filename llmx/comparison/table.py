@@ -1,0 +1,280 @@
+"""The table: a row a configuration, best first, and what stands in the way of believing it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Group as Lines
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from llmx.comparison.runs import Group, Run
+from llmx.comparison.statistics import (
+    Estimate,
+    difference_over_seeds,
+    difference_over_text,
+    holm,
+    mean_over_seeds,
+    mean_over_text,
+)
+from llmx.errors import UserError
+from llmx.training.metrics import bits, perplexity
+
+MATCHED = 0.05  # the most by which the largest of a kind exceeds the smallest
+
+
+@dataclass(frozen=True)
+class Row:
+    """A configuration. Means over its runs; None where nobody knows.
+
+    rank:            from 1, None where the network leaks or nothing is ranked
+    loss:            nats per character
+    difference:      loss minus that of the baseline; None for the baseline itself
+    adjusted_p:      of the difference, after Holm over all rows
+    parameters_of:   by group
+    seconds:         wall-clock of the fit
+    generated_tokens_per_second: one row
+    """
+
+    name: str
+    rank: int | None
+    seeds: list[Any]
+    leaking: bool
+    loss: Estimate
+    perplexity: float
+    bits_per_character: float
+    difference: Estimate | None
+    adjusted_p: float | None
+    parameters: int
+    parameters_of: dict[str, int]
+    training_flops: float | None
+    tokens_per_second: float | None
+    seconds: float | None
+    peak_bytes: float | None
+    state_bytes: float | None
+    generated_tokens_per_second: float | None
+    folders: list[str]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All rows, best first.
+
+    protocol: what the runs share; differing: what they do not, by key and by row
+    matching: in words, which of parameters, FLOPs and wall-clock are equal
+    """
+
+    rows: list[Row]
+    baseline: str
+    protocol: dict[str, Any]
+    differing: dict[str, dict[str, Any]]
+    matching: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return json.loads(json.dumps(self, default=vars))
+
+
+def compare(groups: Sequence[Group], baseline: str | None = None, ranked: bool = True) -> Comparison:
+    """Groups of runs side by side.
+
+    Args:
+        groups: what to compare.
+        baseline: the name that differences are taken to; the first group if not given.
+        ranked: refuse what may not be ranked; if false, all is shown in the order given and no difference is taken.
+
+    Raises:
+        UserError: for an unknown baseline, and where the protocols differ.
+    """
+    names = [group.name for group in groups]
+    if baseline is not None and baseline not in names:
+        raise UserError(f"baseline: there is no {baseline!r} among {', '.join(names)}")
+    against = groups[names.index(baseline) if baseline else 0]
+    differing = _differing(groups)
+    if differing and ranked:
+        said = "; ".join(
+            f"{key} is " + ", ".join(f"{_plain(value)} in {name}" for name, value in values.items())
+            for key, values in differing.items()
+        )
+        raise UserError(f"these runs may not be ranked: {said}. --unranked shows them side by side")
+    if not ranked:
+        rows = [_row(group, None) for group in groups]
+    else:
+        differences = [None if group is against else _difference(group, against) for group in groups]
+        ps = iter(holm([d.p for d in differences if d is not None and d.p is not None]))
+        rows = [_row(g, d, None if d is None else next(ps)) for g, d in zip(groups, differences, strict=True)]
+        rows.sort(key=lambda row: (row.leaking, row.loss.value))
+        rows = [row if row.leaking else replace(row, rank=rank) for rank, row in enumerate(rows, 1)]
+    shared = {key: value for key, value in groups[0].runs[0].protocol.items() if key not in differing}
+    return Comparison(rows, against.name, shared, differing, _matching(rows))
+
+
+def _differing(groups: Sequence[Group]) -> dict[str, dict[str, Any]]:
+    protocols = {group.name: group.runs[0].protocol for group in groups}
+    result = {}
+    for key in next(iter(protocols.values())):
+        values = {name: protocol[key] for name, protocol in protocols.items()}
+        held = {json.dumps(value) for value in values.values() if value is not None}  # none: does not apply
+        if len(held) > 1:
+            result[key] = values
+    return result
+
+
+def _difference(group: Group, baseline: Group) -> Estimate:
+    if min(len(group.runs), len(baseline.runs)) > 1:
+        return difference_over_seeds(group.values, baseline.values)
+    return difference_over_text(group.losses, baseline.losses)
+
+
+def _row(group: Group, difference: Estimate | None, adjusted_p: float | None = None) -> Row:
+    runs = group.runs
+    network = runs[0].record["network"]
+    estimate = mean_over_seeds(group.values) if len(runs) > 1 else mean_over_text(group.losses)
+    loss = replace(estimate, value=float(group.values.mean()), p=None)
+    return Row(
+        name=group.name,
+        rank=None,
+        seeds=[run.seed for run in runs],
+        leaking=group.leaking,
+        loss=loss,
+        perplexity=perplexity(loss.value),
+        bits_per_character=bits(loss.value),
+        difference=difference,
+        adjusted_p=adjusted_p,
+        parameters=runs[0].record["parameters"],
+        parameters_of={name: part["parameters"] for name, part in network["groups"].items()},
+        training_flops=_mean(runs, lambda run: run.training_flops),
+        tokens_per_second=_mean(runs, lambda run: run.tokens_per_second),
+        seconds=_mean(runs, lambda run: run.metrics["seconds"]),
+        peak_bytes=_mean(runs, lambda run: run.metrics["peak_bytes"]),
+        state_bytes=network["state_bytes"],
+        generated_tokens_per_second=_mean(runs, lambda run: run.metrics["generated_tokens_per_second"]),
+        folders=[str(run.folder) for run in runs],
+    )
+
+
+def _mean(runs: Sequence[Run], what: Callable[[Run], float | None]) -> float | None:
+    values = [value for run in runs if (value := what(run)) is not None]
+    return float(np.mean(values)) if values else None
+
+
+def _matching(rows: Sequence[Row]) -> str:
+    said = []
+    for name, what in (
+        ("parameters", lambda row: row.parameters),
+        ("training FLOPs", lambda row: row.training_flops),
+        ("wall-clock", lambda row: row.seconds),
+    ):
+        values = [value for row in rows if (value := what(row))]
+        if len(values) < 2:
+            continue
+        apart = max(values) / min(values)
+        said.append(
+            f"equal {name} (within {100 * (apart - 1):.1f} %)"
+            if apart <= 1 + MATCHED
+            else f"{name} up to {apart:.2f} times apart"
+        )
+    return ", ".join(said)
+
+
+def render(comparison: Comparison) -> RenderableType:
+    """For people: what was reached, what it cost, and what has to be said about it."""
+    results = _table("val loss", f"minus {comparison.baseline}", "p", "seeds", "perplexity")
+    costs = _table("bits", "parameters", "train FLOPs", "tokens/s", "memory", "state", "writes")
+    for row in comparison.rows:
+        name = Text(row.name)
+        if row.leaking:
+            name.append(" LEAKING", style="bold red")
+        first = ("" if row.rank is None else str(row.rank), name)
+        results.add_row(
+            *first,
+            _with_interval(row.loss, ".4f"),
+            "" if row.difference is None else _with_interval(row.difference, "+.4f"),
+            "" if row.adjusted_p is None else f"{row.adjusted_p:.3f}",
+            str(len(row.seeds)),
+            f"{row.perplexity:.3f}",
+        )
+        numbers = (row.training_flops, row.tokens_per_second, row.peak_bytes, row.state_bytes)
+        shortly = (short(number) for number in (*numbers, row.generated_tokens_per_second))
+        costs.add_row(*first, f"{row.bits_per_character:.3f}", f"{row.parameters:,}", *shortly)
+    return Lines(results, costs, Text(caption(comparison), style="dim"))
+
+
+def _table(*numbers: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("", justify="right", no_wrap=True)
+    table.add_column("network", overflow="fold", min_width=10)
+    for heading in numbers:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def caption(comparison: Comparison) -> str:
+    """What has to be said about the numbers."""
+    lines = []
+    bases = {row.loss.basis for row in comparison.rows}
+    if "seeds" in bases:
+        lines.append("± 95 % over seeds")
+    if "text" in bases:
+        lines.append(
+            "* 95 % over blocks of the validation text, for want of a second seed: it says nothing about seeds"
+        )
+    if any(row.adjusted_p is not None for row in comparison.rows):
+        lines.append("p: two-sided, after Holm over all rows")
+    if comparison.differing:
+        lines.append(f"NOT RANKED: {', '.join(comparison.differing)} differ")
+    if any(row.leaking for row in comparison.rows):
+        lines.append("LEAKING: the audit found that it sees the future; its loss means nothing and has no rank")
+    lines.append("memory and state in bytes; writes: tokens/s in generation, one row")
+    return "\n".join([*lines, *([comparison.matching] if comparison.matching else [])])
+
+
+def _with_interval(estimate: Estimate, form: str) -> str:
+    mark = "*" if estimate.basis == "text" else " "
+    return f"{estimate.value:{form}} ± {(estimate.high - estimate.low) / 2:.4f}{mark}"
+
+
+def short(value: float | None) -> str:
+    """1234567 -> 1.23 M"""
+    if value is None or not math.isfinite(value):
+        return ""
+    for factor, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= factor:
+            return f"{value / factor:.3g} {unit}"
+    return f"{value:.3g}"
+
+
+def _plain(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def write_csv(comparison: Comparison, path: Path) -> None:
+    """One line a row, numbers unrounded."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        plain = ["rank", "name", "leaking", "seeds"]
+        numbers = [
+            "perplexity",
+            "bits_per_character",
+            "adjusted_p",
+            "parameters",
+            "training_flops",
+            "tokens_per_second",
+        ]
+        numbers += ["seconds", "peak_bytes", "state_bytes", "generated_tokens_per_second"]
+        intervals = ["value", "low", "high", "basis"]
+        writer.writerow(
+            [*plain, *(f"loss_{part}" for part in intervals), *(f"difference_{part}" for part in intervals), *numbers]
+        )
+        for row in comparison.rows:
+            estimates = [getattr(e, part, "") for e in (row.loss, row.difference) for part in intervals]
+            cells = [row.rank, row.name, row.leaking, " ".join(map(str, row.seeds))]
+            writer.writerow([*cells, *estimates, *(getattr(row, number) for number in numbers)])

@@ -1,0 +1,251 @@
+"""Groups, refusals and the table, on run folders written by hand; and the verb on runs that were trained."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from torch.utils.tensorboard import SummaryWriter
+
+from llmx.cli import main
+from llmx.comparison.runs import find_runs, grouped
+from llmx.comparison.table import compare, short
+from llmx.errors import UserError
+
+CHARACTERS = 400
+
+
+def make_run(folder, config="configs/llama.yaml", seed=1, loss=1.5, **changes):
+    """The folder of a finished run; changes: lr, window, tokens, leaking, parameters, flops."""
+    folder = Path(folder)
+    folder.mkdir(parents=True)
+    settings = {
+        "seed_everything": seed,
+        "trainer": {"max_steps": 10, "default_root_dir": str(folder)},
+        "model": {"network": {"class_path": "Decoder"}, "optimizer": {"init_args": {"lr": changes.get("lr", 3e-3)}}},
+        "data": {"corpus": "gone.txt"},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    data = {"corpus": "small", "sha256": "ab", "split": [0.9, 0.1, 0], "vocab_size": 65, "val_stride": None}
+    data |= {"val_count": "new", "window": changes.get("window", 8)}
+    parameters = changes.get("parameters", 1000)
+    flops = changes.get("flops", 6000)
+    network = {"groups": {"mixers": {"parameters": parameters}}, "state_bytes": 64, "training_flops_per_token": flops}
+    record = {"command": ["main.py", "fit", "--config", config], "data": data, "parameters": parameters}
+    (folder / "run.json").write_text(json.dumps(record | {"network": network}))
+    metrics = {"val/loss": loss, "step": 10, "seconds": 4.0, "leaking": changes.get("leaking", False)}
+    metrics |= {"tokens": changes.get("tokens", 640), "peak_bytes": 5, "generated_tokens_per_second": 9.0}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    noise = np.random.default_rng(seed).normal(0, 0.1, CHARACTERS)
+    hard = np.random.default_rng(99).exponential(1, CHARACTERS)
+    losses = hard + noise
+    np.save(folder / "val_losses.npy", (losses - losses.mean() + loss).astype(np.float32))
+    with SummaryWriter(str(folder)) as board:
+        for step in (4, 9):
+            board.add_scalar("val/loss", loss + (9 - step) / 10, step)
+        board.add_scalar("train/tokens_per_second", 100.0, 5)
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def groups_of(*patterns):
+    return grouped(find_runs(patterns or ["lightning_logs"]))
+
+
+def test_runs_that_differ_in_the_seed_alone_are_one_group(here):
+    for seed, loss in ((1, 1.5), (2, 1.6), (3, 1.7)):
+        make_run(f"lightning_logs/version_{seed}", seed=seed, loss=loss)
+    make_run("lightning_logs/version_10", config="configs/gru.yaml", seed=1)
+    groups = groups_of()
+    assert [(group.name, [run.seed for run in group.runs]) for group in groups] == [("llama", [1, 2, 3]), ("gru", [1])]
+    assert groups[0].values.tolist() == [1.5, 1.6, 1.7]
+
+
+def test_groups_of_one_name_say_what_tells_them_apart(here):
+    make_run("lightning_logs/version_0", lr=0.001)
+    make_run("lightning_logs/version_1", lr=0.003)
+    assert [group.name for group in groups_of()] == ["llama (optimizer.lr=0.001)", "llama (optimizer.lr=0.003)"]
+
+
+def test_runs_are_found_by_folder_glob_and_root_and_each_once(here):
+    for number in (2, 10):
+        make_run(f"lightning_logs/version_{number}", seed=number)
+    assert [run.seed for run in find_runs(["lightning_logs", "lightning_logs/version_*"])] == [2, 10]
+    assert [run.seed for run in find_runs(["lightning_logs/version_10"])] == [10]
+
+
+@pytest.mark.parametrize("missing", ["metrics.json", "run.json", "config.yaml", "val_losses.npy"])
+def test_what_a_run_lacks_is_said(here, missing):
+    folder = make_run("lightning_logs/version_0")
+    (folder / missing).unlink()
+    with pytest.raises(UserError, match=re.escape(missing)):
+        find_runs(["lightning_logs/version_0"])
+
+
+def test_a_pattern_that_finds_nothing_is_named(here):
+    with pytest.raises(UserError, match="nowhere"):
+        find_runs(["nowhere/version_*"])
+
+
+def test_the_best_is_first_and_the_baseline_is_named(here):
+    for seed in (1, 2):
+        make_run(f"lightning_logs/version_{seed}", seed=seed, loss=1.6 + seed / 1000)
+        make_run(f"lightning_logs/version_{seed + 2}", config="configs/gru.yaml", seed=seed, loss=1.5 + seed / 1000)
+    comparison = compare(groups_of())
+    assert [(row.rank, row.name) for row in comparison.rows] == [(1, "gru"), (2, "llama")]
+    assert comparison.baseline == "llama"
+    best = comparison.rows[0]
+    assert best.difference.value == pytest.approx(-0.1)
+    assert best.difference.basis == best.loss.basis == "seeds"
+    assert best.adjusted_p == best.difference.p < 0.001
+    assert comparison.rows[1].difference is None
+    other = compare(groups_of(), baseline="gru").rows[1]
+    assert other.difference.value == pytest.approx(0.1)
+    with pytest.raises(UserError, match=r"baseline: there is no 'gpt9' among llama, gru"):
+        compare(groups_of(), baseline="gpt9")
+
+
+def test_with_one_seed_the_interval_is_over_the_text_and_says_so(here, capsys):
+    make_run("lightning_logs/version_1", loss=1.6)
+    make_run("lightning_logs/version_2", config="configs/gru.yaml", seed=2, loss=1.5)
+    comparison = compare(groups_of())
+    assert {row.loss.basis for row in comparison.rows} == {"text"}
+    assert comparison.rows[0].difference.basis == "text"
+    assert main(["compare", "lightning_logs"]) == 0
+    assert "it says nothing about seeds" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"window": 16}, "window is 8 in llama, 16 in gru"),
+        ({"tokens": 6400}, "tokens seen is 640 in llama, 6,400 in gru"),
+    ],
+)
+def test_unequal_protocols_are_not_ranked(here, capsys, change, said):
+    make_run("lightning_logs/version_1")
+    make_run("lightning_logs/version_2", config="configs/gru.yaml", **change)
+    assert main(["compare", "lightning_logs"]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert "--unranked" in error
+    assert not Path("comparison").exists()
+    assert main(["compare", "lightning_logs", "--unranked"]) == 0
+    assert "NOT RANKED" in capsys.readouterr().out
+    rows = json.loads(Path("comparison/comparison.json").read_text())["rows"]
+    assert [(row["name"], row["rank"], row["difference"]) for row in rows] == [
+        ("llama", None, None),
+        ("gru", None, None),
+    ]
+
+
+def test_a_network_that_counts_compares_whatever_others_have_seen(here):
+    make_run("lightning_logs/version_1")
+    make_run("lightning_logs/version_2", config="configs/ngram.yaml", tokens=None, flops=None)
+    assert not compare(groups_of()).differing
+
+
+def test_a_leak_has_no_rank_and_is_last_however_low_its_loss(here, capsys):
+    make_run("lightning_logs/version_1")
+    make_run("lightning_logs/version_2", config="configs/seed/transformer.yaml", loss=1.02, leaking=True)
+    rows = compare(groups_of()).rows
+    assert [(row.name, row.rank, row.leaking) for row in rows] == [
+        ("llama", 1, False),
+        ("seed/transformer", None, True),
+    ]
+    assert main(["compare", "lightning_logs"]) == 0
+    assert "LEAKING" in capsys.readouterr().out
+    assert "LEAKING" in Path("comparison/report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({}, "equal parameters (within 0.0 %), equal training FLOPs (within 0.0 %), equal wall-clock (within 0.0 %)"),
+        ({"parameters": 1040}, "equal parameters (within 4.0 %)"),
+        ({"parameters": 1100}, "parameters up to 1.10 times apart"),
+        ({"flops": 12000}, "training FLOPs up to 2.00 times apart"),
+    ],
+)
+def test_the_table_says_which_matching_holds(here, change, said):
+    make_run("lightning_logs/version_1")
+    make_run("lightning_logs/version_2", config="configs/gru.yaml", **change)
+    assert said in compare(groups_of()).matching
+
+
+def test_csv_json_figures_and_report_are_written_and_agree(here, capsys):
+    make_run("lightning_logs/version_1", loss=1.6)
+    make_run("lightning_logs/version_2", config="configs/<b>gru.yaml", loss=1.5)
+    assert main(["compare", "lightning_logs", "--out", "mine", "--format", "json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads(Path("mine/comparison.json").read_text())
+    lines = list(csv.DictReader(Path("mine/comparison.csv").read_text().splitlines()))
+    assert (
+        [float(line["loss_value"]) for line in lines] == [row["loss"]["value"] for row in printed["rows"]] == [1.5, 1.6]
+    )
+    assert lines[1]["difference_value"] == ""
+    assert {path.name for path in Path("mine").glob("*.png")} == {"loss.png", "curves.png", "position.png"}
+    page = Path("mine/report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3
+    assert "&lt;b&gt;gru" in page
+    assert not re.search(r'(src|href)="(?!data:)', page)  # nothing from elsewhere
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "runs"),
+        (["nowhere"], "nowhere"),
+        (["lightning_logs", "--format", "xml"], "format"),
+        (["lightning_logs", "--baseline", "x"], "baseline"),
+    ],
+)
+def test_bad_input_is_one_message(here, capsys, arguments, said):
+    make_run("lightning_logs/version_1")
+    assert main(["compare", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert said in error
+
+
+def test_runs_that_were_trained_compare(here, monkeypatch):
+    """From fit to report: the breakdown by kind needs the corpus, the costs what a fit keeps."""
+    monkeypatch.setenv("LLMX_CACHE", str(here / "cache"))
+    Path("corpus.txt").write_text("ALL:\nthe quick brown fox, jumps.\n\n" * 60)
+    network = {"class_path": "Decoder", "init_args": {"dim": 8, "depth": 1, "block": {"class_path": "PreNormBlock"}}}
+    network["init_args"]["block"]["init_args"] = {"mixer": "GRU", "feed_forward": "SwiGLU"}
+    trainer = {"max_steps": 3, "enable_progress_bar": False, "log_every_n_steps": 1}
+    data = {"corpus": "corpus.txt", "window": 8, "batch_size": 4}
+    Path("tiny.yaml").write_text(yaml.safe_dump({"trainer": trainer, "data": data, "model": {"network": network}}))
+    for seed in (1, 2):
+        command = ["fit", "--config", "tiny.yaml", "--seed_everything", str(seed)]
+        monkeypatch.setattr("sys.orig_argv", ["python", "main.py", *command])
+        assert main(command) == 0
+    assert main(["compare", "lightning_logs", "--out", "out"]) == 0
+    (row,) = json.loads(Path("out/comparison.json").read_text())["rows"]
+    assert row["name"] == "tiny"
+    assert row["seeds"] == [1, 2]
+    costs = [
+        "training_flops",
+        "tokens_per_second",
+        "seconds",
+        "peak_bytes",
+        "state_bytes",
+        "generated_tokens_per_second",
+    ]
+    assert all(row[cost] > 0 for cost in costs)
+    assert sum(row["parameters_of"].values()) == row["parameters"]
+    assert Path("out/kind.png").is_file()
+
+
+def test_numbers_are_said_shortly():
+    assert [short(x) for x in (None, 0.0, 12.0, 1234.0, 5.6e12, float("inf"))] == ["", "0", "12", "1.23 k", "5.6 T", ""]
