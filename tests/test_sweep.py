@@ -14,8 +14,10 @@ import optuna
 import pytest
 import yaml
 
+import llmx.sweep.study
 from llmx.cli import main
-from llmx.sweep.space import Range, Values, flags, read_space
+from llmx.sweep.report import Report
+from llmx.sweep.space import Range, Space, Values, flags, read_space
 
 CHECKOUT = Path(__file__).parent.parent
 RATE = "model.optimizer.init_args.lr"
@@ -109,9 +111,9 @@ def test_a_grid_is_run_whole_once_and_its_best_trial_is_the_run_that_its_command
     assert result["edges"] == [{"key": RATE, "value": 0.1, "low": 0.0, "high": 0.1, "edge": "high"}]
     assert study().best_trial.user_attrs["parameters"] == {RATE: 0.1}
 
-    # what others may leave in a study: a point queued twice, a trial whose process died before its first heartbeat
-    study().enqueue_trial({RATE: 0.1})
+    # what others may leave in a study: a trial whose process died before its first heartbeat, a point queued twice
     study().ask()
+    study().enqueue_trial({RATE: 0.1})
     monkeypatch.setattr("llmx.sweep.study.GRACE", 1)
     time.sleep(1.1)
     assert sweep(capsys, "--sweep", "space.yaml") == result
@@ -155,7 +157,13 @@ def test_a_sampler_keeps_to_the_ranges_reaches_into_lists_and_goes_on_to_the_num
         assert model["optimizer"]["init_args"]["lr"] == rate
 
 
-def test_seeds_alone_are_runs_with_their_mean_and_beside_a_space_the_mean_is_the_value(lab, capsys):
+def interrupted_at_seed_2(arguments, watch, fit=llmx.sweep.study._fit):
+    if "--seed_everything=2" in arguments:
+        raise KeyboardInterrupt
+    return fit(arguments, watch)
+
+
+def test_seeds_alone_are_runs_with_their_mean_and_beside_a_space_the_mean_is_the_value(lab, capsys, monkeypatch):
     alone = sweep(capsys, "--seeds", 2)
     losses = [trial["val/loss"] for trial in alone["trials"]]
     assert sorted(trial["parameters"]["seed_everything"] for trial in alone["trials"]) == [1, 2]
@@ -163,7 +171,10 @@ def test_seeds_alone_are_runs_with_their_mean_and_beside_a_space_the_mean_is_the
     assert alone["mean"] == pytest.approx(sum(losses) / 2)
     assert alone["best"] is None
     write_space({RATE: {"values": [0.003]}})
-    (trial,) = sweep(capsys, "--sweep", "space.yaml", "--seeds", 2)["trials"]
+    with monkeypatch.context() as patch:
+        patch.setattr(llmx.sweep.study, "_fit", interrupted_at_seed_2)
+        assert main(command("--sweep", "space.yaml", "--seeds", 2)) == 130
+    (trial,) = sweep(capsys, "--sweep", "space.yaml", "--seeds", 2)["trials"]  # goes on with seed 2
     assert [run["seed"] for run in trial["runs"]] == [1, 2]
     assert trial["val/loss"] == pytest.approx(alone["mean"])  # 0.003 is the default
     assert len(folders()) == 4
@@ -194,6 +205,38 @@ def test_a_failing_trial_is_shown_with_its_message_and_tried_again_by_the_next_c
     write_space({HEADS: {"values": [3, 5]}})
     message = fails(capsys, "--sweep", "space.yaml", "--study", "hopeless")
     assert "every trial failed; the first: model.network.block.mixer.heads: 3 heads must divide dim 8" in message
+
+
+def test_the_table_has_the_best_first_and_marks_what_leaks(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    space = Space({"model.network.block.mixer.init_args.heads": Values((1, 2, 4)), "model.other.heads": Values((1,))})
+
+    def trial(state, heads, value=None, **attributes):
+        point = {key: heads if key.endswith("init_args.heads") else 1 for key in space.dimensions}
+        kinds = {key: optuna.distributions.CategoricalDistribution(d.values) for key, d in space.dimensions.items()}
+        return optuna.trial.create_trial(
+            state=state, value=value, params=point, distributions=kinds, user_attrs=attributes
+        )
+
+    states = optuna.trial.TrialState
+    leaking = [{"seed": s, "folder": f"run_{s}", "val/loss": 1.0 + s, "leaking": True} for s in (1, 2)]
+    honest = [{"seed": 1, "folder": "run_3", "val/loss": 3.0, "leaking": False}]
+    trials = [
+        trial(states.FAIL, 1, error="words " * 100),
+        trial(states.COMPLETE, 4, 3.0, runs=honest),
+        trial(states.COMPLETE, 2, 2.5, runs=leaking),
+    ]
+    report = Report("study", space, trials, ["fit"], means=False)
+    report.show()
+    output = capsys.readouterr().out
+    best, second, failed = (line for line in output.splitlines() if "run_" in line or "words" in line)
+    assert "2.5000 ± 0.7071  LEAKING run_1, run_2" in best
+    assert "3.0000  run_3" in second
+    assert failed.rstrip().endswith("...")
+    assert "mixer.heads" in output
+    assert "other.heads" in output
+    assert "model.network.block.mixer.init_args.heads: 2 is inside 1 .. 4" in output
+    assert report.to_dict()["best"]["command"].endswith("heads=2 --model.other.heads=1 --seed_everything=1")
 
 
 # ---------------------------------------------------------------------------------------------------------- processes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import statistics
+import textwrap
 from typing import TYPE_CHECKING, Any, Literal
 
 import rich
@@ -126,7 +127,7 @@ def _places(trial: FrozenTrial) -> str:
     places = ", ".join(run["folder"] for run in runs if run["folder"] is not None)
     if any(run.get("leaking") for run in runs):
         places = f"LEAKING {places}"
-    return _error(trial) or places
+    return textwrap.shorten(_error(trial) or places, 120, placeholder=" ...")
 
 
 def _error(trial: FrozenTrial) -> str | None:

@@ -119,7 +119,9 @@ class Sweep:
             point, states = self._missing(trials), {trial.state for trial in trials}
             open_ = self.wanted is not None and len(_current(trials)) < self.wanted
             if point is not None:
-                self.study.enqueue_trial(point)
+                before = next((t for t in reversed(trials) if _point(t) == point), None)  # what it has is kept
+                runs = [] if before is None else before.user_attrs.get("runs", [])
+                self.study.enqueue_trial(point, user_attrs={"runs": runs})
             elif TrialState.WAITING not in states and not open_:
                 if TrialState.RUNNING not in states:
                     break
@@ -186,7 +188,7 @@ class Sweep:
 
     def _loss(self, trial: Trial, arguments: list[str]) -> float:
         """The final validation loss, its mean over the seeds. Every run is kept among the trial's user attributes."""
-        runs = [run for run in trial.user_attrs.get("runs", []) if "val/loss" in run]  # of a process that died
+        runs = [run for run in trial.user_attrs.get("runs", []) if "val/loss" in run]  # of an earlier attempt
         seeds: list[int] | list[None] = self.seeds or [None]
         for seed in seeds:
             if any(run["seed"] == seed for run in runs):
