@@ -251,7 +251,7 @@ def start(*arguments, **environment):
 
 
 def test_two_processes_that_start_at_once_share_a_study_and_run_each_point_once(lab):
-    rates = [0.1, 0.03, 0.01, 0.003]
+    rates = [0.1, 0.03, 0.01]
     write_space({RATE: {"values": rates}})
     workers = [start("--sweep", "space.yaml", "--format", "json") for _ in range(2)]
     outputs = [worker.communicate(timeout=300) for worker in workers]
