@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 
 from matplotlib.figure import Figure
@@ -23,62 +23,74 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px }
 th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
 th:nth-child(2), td:nth-child(2) { text-align: left; white-space: normal }
-.wide { overflow-x: auto } .leaking { color: #b00020 } .note { color: #555; white-space: pre-line }
+.wide { overflow-x: auto; margin: 1rem 0 } .leaking { color: #b00020 } .note { color: #555; white-space: pre-line }
 img { max-width: 100%; height: auto }
 """
-HEADINGS = ("", "network", "seeds", "val loss", "95 %", "perplexity", "bits / char", "difference", "95 %", "p")
-COSTS = ("parameters", "train FLOPs", "tokens/s", "seconds", "memory", "state bytes", "generates, tokens/s")
+RESULTS = ("", "network", "seeds", "val loss", "95 %", "difference", "95 %", "p", "perplexity", "bits / char")
+COSTS = ("", "network", "parameters", "train FLOPs", "tokens/s", "seconds", "memory", "state", "writes, tokens/s")
 
 
 def report(comparison: Comparison, figures: Mapping[str, Figure]) -> str:
     """The page as HTML; figures are inside it."""
-    groups = list(dict.fromkeys(name for row in comparison.rows for name in row.parameters_of))
+    rows = comparison.rows
+    groups = list(dict.fromkeys(name for row in rows for name in row.parameters_of))
     protocol = ", ".join(f"{key} {value}" for key, value in comparison.protocol.items() if key != "sha256")
-    heads = "".join(f"<th>{escape(name)}</th>" for name in (*HEADINGS, *COSTS))
-    body = "\n".join(_row(row) for row in comparison.rows)
-    parts = "".join(f"<th>{escape(name)}</th>" for name in ("", "network", *groups, "all"))
-    shares = "\n".join(
-        "<tr><td></td><td>{}</td>{}<td>{:,}</td></tr>".format(
-            escape(row.name), "".join(f"<td>{row.parameters_of.get(name, 0):,}</td>" for name in groups), row.parameters
-        )
-        for row in comparison.rows
-    )
     images = "\n".join(
         f'<h2>{TITLES[name]}</h2>\n<img alt="{TITLES[name]}" src="data:image/png;base64,{_png(figure)}">'
         for name, figure in figures.items()
     )
+    of_groups = [[f"{row.parameters_of.get(name, 0):,}" for name in groups] for row in rows]
     return f"""<!doctype html>
 <html lang="en">
 <head><meta charset="utf-8"><title>llmx: a comparison</title><link rel="icon" href="data:,">
 <style>{STYLE}</style></head>
 <body>
-<h1>{len(comparison.rows)} configurations</h1>
+<h1>{len(rows)} configurations</h1>
 <p>Measured on: {escape(protocol)}. Differences are to {escape(comparison.baseline)}.</p>
-<div class="wide"><table id="results"><thead><tr>{heads}</tr></thead><tbody>
-{body}
-</tbody></table></div>
+{_table("results", RESULTS, rows, [_results(row) for row in rows])}
+{_table("costs", COSTS, rows, [_costs(row) for row in rows])}
 <p class="note">{escape(caption(comparison))}</p>
 {images}
 <h2>Parameters</h2>
-<div class="wide"><table><thead><tr>{parts}</tr></thead><tbody>
-{shares}
-</tbody></table></div>
+{_table("parameters", ("", "network", *groups), rows, of_groups)}
 </body>
 </html>
 """
 
 
-def _row(row: Row) -> str:
-    name = escape(row.name) + (' <strong class="leaking">LEAKING</strong>' if row.leaking else "")
-    difference = (
-        ("", "") if row.difference is None else (f"{row.difference.value:+.4f}", _interval(row.difference, "+.4f"))
+def _table(id: str, headings: Sequence[str], rows: Sequence[Row], cells: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
+    body = "\n".join(
+        f"<tr>{''.join(f'<td>{cell}</td>' for cell in (*_first(row), *rest))}</tr>"
+        for row, rest in zip(rows, cells, strict=True)
     )
-    cells = ["" if row.rank is None else str(row.rank), name, str(len(row.seeds)), f"{row.loss.value:.4f}"]
-    cells += [_interval(row.loss, ".4f"), f"{row.perplexity:.3f}", f"{row.bits_per_character:.3f}", *difference]
-    cells += ["" if row.adjusted_p is None else f"{row.adjusted_p:.3f}", f"{row.parameters:,}"]
+    return f"""<div class="wide"><table id="{id}"><thead><tr>{head}</tr></thead><tbody>
+{body}
+</tbody></table></div>"""
+
+
+def _first(row: Row) -> tuple[str, str]:
+    name = escape(row.name) + (' <strong class="leaking">LEAKING</strong>' if row.leaking else "")
+    return "" if row.rank is None else str(row.rank), name
+
+
+def _results(row: Row) -> list[str]:
+    difference = row.difference
+    return [
+        str(len(row.seeds)),
+        f"{row.loss.value:.4f}",
+        _interval(row.loss, ".4f"),
+        "" if difference is None else f"{difference.value:+.4f}",
+        "" if difference is None else _interval(difference, "+.4f"),
+        "" if row.adjusted_p is None else f"{row.adjusted_p:.3f}",
+        f"{row.perplexity:.3f}",
+        f"{row.bits_per_character:.3f}",
+    ]
+
+
+def _costs(row: Row) -> list[str]:
     costs = (row.training_flops, row.tokens_per_second, row.seconds, row.peak_bytes, row.state_bytes)
-    cells += [short(cost) for cost in (*costs, row.generated_tokens_per_second)]
-    return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+    return [f"{row.parameters:,}", *(short(cost) for cost in (*costs, row.generated_tokens_per_second))]
 
 
 def _interval(estimate: Estimate, form: str) -> str:
