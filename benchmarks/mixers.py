@@ -41,6 +41,7 @@ CHUNK = 500  # tokens of a prefill on the way there
 DECODED = 32  # tokens that are timed
 VOCABULARY = 65
 BASELINE = "llama"
+AT_ONCE = 4  # contenders beside it: each keeps a process and the memory of its longest text
 
 
 def network_of(name: str) -> Callable[[Shape], Network]:
@@ -109,40 +110,62 @@ def seconds_a_token(network: Network, length: int) -> float:
     return median(seconds)
 
 
-def summary(training: Sequence[Result], decoding: Sequence[Result], states: Sequence[Result]) -> Table:
-    """A row a contender."""
-    values = {(r.contender, r.case.name): median(r.values) for r in [*training, *decoding, *states] if r.values}
-    peaks = {(r.contender, r.case.name): r.peak_bytes for r in training}
+def summary(groups: Sequence[Sequence[Result]]) -> Table:
+    """A row a contender; the baseline's is that of the first group, ratios are to that of the contender's own."""
     rows = Table(title="the collection side by side", caption="medians; decoding is eager, one row")
     headings = ["tokens/s at 256", "of attention's", "at 1,024", "at 4,096", "time 4,096 / 1,024", "memory"]
     headings += [f"ms a token after {EARLY}", f"{LATE:,}", f"state bytes at {EARLY}", f"{FAR:,}"]
     rows.add_column("network")
     for heading in headings:
         rows.add_column(heading, justify="right")
-    for name in dict.fromkeys(result.contender for result in training):
-
-        def cell(case: str, form: str, factor: float = 1, name: str = name) -> str:
-            value = values.get((name, case))
-            return "" if value is None else format(factor * value, form)
-
-        def ratio(over: float | None, under: float | None) -> str:
-            return f"{over / under:.2f}" if over and under else ""
-
-        rates = {length: values.get((name, f"train {length}")) for length in LENGTHS}
-        rows.add_row(
-            name,
-            cell("train 256", ",.0f"),
-            ratio(rates[256], values.get((BASELINE, "train 256"))),
-            cell("train 1024", ",.0f"),
-            cell("train 4096", ",.0f"),
-            ratio(rates[1024], rates[4096]),
-            ratio(peaks.get((name, "train 4096")), peaks.get((name, "train 1024"))),
-            cell(f"decode {EARLY}", ".2f", 1000),
-            cell(f"decode {LATE}", ".2f", 1000),
-            cell(f"state {EARLY}", ",.0f"),
-            cell(f"state {FAR}", ",.0f"),
-        )
+    shown: set[str] = set()
+    for group in groups:
+        for name in dict.fromkeys(result.contender for result in group):
+            if name not in shown:
+                rows.add_row(name, *_cells(name, group))
+            shown.add(name)
     return rows
+
+
+def _cells(name: str, group: Sequence[Result]) -> list[str]:
+    values = {(r.contender, r.case.name): median(r.values) for r in group if r.values}
+    peaks = {(r.contender, r.case.name): r.peak_bytes for r in group}
+
+    def cell(case: str, form: str, factor: float = 1) -> str:
+        value = values.get((name, case))
+        return "" if value is None else format(factor * value, form)
+
+    def ratio(over: float | None, under: float | None) -> str:
+        return f"{over / under:.2f}" if over and under else ""
+
+    rates = {length: values.get((name, f"train {length}")) for length in LENGTHS}
+    return [
+        cell("train 256", ",.0f"),
+        ratio(rates[256], values.get((BASELINE, "train 256"))),
+        cell("train 1024", ",.0f"),
+        cell("train 4096", ",.0f"),
+        ratio(rates[1024], rates[4096]),
+        ratio(peaks.get((name, "train 4096")), peaks.get((name, "train 1024"))),
+        cell(f"decode {EARLY}", ".2f", 1000),
+        cell(f"decode {LATE}", ".2f", 1000),
+        cell(f"state {EARLY}", ",.0f"),
+        cell(f"state {FAR}", ",.0f"),
+    ]
+
+
+def measured(names: Sequence[str], options: argparse.Namespace) -> list[Result]:
+    """Training, decoding and state of a few contenders side by side."""
+    peers = [
+        Contender(RECURRENT[name].name, partial(prepare_training, RECURRENT[name].build, options.steps))
+        for name in names
+        if name in RECURRENT
+    ]
+    ours = [Contender(name, partial(prepare, name, options.steps)) for name in names if name not in RECURRENT]
+    training = measure_in_turns([*ours, *peers], [Case(f"train {length}") for length in LENGTHS], options.repeats)
+    stateful = [contender for contender in ours if network_of(contender.name)(Shape(4, 128, 4, 341, 0, 1)).stateful]
+    late = [Case(f"decode {length}", "s") for length in (EARLY, LATE)] if options.decode else []
+    states = [Case(f"state {length}", "bytes") for length in (EARLY, FAR)]
+    return training + measure_in_turns(stateful, late, 1) + measure_in_turns(stateful, states, 1)
 
 
 def main() -> int:
@@ -154,21 +177,12 @@ def main() -> int:
     configs = [name for name in collection() if name != "ngram"]
     if unknown := [name for name in chosen.names if name not in configs and name not in RECURRENT]:
         options.error(f"names: there is no {unknown[0]!r}; choose from {', '.join([*configs, *RECURRENT])}")
-    names = [BASELINE, *(name for name in chosen.names or [*configs, *RECURRENT] if name != BASELINE)]
+    names = [name for name in chosen.names or [*configs, *RECURRENT] if name != BASELINE]
     use_threads(chosen.threads)
-    ours = [Contender(name, partial(prepare, name, chosen.steps)) for name in names if name in configs]
-    peers = [
-        Contender(RECURRENT[name].name, partial(prepare_training, RECURRENT[name].build, chosen.steps))
-        for name in names
-        if name in RECURRENT
-    ]
-    training = measure_in_turns([*ours, *peers], [Case(f"train {length}") for length in LENGTHS], chosen.repeats)
-    stateful = [contender for contender in ours if network_of(contender.name)(Shape(4, 128, 4, 341, 0, 1)).stateful]
-    decoding = [Case(f"decode {length}", "s") for length in (EARLY, LATE)] if chosen.decode else []
-    late = measure_in_turns(stateful, decoding, 1)
-    states = measure_in_turns(stateful, [Case(f"state {length}", "bytes") for length in (EARLY, FAR)], 1)
-    Console(width=180).print(summary(training, late, states))
-    return finish("mixers", [*training, *late, *states], chosen)
+    turns = [names[i : i + AT_ONCE] for i in range(0, len(names), AT_ONCE)] or [[]]
+    groups = [measured([BASELINE, *few], chosen) for few in turns]
+    Console(width=180).print(summary(groups))
+    return finish("mixers", [result for group in groups for result in group], chosen)
 
 
 if __name__ == "__main__":

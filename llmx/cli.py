@@ -142,6 +142,7 @@ class CLI(LightningCLI):
             },
             seed_everything_default=1,
             parser_class=Parser,
+            parser_kwargs={"epilog": f"Beside these: {' and '.join(OTHER_VERBS)}, each with its own --help."},
             save_config_callback=None,  # it would write before the network is known to build; see RunRecord
             auto_configure_optimizers=False,
             args=with_list_entries(self._with_run(arguments)),

@@ -286,6 +286,13 @@ def test_a_command_that_lacks_the_essential_is_told_what(lab, capsys):
     assert "--config" in fails(capsys, "fit", "--trainer.max_steps", 5)
 
 
+def test_help_names_every_verb(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert all(verb in shown for verb in ("fit", "validate", "predict", "audit", "describe", "sweep", "compare"))
+
+
 # --------------------------------------------------------------------------------------------------------- fast path
 def test_compilation_changes_nothing_but_speed_and_happens_once_a_mode(lab):
     torch._dynamo.reset()
