@@ -59,7 +59,8 @@ class Run:
     @property
     def protocol(self) -> dict[str, Any]:
         """What two runs must share for their losses to be ranked. A network that counts has no number of tokens."""
-        return {key: self.record["data"][key] for key in PROTOCOL} | {"tokens seen": self.metrics["tokens"]}
+        seen = {"tokens seen": self.metrics["tokens"], "characters validated": len(self.losses)}
+        return {key: self.record["data"][key] for key in PROTOCOL} | seen
 
     @property
     def settings(self) -> dict[str, Any]:

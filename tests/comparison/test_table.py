@@ -19,7 +19,7 @@ CHARACTERS = 400
 
 
 def make_run(folder, config="configs/llama.yaml", seed=1, loss=1.5, **changes):
-    """The folder of a finished run; changes: lr, window, tokens, leaking, parameters, flops."""
+    """The folder of a finished run; changes: lr, window, tokens, characters, leaking, parameters, flops."""
     folder = Path(folder)
     folder.mkdir(parents=True)
     settings = {
@@ -41,7 +41,7 @@ def make_run(folder, config="configs/llama.yaml", seed=1, loss=1.5, **changes):
     (folder / "metrics.json").write_text(json.dumps(metrics))
     noise = np.random.default_rng(seed).normal(0, 0.1, CHARACTERS)
     hard = np.random.default_rng(99).exponential(1, CHARACTERS)
-    losses = hard + noise
+    losses = (hard + noise)[: changes.get("characters")]
     np.save(folder / "val_losses.npy", (losses - losses.mean() + loss).astype(np.float32))
     with SummaryWriter(str(folder)) as board:
         for step in (4, 9):
@@ -128,6 +128,7 @@ def test_with_one_seed_the_interval_is_over_the_text_and_says_so(here, capsys):
     [
         ({"window": 16}, "window is 8 in llama, 16 in gru"),
         ({"tokens": 6400}, "tokens seen is 640 in llama, 6,400 in gru"),
+        ({"characters": 300}, "characters validated is 400 in llama, 300 in gru"),
     ],
 )
 def test_unequal_protocols_are_not_ranked(here, capsys, change, said):
