@@ -2,6 +2,7 @@
 
 import json
 import string
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from llmx.audits.forms import audit_forms
 from llmx.audits.parameters import audit_parameters
 from llmx.base_config import read_config
 from llmx.cli import main
+from llmx.training.callbacks import Samples
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 NAMES = sorted(
@@ -52,6 +54,7 @@ def run(tmp_path_factory):
             arguments += ["--trainer.max_steps", "2", "--trainer.limit_val_batches", "2"]
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("LLMX_CACHE", str(folder / "cache"))
+                patch.setattr("llmx.cli.Samples", partial(Samples, max_new_tokens=20))  # a tenth, for the sake of time
                 quiet = ["--trainer.enable_progress_bar", "false"]
                 assert main(["fit", "--config", str(CONFIGS / f"{name}.yaml"), *arguments, *quiet]) == 0
             made[name] = folder / "lightning_logs" / "version_0"
