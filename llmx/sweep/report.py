@@ -8,8 +8,8 @@ import statistics
 import textwrap
 from typing import TYPE_CHECKING, Any, Literal
 
-import rich
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from llmx.sweep.space import Space, flags
@@ -43,7 +43,7 @@ class Report:
         if format == "json":
             print(json.dumps(self.to_dict(), indent=2))
             return
-        rich.print(self._table())
+        Console().print(self._table())
         if self.means:
             print(f"val loss {_with_deviation(self.losses)} over {len(self.losses)} seeds")
         if self.best is not None:
