@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ def by_position(losses: np.ndarray, window: int, stride: int | None) -> tuple[np
     return occurring, total[occurring] / count[occurring]
 
 
+@lru_cache(maxsize=4)  # the same text for every network of a comparison
 def kinds(text: str) -> np.ndarray:
     """(len(text),): an index into KINDS for each character. A speaker's name is what stands before a colon alone on a
     line that follows an empty one."""

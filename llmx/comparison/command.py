@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
@@ -12,12 +11,7 @@ from llmx.comparison.figures import figures
 from llmx.comparison.report import report
 from llmx.comparison.runs import find_runs, grouped
 from llmx.comparison.table import compare, render, write_csv
-from llmx.errors import UserError
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise UserError(f"compare: {message}")
+from llmx.errors import ArgumentParser
 
 
 def run(arguments: list[str]) -> int:
@@ -26,7 +20,7 @@ def run(arguments: list[str]) -> int:
     Raises:
         UserError: for arguments that do not fit, runs that cannot be read, and runs that may not be ranked.
     """
-    parser = _Parser(prog="main.py compare", description=__doc__)
+    parser = ArgumentParser(prog="main.py compare", description=__doc__)
     parser.add_argument("runs", nargs="+", help="run folders, globs, or a folder of runs such as lightning_logs")
     parser.add_argument("--baseline", help="what differences are taken to, by its name in the table; else the first")
     parser.add_argument("--format", choices=("table", "json"), default="table", help="what is printed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -87,8 +88,10 @@ def position_figure(groups: Sequence[Group]) -> Figure | None:
 
 def kind_figure(groups: Sequence[Group]) -> Figure | None:
     """Loss by the kind of the character that is predicted; None where the text is gone."""
-    texts = [(group, validation_text(group.runs[0].config["data"])) for group in groups]
-    known = [(g, t) for g, t in texts if t is not None and len(t) == len(g.losses) + 1]
+    data = {group.name: json.dumps(group.runs[0].config["data"]) for group in groups}
+    texts = {settings: validation_text(json.loads(settings)) for settings in set(data.values())}
+    paired = [(group, texts[data[group.name]]) for group in groups]
+    known = [(g, t) for g, t in paired if t is not None and len(t) == len(g.losses) + 1]
     if not known:
         return None
     figure = Figure(figsize=(10, 4.2), layout="constrained")

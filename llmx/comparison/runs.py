@@ -7,17 +7,15 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from llmx.errors import UserError
+from llmx.reports.curves import Curve, config_of, read_curves
 
-Curve = list[tuple[int, float]]  # (step, value)
 # what a run was measured on, and how much it has seen
 PROTOCOL = ("corpus", "sha256", "split", "vocab_size", "window", "val_stride", "val_count")
 # settings that change where and how fast a run goes, and not what it computes
@@ -37,9 +35,9 @@ class Run:
     @property
     def name(self) -> str:
         """The configuration's name where the command line tells it, else that of the network's class."""
-        configs = [value for flag, value in pairwise(self.record["command"]) if flag in ("--config", "-c")]
-        if configs:
-            path = Path(configs[-1]).with_suffix("")
+        config = config_of(self.record["command"])
+        if config is not None:
+            path = Path(config).with_suffix("")
             return path.as_posix().rpartition("configs/")[2] if "configs" in path.parts else path.name
         network = self.config["model"]["network"]
         return (network["class_path"] if isinstance(network, dict) else network).rsplit(".", 1)[-1]
@@ -62,7 +60,7 @@ class Run:
         seen = {"tokens seen": self.metrics["tokens"], "characters validated": len(self.losses)}
         return {key: self.record["data"][key] for key in PROTOCOL} | seen
 
-    @property
+    @cached_property
     def settings(self) -> dict[str, Any]:
         """The flat configuration without the seed and what has no say in the result."""
         kept = {key: value for key, value in self.config.items() if key not in ASIDE}
@@ -76,9 +74,7 @@ class Run:
 
     @cached_property
     def curves(self) -> dict[str, Curve]:
-        events = EventAccumulator(str(self.folder), size_guidance={"scalars": 0})
-        events.Reload()
-        return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+        return read_curves(self.folder)
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -104,7 +100,7 @@ class Group:
         """(K,) the validation losses."""
         return np.array([run.loss for run in self.runs])
 
-    @property
+    @cached_property
     def losses(self) -> np.ndarray:
         """(N,) the losses of each character, averaged over the runs."""
         return np.mean([run.losses for run in self.runs], axis=0)

@@ -6,7 +6,7 @@ import csv
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ class Comparison:
     matching: str
 
     def to_dict(self) -> dict[str, Any]:
-        return json.loads(json.dumps(self, default=vars))
+        return asdict(self)
 
 
 def compare(groups: Sequence[Group], baseline: str | None = None, ranked: bool = True) -> Comparison:

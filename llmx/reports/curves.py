@@ -33,16 +33,27 @@ def read_run(folder: str | Path) -> dict[str, Any]:
     record = folder / "run.json"
     if not record.is_file():
         raise UserError(f"{folder} is no run: it has no run.json")
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
-    present = events.Tags()["scalars"]
+    curves = read_curves(folder)
     metrics = folder / "metrics.json"
     return {
         "name": _name(folder),
         "record": json.loads(record.read_text()),
         "metrics": json.loads(metrics.read_text()) if metrics.is_file() else {},
-        "curves": {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in TAGS if tag in present},
+        "curves": {tag: curves[tag] for tag in TAGS if tag in curves},
     }
+
+
+def read_curves(folder: Path) -> dict[str, Curve]:
+    """All scalars of a run's TensorBoard events, by tag."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def config_of(command: list[str]) -> str | None:
+    """The config file that a command line names, the last one of several."""
+    configs = [value for flag, value in pairwise(command) if flag in ("--config", "-c")]
+    return configs[-1] if configs else None
 
 
 def loss_figure(runs: list[dict[str, Any]]) -> Figure:
@@ -95,10 +106,9 @@ def main() -> None:
 
 def _name(folder: Path) -> str:
     """The configuration's name where the command line tells it, else the folder's."""
-    command = json.loads((folder / "run.json").read_text())["command"]
-    configs = [value for flag, value in pairwise(command) if flag in ("--config", "-c")]
-    if configs:
-        return str(Path(configs[-1]).with_suffix("")).removeprefix("configs/")
+    config = config_of(json.loads((folder / "run.json").read_text())["command"])
+    if config is not None:
+        return str(Path(config).with_suffix("")).removeprefix("configs/")
     network = yaml.safe_load((folder / "config.yaml").read_text())["model"]["network"]["class_path"]
     return f"{network.rsplit('.', 1)[-1]} ({folder.name})"
 

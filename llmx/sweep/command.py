@@ -10,7 +10,7 @@ from typing import Any
 
 from llmx.base_config import with_bases
 from llmx.cli import execute
-from llmx.errors import UserError
+from llmx.errors import ArgumentParser, UserError
 from llmx.sweep.report import Report
 from llmx.sweep.space import Space, Values, flags, read_space
 
@@ -61,13 +61,8 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise UserError(f"sweep: {message}")
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
         prog="main.py sweep",
         description="Repeats fit over a search space, or over seeds. Any further flag is one of fit.",
         allow_abbrev=False,
