@@ -34,34 +34,53 @@ def minus_one(named: Named) -> Named:
 
 def projections(block: Any, tensors: Named, ours: str, theirs: str) -> Named:
     """The matrices of attention and of a gated feed-forward, under the names that transformers gives them."""
-    mixer = block.mixer
+    return attention(block.mixer, tensors, ours, theirs) | feed_forward(tensors, ours, theirs)
+
+
+def attention(mixer: Any, tensors: Named, ours: str, theirs: str) -> Named:
     widths = [count * mixer.head_dim for count in (mixer.heads, mixer.kv_heads, mixer.kv_heads)]
     query, key, value = tensors[f"{ours}.mixer.qkv.weight"].split(widths)
-    gate, up = tensors[f"{ours}.feed_forward.gate_up.weight"].chunk(2)
     return {
         f"{theirs}.self_attn.q_proj.weight": query,
         f"{theirs}.self_attn.k_proj.weight": key,
         f"{theirs}.self_attn.v_proj.weight": value,
         f"{theirs}.self_attn.o_proj.weight": tensors[f"{ours}.mixer.out.weight"],
+    }
+
+
+def feed_forward(tensors: Named, ours: str, theirs: str) -> Named:
+    """A gated one."""
+    gate, up = tensors[f"{ours}.feed_forward.gate_up.weight"].chunk(2)
+    return {
         f"{theirs}.mlp.gate_proj.weight": gate,
         f"{theirs}.mlp.up_proj.weight": up,
         f"{theirs}.mlp.down_proj.weight": tensors[f"{ours}.feed_forward.down.weight"],
     }
 
 
-def named_as_llama(network: Any, tensors: Named) -> Named:
-    """Of a decoder of pre-norm blocks."""
-    named = {
+def ends(tensors: Named) -> Named:
+    """What stands before and after the blocks."""
+    return {
         "model.embed_tokens.weight": tensors["embedding.table.weight"],
         "model.norm.weight": tensors["norm.weight"],
         "lm_head.weight": tensors["head.linear.weight"],
     }
+
+
+def norms(tensors: Named, ours: str, theirs: str) -> Named:
+    """Those of a pre-norm block."""
+    return {
+        f"{theirs}.input_layernorm.weight": tensors[f"{ours}.mixer_norm.weight"],
+        f"{theirs}.post_attention_layernorm.weight": tensors[f"{ours}.feed_forward_norm.weight"],
+    }
+
+
+def named_as_llama(network: Any, tensors: Named) -> Named:
+    """Of a decoder of pre-norm blocks."""
+    named = ends(tensors)
     for layer, block in enumerate(network.layers):
         ours, theirs = f"blocks.{layer}", f"model.layers.{layer}"
-        named |= projections(block, tensors, ours, theirs) | {
-            f"{theirs}.input_layernorm.weight": tensors[f"{ours}.mixer_norm.weight"],
-            f"{theirs}.post_attention_layernorm.weight": tensors[f"{ours}.feed_forward_norm.weight"],
-        }
+        named |= projections(block, tensors, ours, theirs) | norms(tensors, ours, theirs)
     return named
 
 

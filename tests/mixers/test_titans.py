@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from llmx.mixers.titans import Titans, TitansState
-from llmx.protocol import Context, Site
+from llmx.mixers.titans import Titans
+from llmx.protocol import Site
 from tests.delta import convolved, normed, unit
 from tests.forms import assert_same_outputs_and_gradients, perturbed
+from tests.mini_batches import assert_a_token_reads_up_to_its_own, assert_rows_stand_where_they_like
 from tests.parity import context, randomised
 
 DIM, TIME, BATCH = 12, 37, 2
@@ -57,34 +58,13 @@ def test_outputs_state_and_gradients_are_those_of_the_paper(heads: int, mini_bat
 @torch.no_grad()
 def test_a_token_reads_the_gradients_of_its_mini_batch_up_to_its_own_and_no_later_ones():
     mixer = perturbed(Titans(Site(DIM), heads=3, convolution=1))
-    x = torch.randn(1, 8, DIM, dtype=torch.float64)
-    outputs = mixer(x, context(x))
-    for t in (1, 4, 7):
-        other = x.clone()
-        other[:, t] += 1.0
-        difference = (mixer(other, context(x)) - outputs).abs().amax((0, 2))
-        assert difference[:t].max() == 0.0  # and not those of the whole mini-batch
-        assert difference[t:].min() > 1e-6
-    mixer.project.weight[2 * DIM : 3 * DIM] += 1.0  # its value is in its gradient alone, and the first token reads that
-    assert (mixer(x, context(x)) - outputs)[:, 0].abs().max() > 1e-6
+    assert_a_token_reads_up_to_its_own(mixer, DIM, 8, (1, 4, 7))
 
 
 @torch.no_grad()
 def test_rows_may_stand_at_different_places_of_their_mini_batches():
     mixer = perturbed(Titans(Site(DIM), heads=3))
-    starts, time = (3, 8, 13), 12
-    texts = [torch.randn(1, start + time, DIM, dtype=torch.float64) for start in starts]
-    whole = [mixer.prefill(x, mixer.init_state(1, 0), context(x)) for x in texts]
-    before = [mixer.prefill(x[:, :-time], mixer.init_state(1, 0), context(x[:, :-time]))[1] for x in texts]
-    state = TitansState(*(torch.cat(parts) for parts in zip(*before, strict=True)))
-    x = torch.cat([x[:, -time:] for x in texts])
-    positions = torch.tensor(starts)[:, None] + torch.arange(time)
-    here = Context(torch.zeros_like(positions), positions, x)
-    outputs, after = mixer.prefill(x, state, here)
-    assert_close(outputs, torch.cat([y[:, -time:] for y, _ in whole]), rtol=1e-10, atol=1e-10)
-    for part, expected in zip(after, zip(*(last for _, last in whole), strict=True), strict=True):
-        assert_close(part, torch.cat(expected), rtol=1e-10, atol=1e-10)
-    assert_close(mixer.step(x[:, 0], state, here.at(0))[0], outputs[:, 0], rtol=1e-10, atol=1e-10)
+    assert_rows_stand_where_they_like(mixer, DIM, (3, 8, 13), 12)
 
 
 @torch.no_grad()

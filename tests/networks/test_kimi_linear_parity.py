@@ -16,7 +16,17 @@ from llmx.mixers.latent_attention import LatentAttention
 from llmx.networks.decoder import Decoder
 from llmx.parts.norm import RMSNorm
 from llmx.protocol import Site
-from tests.parity import VOCAB, Named, assert_same_mixer, assert_same_network, randomised, values
+from tests.parity import (
+    VOCAB,
+    Named,
+    assert_same_mixer,
+    assert_same_network,
+    ends,
+    feed_forward,
+    norms,
+    randomised,
+    values,
+)
 
 kimi_linear = pytest.importorskip("transformers.models.kimi_linear")
 modeling = pytest.importorskip("transformers.models.kimi_linear.modeling_kimi_linear")
@@ -72,25 +82,15 @@ def as_latent_attention(mixer: LatentAttention, tensors: Named, prefix: str) -> 
 
 
 def as_kimi_linear(network: Decoder, tensors: Named) -> Named:
-    named = {
-        "model.embed_tokens.weight": tensors["embedding.table.weight"],
-        "model.norm.weight": tensors["norm.weight"],
-        "lm_head.weight": tensors["head.linear.weight"],
-    }
+    named = ends(tensors)
     for layer, block in enumerate(network.layers):
         ours, theirs = f"blocks.{layer}.block", f"model.layers.{layer}"
         mixer = as_kda if isinstance(block.mixer, KDA) else as_latent_attention
-        gate, up = tensors[f"{ours}.feed_forward.gate_up.weight"].chunk(2)
         named |= {
             f"{theirs}.self_attn.{name}": tensor
             for name, tensor in mixer(block.mixer, tensors, f"{ours}.mixer.").items()
-        } | {
-            f"{theirs}.mlp.gate_proj.weight": gate,
-            f"{theirs}.mlp.up_proj.weight": up,
-            f"{theirs}.mlp.down_proj.weight": tensors[f"{ours}.feed_forward.down.weight"],
-            f"{theirs}.input_layernorm.weight": tensors[f"{ours}.mixer_norm.weight"],
-            f"{theirs}.post_attention_layernorm.weight": tensors[f"{ours}.feed_forward_norm.weight"],
         }
+        named |= feed_forward(tensors, ours, theirs) | norms(tensors, ours, theirs)
     return named
 
 

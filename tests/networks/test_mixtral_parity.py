@@ -12,31 +12,31 @@ from llmx.feedforward.moe import MixtureOfExperts
 from llmx.mixers.attention import Attention
 from llmx.networks.decoder import Decoder
 from llmx.parts.norm import RMSNorm
-from tests.parity import CLOSE, VOCAB, Named, assert_same_gradients, assert_same_network, randomised, values
+from tests.parity import (
+    CLOSE,
+    VOCAB,
+    Named,
+    assert_same_gradients,
+    assert_same_network,
+    attention,
+    ends,
+    norms,
+    randomised,
+    values,
+)
 
 mixtral = pytest.importorskip("transformers.models.mixtral")
 
 
 def as_mixtral(network: Decoder, tensors: Named) -> Named:
-    named = {
-        "model.embed_tokens.weight": tensors["embedding.table.weight"],
-        "model.norm.weight": tensors["norm.weight"],
-        "lm_head.weight": tensors["head.linear.weight"],
-    }
+    named = ends(tensors)
     for layer, block in enumerate(network.layers):
-        ours, theirs, mixer = f"blocks.{layer}", f"model.layers.{layer}", block.mixer
-        widths = [count * mixer.head_dim for count in (mixer.heads, mixer.kv_heads, mixer.kv_heads)]
-        query, key, value = tensors[f"{ours}.mixer.qkv.weight"].split(widths)
+        ours, theirs = f"blocks.{layer}", f"model.layers.{layer}"
+        named |= attention(block.mixer, tensors, ours, theirs) | norms(tensors, ours, theirs)
         named |= {
-            f"{theirs}.self_attn.q_proj.weight": query,
-            f"{theirs}.self_attn.k_proj.weight": key,
-            f"{theirs}.self_attn.v_proj.weight": value,
-            f"{theirs}.self_attn.o_proj.weight": tensors[f"{ours}.mixer.out.weight"],
             f"{theirs}.mlp.gate.weight": tensors[f"{ours}.feed_forward.router.weight"],
             f"{theirs}.mlp.experts.gate_up_proj": tensors[f"{ours}.feed_forward.experts.gate_up"].transpose(1, 2),
             f"{theirs}.mlp.experts.down_proj": tensors[f"{ours}.feed_forward.experts.down"].transpose(1, 2),
-            f"{theirs}.input_layernorm.weight": tensors[f"{ours}.mixer_norm.weight"],
-            f"{theirs}.post_attention_layernorm.weight": tensors[f"{ours}.feed_forward_norm.weight"],
         }
     return named
 

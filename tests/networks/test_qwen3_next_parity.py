@@ -22,8 +22,11 @@ from tests.parity import (
     Named,
     assert_same_mixer,
     assert_same_network,
+    ends,
+    feed_forward,
     hidden_future,
     minus_one,
+    norms,
     randomised,
     values,
 )
@@ -62,25 +65,15 @@ def as_gated_deltanet(mixer: GatedDeltaNet, tensors: Named, prefix: str = "") ->
 
 
 def as_qwen3_next(network: Decoder, tensors: Named) -> Named:
-    named = {
-        "model.embed_tokens.weight": tensors["embedding.table.weight"],
-        "model.norm.weight": tensors["norm.weight"],
-        "lm_head.weight": tensors["head.linear.weight"],
-    }
+    named = ends(tensors)
     for layer, block in enumerate(network.layers):
         ours, theirs = f"blocks.{layer}.block", f"model.layers.{layer}"
         if isinstance(block.mixer, GatedDeltaNet):
             slot, mixer = "linear_attn", as_gated_deltanet(block.mixer, tensors, f"{ours}.mixer.")
         else:
             slot, mixer = "self_attn", as_attention(block.mixer, tensors, f"{ours}.mixer.")
-        gate, up = tensors[f"{ours}.feed_forward.gate_up.weight"].chunk(2)
-        named |= {f"{theirs}.{slot}.{name}": tensor for name, tensor in mixer.items()} | {
-            f"{theirs}.mlp.gate_proj.weight": gate,
-            f"{theirs}.mlp.up_proj.weight": up,
-            f"{theirs}.mlp.down_proj.weight": tensors[f"{ours}.feed_forward.down.weight"],
-            f"{theirs}.input_layernorm.weight": tensors[f"{ours}.mixer_norm.weight"],
-            f"{theirs}.post_attention_layernorm.weight": tensors[f"{ours}.feed_forward_norm.weight"],
-        }
+        named |= {f"{theirs}.{slot}.{name}": tensor for name, tensor in mixer.items()}
+        named |= feed_forward(tensors, ours, theirs) | norms(tensors, ours, theirs)
     return named
 
 
