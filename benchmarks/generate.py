@@ -34,17 +34,17 @@ class Text(Case):
     batch_size: int = 1
     window: int = 32
     prompt: int = 1
-    new: int = 29
+    new: int = 28
     temperature: float = 0.0  # 0: greedy
 
 
 def cases() -> list[Text]:
     decoding = [
         Text(
-            f"batch {batch_size}, {window - 3} tokens, {'sampling' if temperature else 'greedy'}",
+            f"batch {batch_size}, {window - 4} tokens, {'sampling' if temperature else 'greedy'}",
             batch_size=batch_size,
             window=window,
-            new=window - 3,  # one from the prefill, the others four at once
+            new=window - 4,  # four at once
             temperature=temperature,
         )
         for window in WINDOWS

@@ -185,6 +185,8 @@ def _go_on(
         if end - begin > window:
             begin = end - max(1, window // 2)
             state = None
+        if state is None and network.stateful and end - begin == 1:
+            state = network.init_state(text.shape[0], window)  # a single token needs no prefill
         if state is not None:
             at_once = AT_ONCE if end + AT_ONCE <= min(text.shape[1], begin + window + 1) else 1
             take = decode if at_once == 1 else decode_at_once

@@ -14,6 +14,7 @@ from llmx.generation import Decode, decode
 COMPILE_FROM = 2000  # steps: about where a faster step has paid for half a minute of compiling
 COMPILE_DECODING_FROM = 10_000  # tokens one after the other: about where a faster step has paid for 20 seconds
 FEW_ROWS = 4  # up to so many, a matrix product is written out when decoding compiles
+WORTH_A_THREAD = 2**16  # numbers a thread goes over in the time that waking it takes, when decoding
 
 
 def native_bf16(accelerator: str) -> bool:
@@ -53,7 +54,8 @@ def _few_rows(graph: torch.fx.GraphModule, inputs: Sequence[torch.Tensor]) -> An
     table: dict[Any, Callable[..., Any]] = dict(select_decomp_table())
     table |= {torch.ops.aten.mm.default: _mm, torch.ops.aten.addmm.default: _addmm}
     # the inputs are always the network's own weights and state, and checking their shapes is a tenth of a step
-    return compile_fx(graph, inputs, config_patches={"size_asserts": False}, decompositions=table)
+    patches = {"size_asserts": False, "cpp.min_chunk_size": WORTH_A_THREAD}
+    return compile_fx(graph, inputs, config_patches=patches, decompositions=table)
 
 
 def _mm(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
