@@ -89,7 +89,7 @@ def with_list_entries(arguments: list[str]) -> list[str]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return arguments  # the parser says what is wrong with it
     for path, text in changes:
-        _set(config, path, text)
+        set_at(config, path, text)
     kept[places[-1]] = f"{name}{json.dumps(config)}"
     return kept
 
@@ -109,7 +109,7 @@ def _option(argument: str) -> tuple[str, str]:
     return (f"{name}=", value) if equals and name in ("--config", "-c") else ("", argument)
 
 
-def _set(config: Any, path: str, text: str) -> None:
+def set_at(config: Any, path: str, text: str) -> None:
     """Puts a value at a dotted path through mappings, components (`init_args` may be left out) and lists."""
     try:
         value = yaml.safe_load(text)

@@ -15,9 +15,10 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
+import yaml
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -28,6 +29,7 @@ from llmx.data.datamodule import TextDataModule
 from llmx.describe import Description, describe
 from llmx.errors import UserError
 from llmx.explain import explain
+from llmx.matching import match
 from llmx.protocol import CountingNetwork
 from llmx.training.callbacks import (
     BestCheckpoint,
@@ -60,7 +62,7 @@ SMALL = 50_000_000  # parameters of a network that is described by running it, w
 def main(args: list[str] | None = None) -> int:
     """Runs one command, `sys.argv` by default.
 
-    Returns the exit code: 0, 1 where `audit` found a fault, 2 for bad input.
+    Returns the exit code: 0, 1 where `audit` found a fault or `describe --match` no match, 2 for bad input.
     """
     # the working directory is importable: one file there and one YAML make a new architecture
     sys.path.insert(0, os.getcwd())
@@ -97,7 +99,7 @@ def execute(arguments: list[str], callbacks: Sequence[Callback] = (), dry: bool 
         arguments = with_list_entries(with_bases(arguments))
         return CLI(arguments, callbacks, dry)
     except ParserError as error:
-        options = ["config", "seed_everything", "vocab_size", "ckpt_path", "length", "format"]
+        options = ["config", "seed_everything", "vocab_size", "ckpt_path", "length", "format", "match", "to", "by"]
         options += ["weights_only", "verbose", "return_predictions", "help"]
         verbs = [*CLI.subcommands(), *OTHER_VERBS]
         message = explain(str(error), arguments, verbs, {**GROUPS, "trainer": Trainer}, options)
@@ -157,6 +159,19 @@ class CLI(LightningCLI):
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand == "describe":
             parser.add_argument("--ckpt_path", type=str | None, help="A checkpoint whose network is described.")
+            parser.add_argument(
+                "--match",
+                type=Literal["parameters", "flops"],
+                help="Print what makes this config cost as much as that of --to, as a config to be given after it: the "
+                "parameters by a size of the network, or the FLOPs of the whole training by the number of steps.",
+            )
+            parser.add_argument("--to", type=str | None, help="The config that --match matches.")
+            parser.add_argument(
+                "--by",
+                type=str | None,
+                help="The size that --match varies, such as model.network.dim; by default the hidden width of the "
+                "feed-forwards, else dim. A key may be left out up to its end, and then stands for all that end so.",
+            )
         return parser
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -416,7 +431,7 @@ class CLI(LightningCLI):
             super()._run_subcommand(subcommand)
 
     def describe(self) -> None:
-        """Builds the network where it takes no memory, and for real only where that fails or says too little."""
+        """Shows the network, or what makes it match another."""
         settings = self.config["describe"]
         length = self.datamodule.window if settings.length is None else settings.length
         vocab_size = settings.vocab_size
@@ -424,24 +439,55 @@ class CLI(LightningCLI):
             vocab_size = self.datamodule.tokenizer.vocab_size
         if vocab_size < 1:
             raise UserError(f"vocab_size: {vocab_size} is below 1")
-        config = to_config(_plain(settings.model)["network"])
+        if settings.match is None and (settings.to or settings.by):
+            raise UserError(f"{'to' if settings.to else 'by'}: belongs to --match parameters or --match flops")
+        if settings.match is not None:
+            self._match(settings, vocab_size, length)
+        else:
+            network = to_config(_plain(settings.model)["network"])
+            _described(network, vocab_size, length).show(settings.format)
 
-        def built(device: str) -> Description:
-            with torch.device(device):
-                network = build(config, vocab_size, "model.network")
-            return describe(network, length)
-
+    def _match(self, settings: Any, vocab_size: int, length: int) -> None:
+        """Prints the config that makes a network cost as much as another; exit code 1 where none comes near enough."""
+        if settings.to is None:
+            raise UserError("to: not given; name the config to match, --to configs/transformer.yaml")
+        if settings.format != "table":
+            raise UserError("format: what --match prints is a config, in YAML alone")
         try:
-            description = built("meta")
-            if description.uncounted and description.parameters <= SMALL:
-                description = built("cpu")
-        except UserError:
-            raise
-        except ValueError as error:
-            raise UserError(f"model.network does not take a sequence of {length} (--length): {error}") from error
-        except (RuntimeError, TypeError):  # not what a shape alone allows
-            description = built("cpu")
-        description.show(settings.format)
+            other = execute(["describe", "--config", settings.to], dry=True).config["describe"]
+        except UserError as error:
+            raise UserError(f"to: {error}") from error
+        own, to = (to_config(_plain(given)) for given in (settings, other))
+        own["length"] = length
+        to["length"] = to["data"]["window"] if settings.length is None else length
+
+        def described(network: Any, length: int) -> Description:
+            return _described(network, vocab_size, length)
+
+        found = match(own, to, settings.match, settings.by, described)
+        print(f"# {found.said(settings.to)}\n{yaml.safe_dump(found.changes, sort_keys=False)}", end="", flush=True)
+        if not found.holds:
+            self.exit_code = 1
+            sys.stderr.write(f"NOT MATCHED, this is the nearest: {found.said(settings.to)}\n")
+
+
+def _described(config: Any, vocab_size: int, length: int) -> Description:
+    """Builds the network where it takes no memory, and for real only where that fails or says too little."""
+
+    def built(device: str) -> Description:
+        with torch.device(device):
+            network = build(config, vocab_size, "model.network")
+        return describe(network, length)
+
+    try:
+        description = built("meta")
+        return built("cpu") if description.uncounted and description.parameters <= SMALL else description
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"model.network does not take a sequence of {length} (--length): {error}") from error
+    except (RuntimeError, TypeError):  # not what a shape alone allows
+        return built("cpu")
 
 
 def _option(arguments: list[str], name: str) -> str | None:

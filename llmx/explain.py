@@ -193,7 +193,7 @@ def _with_full_key(message: str, given: dict[str, Any]) -> str:
         return text
     key, complaint = match.groups()
     wanted = re.search(r"(?:Got value|Given value): (.*)$", text)
-    named = [(path, value) for path, value in _nodes(given, "") if path == key or path.endswith(f".{key}")]
+    named = [(path, value) for path, value in nodes(given, "") if path == key or path.endswith(f".{key}")]
     exact = [path for path, value in named if wanted and str(value) == wanted.group(1)]
     path = exact[0] if exact else named[0][0] if len(named) == 1 else key
     if "Errors:" in complaint:
@@ -205,10 +205,10 @@ def _with_full_key(message: str, given: dict[str, Any]) -> str:
     return f"{path}: {complaint}"
 
 
-def _nodes(value: Any, path: str) -> list[tuple[str, Any]]:
+def nodes(value: Any, path: str) -> list[tuple[str, Any]]:
     """All that nested data holds, with its path; `init_args` is left out of paths."""
     found = [(path, value)]
     inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in inside:
-        found += _nodes(inner, path if key == "init_args" else f"{path}.{key}" if path else str(key))
+        found += nodes(inner, path if key == "init_args" else f"{path}.{key}" if path else str(key))
     return found
