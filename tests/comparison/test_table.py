@@ -148,6 +148,19 @@ def test_unequal_protocols_are_not_ranked(here, capsys, change, said):
     ]
 
 
+def test_at_equal_flops_the_tokens_seen_may_differ_but_not_the_flops(here, capsys):
+    make_run("lightning_logs/version_1")
+    make_run("lightning_logs/version_2", config="configs/gru.yaml", loss=1.4, tokens=1280, flops=3000)
+    assert main(["compare", "lightning_logs", "--at-equal", "flops"]) == 0
+    comparison = json.loads(Path("comparison/comparison.json").read_text())
+    assert [(row["name"], row["rank"]) for row in comparison["rows"]] == [("gru", 1), ("llama", 2)]
+    assert "tokens seen" not in comparison["protocol"] | comparison["differing"]
+    make_run("lightning_logs/version_3", config="configs/lstm.yaml", tokens=1280)
+    assert main(["compare", "lightning_logs", "--at-equal", "flops", "--out", "second"]) == 2
+    assert "at-equal: flops are up to 2.00 times apart" in capsys.readouterr().err
+    assert not Path("second").exists()
+
+
 def test_a_network_that_counts_compares_whatever_others_have_seen(here):
     make_run("lightning_logs/version_1")
     make_run("lightning_logs/version_2", config="configs/ngram.yaml", tokens=None, flops=None)
