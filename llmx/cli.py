@@ -342,15 +342,15 @@ class CLI(LightningCLI):
 
     def _logger(self, trainer: Any) -> RunLogger:
         """A new version_N, or the run that is resumed, its curve cut where the checkpoint was written."""
-        root = trainer.default_root_dir or "."
+        tokens = None if self._counts else self.datamodule.batch_size * self.datamodule.window
         if self.run is None or not (self.run / "config.yaml").is_file():
-            return RunLogger(root, "lightning_logs", default_hp_metric=False)
+            return RunLogger(trainer.default_root_dir or ".", "lightning_logs", tokens_per_step=tokens)
         return RunLogger(
             self.run.parent.parent,
             self.run.parent.name,
             version=self.run.name,
-            default_hp_metric=False,
             purge_step=self.checkpoint["global_step"],
+            tokens_per_step=tokens,
         )
 
     def _check_same_network(self) -> None:

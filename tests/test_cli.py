@@ -158,9 +158,12 @@ def test_tensorboard_has_the_curves_samples_influence_and_hparams(lab):
     assert len(curves["val/loss"]) == 2  # after step 4, and at the end
     assert [step for step, _ in curves["train/loss"]] == [1, 3, 5]
     assert all(math.isfinite(value) for points in curves.values() for _, value in points)
+    for split in ("train", "val"):  # of 4 x 8 tokens a step
+        assert curves[f"loss_by_tokens/{split}"] == [(32 * (step + 1), loss) for step, loss in curves[f"{split}/loss"]]
     events = EventAccumulator(str(folder))
     events.Reload()
     tags = events.Tags()
+    assert "custom_scalars__config__" in tags["tensors"]
     assert "audit/influence" in tags["images"]
     assert "samples/text_summary" in tags["tensors"]
     content = b"".join(path.read_bytes() for path in folder.glob("events.*"))
@@ -183,7 +186,7 @@ def test_resuming_continues_the_run_as_if_it_had_not_stopped(lab):
     assert {path.name for path in Path("lightning_logs").iterdir()} == {"version_0", "version_1"}
     part = Path("lightning_logs/version_1")
     assert all(torch.equal(value, weights(part)[name]) for name, value in weights(whole).items())
-    for tag in ("train/loss", "val/loss", "lr"):
+    for tag in ("train/loss", "val/loss", "lr", "loss_by_tokens/train", "loss_by_tokens/val"):
         assert scalars(part)[tag] == scalars(whole)[tag]
     assert (
         json.loads((part / "metrics.json").read_text())["val/loss"]

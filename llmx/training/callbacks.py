@@ -26,6 +26,7 @@ from llmx.data.windows import Batch
 from llmx.describe import describe, parameters
 from llmx.errors import UserError
 from llmx.protocol import IGNORE, CountingNetwork
+from llmx.training.logger import LAYOUT
 from llmx.training.metrics import bits, perplexity
 from llmx.training.module import LanguageModel
 from llmx.training.provenance import provenance
@@ -184,7 +185,10 @@ class RunRecord(Callback):
         (folder / "config.yaml").write_text(config)
         _write_json(folder / "run.json", self._record(trainer, pl_module))
         board = tensorboard(trainer)
-        if board is not None and pl_module.causality is not None and pl_module.causality.influence is not None:
+        if board is None:
+            return
+        board.add_custom_scalars(LAYOUT)
+        if pl_module.causality is not None and pl_module.causality.influence is not None:
             board.add_figure("audit/influence", influence_figure(pl_module.causality), 0)
 
     @rank_zero_only

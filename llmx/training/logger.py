@@ -1,15 +1,84 @@
-"""TensorBoard's logger in a run folder that no other process takes too."""
+"""TensorBoard's logger in a run folder that no other process takes too, with the losses against tokens as well."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+BY_TOKENS = {"train/loss": "loss_by_tokens/train", "val/loss": "loss_by_tokens/val"}
+# the charts of the tab Custom Scalars: category, title, kind with patterns of tags
+LAYOUT = {
+    "loss": {
+        "training and validation, by step": ["Multiline", ["^train/loss$", "^val/loss$"]],
+        "training and validation, by tokens seen": ["Multiline", ["^loss_by_tokens/"]],
+    }
+}
+
 
 class RunLogger(TensorBoardLogger):
-    """Makes its `version_N` the moment it chooses the number: of two runs that start at once each has its own."""
+    """Makes its `version_N` the moment it chooses the number: of two runs that start at once each has its own.
+
+    Whenever a loss is logged it goes to `loss_by_tokens/` too, where the step is the number of tokens seen: there the
+    curves of runs with different batches can be compared.
+
+    Args:
+        save_dir: where the folder of all runs is.
+        name: of the folder of all runs.
+        version: of the run to continue; a new one if not given.
+        purge_step: the curves of a run that is continued are kept up to this step.
+        tokens_per_step: over all devices; None where steps do not count what a network sees.
+    """
+
+    def __init__(
+        self,
+        save_dir: str | Path,
+        name: str,
+        version: str | None = None,
+        purge_step: int | None = None,
+        tokens_per_step: int | None = None,
+    ):
+        super().__init__(save_dir, name, version, default_hp_metric=False, purge_step=purge_step)
+        self.purge_step = purge_step
+        self.tokens_per_step = tokens_per_step
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        if self._experiment is not None or self.purge_step is None or self.tokens_per_step is None:
+            return super().experiment
+        # TensorBoard drops what comes after purge_step by the step of each curve: of those by tokens, all
+        kept = self._losses(self.purge_step)
+        board = super().experiment
+        for tag, events in kept.items():
+            for event in events:
+                board.add_scalar(BY_TOKENS[tag], event.value, self._tokens(event.step), event.wall_time)
+        return board
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        super().log_metrics(metrics, step)
+        if step is None or self.tokens_per_step is None:
+            return
+        for tag in BY_TOKENS.keys() & metrics.keys():
+            self.experiment.add_scalar(BY_TOKENS[tag], metrics[tag], self._tokens(step))
+
+    def _tokens(self, step: int) -> int:
+        """Tokens seen with the batch of that step; steps are counted from 0."""
+        return (step + 1) * (self.tokens_per_step or 0)
+
+    def _losses(self, before: int) -> dict[str, list[Any]]:
+        """The curves of the run so far, as TensorBoard's events."""
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(self.log_dir, size_guidance={"scalars": 0, "images": 1, "tensors": 1})
+        events.Reload()
+        tags = BY_TOKENS.keys() & set(events.Tags()["scalars"])
+        return {tag: [event for event in events.Scalars(tag) if event.step < before] for tag in tags}
 
     def _get_next_version(self) -> int:
         version = super()._get_next_version()
