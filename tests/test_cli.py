@@ -160,6 +160,9 @@ def test_tensorboard_has_the_curves_samples_influence_and_hparams(lab):
     assert all(math.isfinite(value) for points in curves.values() for _, value in points)
     for split in ("train", "val"):  # of 4 x 8 tokens a step
         assert curves[f"loss_by_tokens/{split}"] == [(32 * (step + 1), loss) for step, loss in curves[f"{split}/loss"]]
+    final = {name.removeprefix("final/"): points for name, points in curves.items() if name.startswith("final/")}
+    assert final.keys() == {"loss", "perplexity", "bits_per_char", "parameters", "seconds"}
+    assert final["loss"] == [(6, curves["val/loss"][-1][1])]
     events = EventAccumulator(str(folder))
     events.Reload()
     tags = events.Tags()

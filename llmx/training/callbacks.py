@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 import time
 from pathlib import Path
@@ -185,11 +184,8 @@ class RunRecord(Callback):
         (folder / "config.yaml").write_text(config)
         _write_json(folder / "run.json", self._record(trainer, pl_module))
         board = tensorboard(trainer)
-        if board is None:
-            return
-        board.add_custom_scalars(LAYOUT)
-        if pl_module.causality is not None and pl_module.causality.influence is not None:
-            board.add_figure("audit/influence", influence_figure(pl_module.causality), 0)
+        if board is not None:
+            self._show(board, trainer, pl_module)
 
     @rank_zero_only
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -223,11 +219,30 @@ class RunRecord(Callback):
         )
         board = tensorboard(trainer)
         if board is not None:
-            flat = _flat({"model": dict(pl_module.hparams), "data": _data(trainer).protocol})
-            flat |= {"leaking": pl_module.leaking, "parameters": parameters(pl_module.network)}
-            # the summary alone: add_hparams would open another run, and log_hyperparams a second point in the curve
-            for summary in hparams(flat, {"val/loss": self.final.get("val/loss", math.nan)}):
-                board._get_file_writer().add_summary(summary)
+            # TensorBoard shows the first five metrics by name
+            final = {name.removeprefix("val/"): value for name, value in self.final.items()}
+            final |= {"parameters": parameters(pl_module.network), "seconds": time.perf_counter() - self.started}
+            for name, value in final.items():
+                board.add_scalar(f"final/{name}", value, trainer.global_step)
+            _, _, end = hparams({}, {})
+            board._get_file_writer().add_summary(end)
+
+    def _show(self, board: Any, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
+        """What TensorBoard has from the start: the charts, the settings, the influence map."""
+        board.add_custom_scalars(LAYOUT)
+        settings: dict[str, Any] = {
+            "model": dict(pl_module.hparams),
+            "data": _data(trainer).protocol,
+            "seed": torch.initial_seed(),
+            "steps": pl_module.total_steps,
+            "leaking": pl_module.leaking,
+        }
+        # without torch's list of all columns: TensorBoard would take the first run's for the whole folder, where each
+        # network has settings of its own; where there is none, it collects them from all runs
+        _, start, _ = hparams(_flat(settings), {})
+        board._get_file_writer().add_summary(start)
+        if pl_module.causality is not None and pl_module.causality.influence is not None:
+            board.add_figure("audit/influence", influence_figure(pl_module.causality), 0)
 
     def _record(self, trainer: pl.Trainer, pl_module: LanguageModel) -> dict[str, Any]:
         report = pl_module.causality

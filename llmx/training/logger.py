@@ -61,6 +61,7 @@ class RunLogger(TensorBoardLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        metrics = {tag: value for tag, value in metrics.items() if tag != "epoch"}  # runs count in steps
         super().log_metrics(metrics, step)
         if step is None or self.tokens_per_step is None:
             return
