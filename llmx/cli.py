@@ -46,6 +46,7 @@ from llmx.training.callbacks import (
 from llmx.training.checkpoints import read_checkpoint
 from llmx.training.fastpath import fast_precision
 from llmx.training.logger import RunLogger
+from llmx.training.maps import MixerMaps
 from llmx.training.metrics import bits, perplexity
 from llmx.training.module import LanguageModel
 from llmx.training.predictions import write_predictions
@@ -264,6 +265,9 @@ class CLI(LightningCLI):
         if verb == "fit":
             self.datamodule.trainer = self.trainer
             self.datamodule.train_dataloader()  # whether devices and accumulation divide the batch
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, MixerMaps):
+                    callback.check(self.model)
 
     @property
     def _counts(self) -> bool:

@@ -410,6 +410,7 @@ def test_audit_of_a_leaking_checkpoint_measures_it_with_the_future_hidden(leaky,
         (["--trainer.val_check_interval", -1], "val_check_interval"),
         (["--seed_everything", -1], "seed_everything: "),
         (["--trainer.default_root_dir", "/proc/nowhere"], "/proc/nowhere"),
+        (["--trainer.callbacks", "MixerMaps", "--trainer.callbacks.sentence", "é"], "trainer.callbacks.sentence: the"),
     ],
 )
 def test_bad_input_is_one_message_that_names_the_key(lab, capsys, arguments, expected):

@@ -28,6 +28,7 @@ from llmx.protocol import IGNORE, CountingNetwork
 from llmx.training.logger import LAYOUT
 from llmx.training.metrics import bits, perplexity
 from llmx.training.module import LanguageModel
+from llmx.training.norms import NORMS_LAYOUT, NormsByLayer
 from llmx.training.provenance import provenance
 
 UNCOUNTED = -1.0  # no loss is below 0
@@ -229,7 +230,8 @@ class RunRecord(Callback):
 
     def _show(self, board: Any, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
         """What TensorBoard has from the start: the charts, the settings, the influence map."""
-        board.add_custom_scalars(LAYOUT)
+        norms = any(isinstance(callback, NormsByLayer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        board.add_custom_scalars(LAYOUT | (NORMS_LAYOUT if norms else {}))
         settings: dict[str, Any] = {
             "model": dict(pl_module.hparams),
             "data": _data(trainer).protocol,

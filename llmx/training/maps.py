@@ -1,0 +1,152 @@
+"""What each mixer looks at in a fixed sentence, drawn while it learns."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor, nn
+
+from llmx.audits.probes import undisturbed
+from llmx.errors import UserError
+from llmx.protocol import Network
+from llmx.training.callbacks import tensorboard
+from llmx.training.module import LanguageModel
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+LENGTH = 32  # tokens of the sentence, where none is given
+DRAWS = 8
+COLUMNS = 4
+
+
+class MixerMap(NamedTuple):
+    """What one run of a mixer depends on.
+
+    title:   the layer's number and the mixer's class
+    shares:  (T, T), row t: how strongly the output at t depends on each input; rows sum to 1, or are 0
+    """
+
+    title: str
+    shares: Tensor
+
+
+class MixerMaps(Callback):
+    """`maps/mixers` at every validation: a map for each layer, as those of attention weights, but for any mixer.
+
+    Args:
+        sentence: what the network reads, at most a window long; the beginning of the validation split if not given.
+
+    Raises:
+        UserError: before the first step, where the sentence is too long or has a character outside the vocabulary,
+            and for a network without layers.
+    """
+
+    def __init__(self, sentence: str | None = None):
+        self.sentence = sentence
+
+    def setup(self, trainer: pl.Trainer, pl_module: LanguageModel, stage: str) -> None:  # type: ignore[override]
+        self.check(pl_module)
+
+    def check(self, model: LanguageModel) -> None:
+        """Whether there will be something to draw; see `Raises` above."""
+        if not model.network.layers:
+            name = type(model.network).__name__
+            raise UserError(f"trainer.callbacks: MixerMaps draws the mixers of layers, and {name} has no layers")
+        if self.sentence is None:
+            return
+        try:
+            length = len(model.tokenizer.encode(self.sentence))
+        except UserError as error:
+            raise UserError(f"trainer.callbacks.sentence: {error}") from error
+        if not 1 <= length <= model.window:
+            raise UserError(f"trainer.callbacks.sentence: {length} tokens, and the window has {model.window}")
+
+    @rank_zero_only
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
+        board = tensorboard(trainer)
+        if board is None or trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        if self.sentence is None:
+            data = trainer.datamodule.tokens("val")  # type: ignore[attr-defined]
+            tokens = torch.from_numpy(data[: min(LENGTH, pl_module.window)].copy()).long()
+        else:
+            tokens = torch.from_numpy(pl_module.tokenizer.encode(self.sentence)).long()
+        maps = mixer_maps(pl_module.network, tokens.to(pl_module.device))
+        labels = [_label(pl_module.tokenizer.decode([token])) for token in tokens.tolist()]
+        board.add_figure("maps/mixers", maps_figure(maps, labels), trainer.global_step)
+
+
+def mixer_maps(network: Network, tokens: Tensor) -> list[MixerMap]:
+    """The maps of all runs of the mixers of its layers, from bottom to top, for one sequence, tokens (T,).
+
+    Row t is, over s, the norm of d output_t / d input_s, of the mixer alone: its own output by what it reads itself.
+    For attention this is close to its weights, and for a recurrence it is what its state has kept. The Frobenius norm
+    is estimated from the gradients of a few random projections of the output. It works on a copy in evaluation mode;
+    the network and the caller's random state stay as they are.
+    """
+    network = copy.deepcopy(network).eval().requires_grad_(False)
+    read: list[Tensor] = []
+    calls: list[tuple[str, Tensor, Tensor]] = []  # title, input, output
+
+    def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        read.append(args[0].detach().requires_grad_())  # cut off from the layers below
+        return (read[-1].clone(), *args[1:])  # the mixer may write in place
+
+    for index, block in enumerate(network.layers):
+        title = f"layer {index}, {type(block.mixer).__name__}"
+
+        def after(module: nn.Module, args: Any, output: Tensor, title: str = title) -> None:
+            calls.append((title, read[-1], output))
+
+        block.mixer.register_forward_pre_hook(before)
+        block.mixer.register_forward_hook(after)
+    with undisturbed(), torch.enable_grad():
+        network(tokens.repeat(len(tokens), 1))  # a row for each position whose output is looked at
+        return [MixerMap(title, _shares(inputs, outputs)) for title, inputs, outputs in tuple(calls)]
+
+
+def _shares(inputs: Tensor, outputs: Tensor) -> Tensor:
+    """Of one call, inputs and outputs (T, T, D), whose row t is asked for its output t."""
+    own = outputs.diagonal(dim1=0, dim2=1).T  # (T, D)
+    squares = torch.zeros(inputs.shape[:2])
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(DRAWS if own.requires_grad else 0):
+        projection = torch.randn(own.shape, generator=generator).to(own)
+        (gradient,) = torch.autograd.grad((own * projection).sum(), inputs, retain_graph=True)
+        squares += gradient.square().sum(-1).float().cpu()
+    norms = squares.sqrt()
+    return norms / norms.sum(-1, keepdim=True).clamp_min(torch.finfo(norms.dtype).tiny)
+
+
+def maps_figure(maps: list[MixerMap], labels: list[str]) -> Figure:
+    """The maps beside each other, each on a scale of its own from 0 to its largest share; a label for each token."""
+    from matplotlib.figure import Figure
+
+    rows = math.ceil(len(maps) / COLUMNS)
+    columns = min(COLUMNS, len(maps))
+    figure = Figure(figsize=(3.4 * columns, 3.5 * rows), dpi=110, layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    ticks = range(len(labels))
+    for axes, (title, shares) in zip(panels, maps, strict=False):
+        axes.imshow(shares.nan_to_num(), vmin=0, cmap="viridis")
+        axes.set_title(title, fontsize=9)
+        axes.set_xticks(ticks, labels, fontsize=6, family="monospace")
+        axes.set_yticks(ticks, labels, fontsize=6, family="monospace")
+        axes.tick_params(length=0)
+    for axes in panels[len(maps) :]:
+        axes.set_axis_off()
+    figure.supxlabel("input", fontsize=9)
+    figure.supylabel("output", fontsize=9)
+    return figure
+
+
+def _label(text: str) -> str:
+    """A token as a tick; whitespace is made visible."""
+    return text.translate({ord(" "): "␣", ord("\n"): "↵", ord("\t"): "→"}).replace("$", r"\$")

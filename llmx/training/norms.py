@@ -1,0 +1,46 @@
+"""Gradient and weight norms by layer, for whoever looks for the layer where training goes wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from torch.nn import Parameter
+from torch.nn.utils import get_total_norm
+
+from llmx.protocol import Network
+from llmx.training.module import LanguageModel
+
+NORMS_LAYOUT = {
+    "norms by layer": {
+        "gradients": ["Multiline", ["^gradient_norm/"]],
+        "weights": ["Multiline", ["^weight_norm/"]],
+    }
+}
+
+
+class NormsByLayer(Callback):
+    """`gradient_norm/` and `weight_norm/` at every log: a curve for each layer, and for each part beside the layers
+    (embedding, norm, head). Euclidean norms over all numbers of a part; gradients of the whole batch, before clipping.
+    """
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: LanguageModel, *_: Any) -> None:  # type: ignore[override]
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if not every or (trainer.global_step + 1) % every:  # what would not reach the logger
+            return
+        norms = {}
+        for name, parameters in parts(pl_module.network).items():
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            norms[f"gradient_norm/{name}"] = get_total_norm(gradients)
+            norms[f"weight_norm/{name}"] = get_total_norm([parameter.detach() for parameter in parameters])
+        pl_module.log_dict(norms, rank_zero_only=True)
+
+
+def parts(network: Network) -> dict[str, list[Parameter]]:
+    """The parameters by layer (`layer_0`) and, outside the layers, by the network's parts; each once."""
+    layers = {id(p): f"layer_{i}" for i, block in enumerate(network.layers) for p in block.parameters()}
+    named: dict[str, list[Parameter]] = {}
+    for name, parameter in network.named_parameters():
+        named.setdefault(layers.get(id(parameter), name.split(".")[0]), []).append(parameter)
+    return named
