@@ -6,12 +6,15 @@ validation text itself decides: a bootstrap over blocks of it (circular, Politis
 networks read the same characters. Blocks, because neighbouring losses go together; single characters drawn by
 themselves would make intervals too narrow. Many comparisons are corrected after Holm (1979): the chance of one false
 finding among all of them stays at the level of a single one.
+
+A few seeds tell little about the spread of one network. Where many networks have a few seeds each, and spread alike,
+their deviations from their own means are pooled: one standard deviation, with the degrees of freedom of all of them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -55,6 +58,45 @@ def difference_over_seeds(values: np.ndarray, baseline: np.ndarray, level: float
     freedom = sum(parts) ** 2 / sum(v**2 / (len(x) - 1) for v, x in zip(parts, (values, baseline), strict=True))
     half = stdtrit(freedom, (1 + level) / 2) * error
     p = 2 * float(stdtr(freedom, -abs(difference) / error))
+    return Estimate(difference, difference - half, difference + half, "seeds", p)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A standard deviation, and the degrees of freedom that it is known with."""
+
+    deviation: float
+    freedom: int
+
+
+def pooled(groups: Iterable[np.ndarray]) -> Spread:
+    """The one standard deviation of values (K,), K >= 1, around the mean of their own group.
+
+    Raises:
+        ValueError: where no group has two values.
+    """
+    groups = list(groups)
+    freedom = sum(len(values) - 1 for values in groups)
+    if freedom == 0:
+        raise ValueError("groups: none has two values, so nothing is known of their spread")
+    squares = sum(float(((values - values.mean()) ** 2).sum()) for values in groups)
+    return Spread(math.sqrt(squares / freedom), freedom)
+
+
+def mean_under_spread(values: np.ndarray, spread: Spread, level: float = LEVEL) -> Estimate:
+    """values (K,), K >= 1, of a known spread: mean and Student's interval."""
+    half = stdtrit(spread.freedom, (1 + level) / 2) * spread.deviation / math.sqrt(len(values))
+    return Estimate(float(values.mean()), float(values.mean() - half), float(values.mean() + half), "seeds")
+
+
+def difference_under_spread(values: np.ndarray, baseline: np.ndarray, spread: Spread, level: float = LEVEL) -> Estimate:
+    """values (K,) minus baseline (J,), both of one spread: Student's interval and test."""
+    error = spread.deviation * math.sqrt(1 / len(values) + 1 / len(baseline))
+    difference = float(values.mean() - baseline.mean())
+    if error == 0:
+        return Estimate(difference, difference, difference, "seeds", 1.0 if difference == 0 else 0.0)
+    half = stdtrit(spread.freedom, (1 + level) / 2) * error
+    p = 2 * float(stdtr(spread.freedom, -abs(difference) / error))
     return Estimate(difference, difference - half, difference + half, "seeds", p)
 
 

@@ -11,9 +11,12 @@ from llmx.comparison.statistics import (
     block_means,
     difference_over_seeds,
     difference_over_text,
+    difference_under_spread,
     holm,
     mean_over_seeds,
     mean_over_text,
+    mean_under_spread,
+    pooled,
 )
 
 RANDOM = np.random.default_rng(0)
@@ -39,6 +42,20 @@ def test_a_difference_has_welchs_interval_and_p(here: int, there: int):
     assert (estimate.low, estimate.high) == pytest.approx((interval.low, interval.high))
     assert estimate.p == pytest.approx(expected.pvalue)
     assert estimate.value == pytest.approx(values.mean() - baseline.mean())
+
+
+def test_a_pooled_spread_of_two_groups_gives_students_test_and_of_one_its_interval():
+    values, baseline = RANDOM.normal(1.5, 0.01, 3), RANDOM.normal(1.52, 0.01, 4)
+    spread = pooled([values, baseline])
+    estimate = difference_under_spread(values, baseline, spread)
+    expected = stats.ttest_ind(values, baseline, equal_var=True)
+    interval = expected.confidence_interval(0.95)
+    assert (estimate.low, estimate.high) == pytest.approx((interval.low, interval.high))
+    assert estimate.p == pytest.approx(expected.pvalue)
+    assert mean_under_spread(values, pooled([values])) == mean_over_seeds(values)
+    assert pooled([values, baseline, RANDOM.normal(size=1)]) == spread
+    with pytest.raises(ValueError, match="two values"):
+        pooled([np.array([1.0])])
 
 
 def test_runs_that_do_not_spread_at_all():
