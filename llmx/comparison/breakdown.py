@@ -57,7 +57,7 @@ def validation_text(data: dict[str, Any]) -> str | None:
     """The validation split of a run's data settings; None where it cannot be had any more, or is not characters."""
     try:
         module = TextDataModule(**data)
-        text = module.tokenizer.decode(module.tokens("val").tolist())
+        text = module.tokenizer.decode(np.asarray(module.tokens("val")))
         return text if len(text) == len(module.tokens("val")) else None
     except (UserError, OSError):
         return None

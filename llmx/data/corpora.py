@@ -8,18 +8,18 @@ import difflib
 import hashlib
 import os
 import sysconfig
-from collections.abc import Callable
+import tempfile
+import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import pooch
 
 from llmx.errors import UserError
 
-TINYSHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-TINYSHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-TINYSHAKESPEARE_FILE = Path("tinyshakespeare", "input.txt")
 CONNECT_TIMEOUT, READ_TIMEOUT = 10, 30  # seconds
+SPLIT = (0.9, 0.1, 0.0)  # of what has no split of its own
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 STDLIB_MODULES = (  # plain ASCII, and there since Python 3.11: about 1 MB
@@ -30,14 +30,63 @@ STDLIB_MODULES = (  # plain ASCII, and there since Python 3.11: about 1 MB
 
 
 @dataclass(frozen=True)
+class Published:
+    """A text that is downloaded.
+
+    url:        where it is served
+    sha256:     of the text
+    archive:    the SHA-256 of the zip file that is served, whose member of the corpus' name is the text; None: the
+                text itself is served
+    tokenizer, split:  as in Corpus
+    """
+
+    url: str
+    sha256: str
+    archive: str | None = None
+    tokenizer: Literal["character", "byte"] = "character"
+    split: tuple[float, float, float] = SPLIT
+
+
+# text8 and enwik8 (mattmahoney.net/dc/textdata.html) have 100,000,000 bytes each, by convention cut into 90, 5 and 5
+# millions: Mikolov et al., "Subword language modeling with neural networks", 2012; Chung et al., arXiv 1502.02367
+PUBLISHED = {
+    "tinyshakespeare": Published(
+        "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+        "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+    ),
+    "text8": Published(
+        "https://mattmahoney.net/dc/text8.zip",
+        "6e890197040d37d85beb962ae1f041ff1d9a9ca8d20c7d99c85027eebf51dca7",
+        archive="a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232",
+        split=(0.9, 0.05, 0.05),
+    ),
+    "enwik8": Published(
+        "https://mattmahoney.net/dc/enwik8.zip",
+        "2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8",
+        archive="547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc",
+        tokenizer="byte",
+        split=(0.9, 0.05, 0.05),
+    ),
+}
+NAMED = (*PUBLISHED, "stdlib")
+
+
+@dataclass(frozen=True)
 class Corpus:
-    """A text and where it came from; `requested` is the corpus that was asked for."""
+    """A text and where it came from; `requested` is the corpus that was asked for. `tokenizer` and `split` are what it
+    is read with where nothing else is said."""
 
     name: str
     text: str
     sha256: str
     source: str
     requested: str
+    tokenizer: Literal["character", "byte"] = "character"
+    split: tuple[float, float, float] = SPLIT
+
+    @property
+    def characters(self) -> int:
+        return len(self.text)
 
     @property
     def substituted(self) -> bool:
@@ -58,7 +107,8 @@ def load_corpus(name: str, root: str | Path = "data", offline_corpus: str | None
     """Loads a corpus.
 
     Args:
-        name: `tinyshakespeare`, `stdlib`, a text file, or a folder whose *.txt files are joined in order of their path.
+        name: `tinyshakespeare`, `text8`, `enwik8`, `stdlib`, a text file, or a folder whose *.txt files are joined in
+            order of their path.
         root: The project's data folder, the first place where a named corpus is looked for.
         offline_corpus: Stands in for a named corpus that is on no disk and cannot be downloaded.
 
@@ -74,10 +124,15 @@ def load_corpus(name: str, root: str | Path = "data", offline_corpus: str | None
 
 
 def _load(name: str, root: Path, key: str) -> Corpus:
-    text, source = NAMED[name](root) if name in NAMED else _local(name, key)
+    published = PUBLISHED.get(name)
+    if published is not None:
+        text, source = _published(name, root)
+    else:
+        text, source = _stdlib() if name == "stdlib" else _local(name, key)
     if not text:
         raise UserError(f"{key}: {source} is empty; a corpus needs text")
-    return Corpus(name, text, hashlib.sha256(text.encode()).hexdigest(), source, requested=name)
+    corpus = Corpus(name, text, hashlib.sha256(text.encode()).hexdigest(), source, requested=name)
+    return corpus if published is None else replace(corpus, tokenizer=published.tokenizer, split=published.split)
 
 
 def _read(path: Path, key: str) -> str:
@@ -109,50 +164,59 @@ def _local(name: str, key: str) -> tuple[str, str]:
     return "".join(_read(file, key) for file in files), f"{path} ({len(files)} files)"
 
 
-def _stdlib(root: Path) -> tuple[str, str]:
+def _stdlib() -> tuple[str, str]:
     folder = Path(sysconfig.get_path("stdlib"))
     files = [folder / f"{module}.py" for module in STDLIB_MODULES]
     texts = [_read(file, "data.corpus") for file in files if file.is_file()]
     return "".join(text for text in texts if text.isascii()), f"Python's standard library in {folder}"
 
 
-def _tinyshakespeare(root: Path) -> tuple[str, str]:
+def _published(name: str, root: Path) -> tuple[str, str]:
+    published = PUBLISHED[name]
+    file = Path(name, "input.txt")
     shared = os.environ.get("LLMX_DATA_PATH") or str(CHECKOUT.parent / "shared" / "data")
     cache = cache_folder()
     folders = [root, *(Path(folder) for folder in shared.split(os.pathsep) if folder), cache]
-    for folder in folders:
-        path = folder / TINYSHAKESPEARE_FILE
-        if path.is_file():
-            text = _read(path, "data.corpus")
-            found = hashlib.sha256(text.encode()).hexdigest()
-            if found != TINYSHAKESPEARE_SHA256:
-                raise UserError(
-                    f"data.corpus: {path} is not the published tinyshakespeare: its sha256 is {found} instead of "
-                    f"{TINYSHAKESPEARE_SHA256}; delete or replace the file, or pass the path itself as data.corpus"
-                )
-            return text, str(path)
-    path = cache / TINYSHAKESPEARE_FILE
+    found = next((folder / file for folder in folders if (folder / file).is_file()), None)
+    if found is None:
+        _download(name, cache / file, folders)
+    path = found or cache / file
+    text = _read(path, "data.corpus")
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    if digest != published.sha256:
+        raise UserError(
+            f"data.corpus: {path} is not the published {name}: its sha256 is {digest} instead of "
+            f"{published.sha256}; delete or replace the file, or pass the path itself as data.corpus"
+        )
+    return text, published.url if found is None else str(path)
+
+
+def _download(name: str, path: Path, folders: list[Path]) -> None:
+    """Fetches a published corpus as `path`, which is there only once it is complete."""
+    published = PUBLISHED[name]
+    served = path if published.archive is None else path.with_suffix(".zip")
     try:
-        # pooch writes to a temporary file beside `path` and renames it once the checksum is right
+        # pooch writes to a temporary file beside `served` and renames it once the checksum is right
         pooch.retrieve(
-            TINYSHAKESPEARE_URL,
-            known_hash=f"sha256:{TINYSHAKESPEARE_SHA256}",
-            fname=path.name,
-            path=path.parent,
+            published.url,
+            known_hash=f"sha256:{published.archive or published.sha256}",
+            fname=served.name,
+            path=served.parent,
             downloader=pooch.HTTPDownloader(progressbar=True, timeout=(CONNECT_TIMEOUT, READ_TIMEOUT)),
         )
     except OSError as error:  # what requests raises is an OSError too
+        root, file = folders[0], Path(name, path.name)
         raise Unreachable(
-            f"data.corpus: tinyshakespeare is in none of {', '.join(str(folder) for folder in folders)}, and cannot "
-            f"be downloaded ({type(error).__name__}: {error}). Place the file by hand as {root / TINYSHAKESPEARE_FILE} "
-            f"(from {TINYSHAKESPEARE_URL}), name a folder that has {TINYSHAKESPEARE_FILE} in LLMX_DATA_PATH, or use "
-            "a corpus that needs no network: --data.corpus stdlib"
+            f"data.corpus: {name} is in none of {', '.join(str(folder) for folder in folders)}, and cannot "
+            f"be downloaded ({type(error).__name__}: {error}). Place the file by hand as {root / file} "
+            f"(from {published.url}{', unpacked' if published.archive else ''}), name a folder that has {file} in "
+            "LLMX_DATA_PATH, or use a corpus that needs no network: --data.corpus stdlib"
         ) from None
     except ValueError as error:  # pooch's message has both sums
         raise UserError(
-            f"data.corpus: the download of {TINYSHAKESPEARE_URL} for {path} is not the published file: {error}"
+            f"data.corpus: the download of {published.url} for {path} is not the published file: {error}"
         ) from None
-    return _read(path, "data.corpus"), TINYSHAKESPEARE_URL
-
-
-NAMED: dict[str, Callable[[Path], tuple[str, str]]] = {"tinyshakespeare": _tinyshakespeare, "stdlib": _stdlib}
+    if published.archive is not None:
+        with tempfile.TemporaryDirectory(dir=path.parent) as temporary, zipfile.ZipFile(served) as archive:
+            os.replace(archive.extract(name, temporary), path)
+        served.unlink(missing_ok=True)

@@ -17,11 +17,13 @@ from rich.panel import Panel
 from rich.text import Text
 from torch import Tensor
 
-from llmx.data.corpora import Corpus, load_corpus
+from llmx.data.corpora import NAMED, Corpus, load_corpus
+from llmx.data.token_files import TokenCorpus, TokenStream, is_token_folder, open_tokens
 from llmx.data.tokenizers import ByteTokenizer, CharacterTokenizer, Tokenizer, cached_tokens, tokenizer_from_config
 from llmx.data.windows import (
     EpochWindows,
     EvaluationBatches,
+    KeyedEpochWindows,
     RandomWindows,
     TrainingBatches,
     WindowSampler,
@@ -73,11 +75,14 @@ class TextDataModule(LightningDataModule):
     The split is contiguous, and made before windows are cut, so that no window reaches from one split into another.
 
     Args:
-        corpus: tinyshakespeare, stdlib (the source of Python's standard library), a text file, or a folder of them.
+        corpus: tinyshakespeare, text8, enwik8, stdlib (the source of Python's standard library), a text file, a folder
+            of them, or a folder of token files (llmx.data.token_files).
         root: The folder of named corpora; $LLMX_DATA_PATH and the cache folder are searched after it.
         offline_corpus: What to train on where a named corpus can be neither found nor downloaded; null: stop.
-        tokenizer: character (learned from the corpus), byte, or the description of a tokenizer as a checkpoint has it.
-        split: The fractions of the corpus for training, validation and test, in this order.
+        tokenizer: character (learned from the corpus), byte, or the description of a tokenizer as a checkpoint has it;
+            null: character, but byte for enwik8, and for token files their own.
+        split: The fractions of the corpus for training, validation and test, in this order; null: 0.9, 0.1, 0.0, but
+            0.9, 0.05, 0.05 for text8 and enwik8, and of token files at most 10 million tokens for validation.
         window: Tokens a window.
         batch_size: Windows a step, over all devices and accumulated micro-batches.
         sampling: epoch takes every window once an epoch in random order; random draws windows independently.
@@ -94,8 +99,8 @@ class TextDataModule(LightningDataModule):
         corpus: str = "tinyshakespeare",
         root: str = "data",
         offline_corpus: str | None = None,
-        tokenizer: str | dict[str, str] = "character",
-        split: list[float] = [0.9, 0.1, 0.0],  # noqa: B006 (plain data for the hyperparameters, never changed)
+        tokenizer: str | dict[str, str] | None = None,
+        split: list[float] | None = None,
         window: int = 32,
         batch_size: int = 64,
         sampling: Literal["epoch", "random"] = "epoch",
@@ -109,7 +114,7 @@ class TextDataModule(LightningDataModule):
         for key, value in {"window": window, "batch_size": batch_size, "samples": samples}.items():
             if value < 1:
                 raise UserError(f"data.{key} is {value}, but must be at least 1")
-        if len(split) != 3 or min(split) < 0 or abs(sum(split) - 1) > 1e-9:
+        if split is not None and (len(split) != 3 or min(split) < 0 or abs(sum(split) - 1) > 1e-9):
             raise UserError(
                 f"data.split is {split}, but must be three fractions, for training, validation and test, that are "
                 "not negative and add up to 1"
@@ -130,7 +135,7 @@ class TextDataModule(LightningDataModule):
         self.corpus = corpus
         self.root = root
         self.offline_corpus = offline_corpus
-        self.split = split
+        self._split = split
         self.window = window
         self.batch_size = batch_size
         self.sampling = sampling
@@ -142,8 +147,10 @@ class TextDataModule(LightningDataModule):
         self._tokenizer = tokenizer
 
     @cached_property
-    def source(self) -> Corpus:
+    def source(self) -> Corpus | TokenCorpus:
         """The corpus really used. Loaded at first use; a substitution is announced then."""
+        if self.corpus not in NAMED and is_token_folder(self.corpus):
+            return open_tokens(self.corpus)
         corpus = load_corpus(self.corpus, self.root, self.offline_corpus)
         if corpus.substituted:
             _announce_substitution(corpus)
@@ -153,20 +160,36 @@ class TextDataModule(LightningDataModule):
     def tokenizer(self) -> Tokenizer:
         if isinstance(self._tokenizer, dict):
             return tokenizer_from_config(self._tokenizer)
-        return ByteTokenizer() if self._tokenizer == "byte" else CharacterTokenizer.from_text(self.source.text)
+        if isinstance(self.source, TokenCorpus):
+            return self.source.tokenizer
+        own = self._tokenizer or self.source.tokenizer
+        return ByteTokenizer() if own == "byte" else CharacterTokenizer.from_text(self.source.text)
 
     @cached_property
-    def _encoded(self) -> np.ndarray:
+    def _encoded(self) -> np.ndarray | TokenStream:
+        if isinstance(self.source, TokenCorpus):
+            own = self.source.tokenizer.to_config()
+            if self._tokenizer not in (None, own, own["kind"]):
+                raise UserError(
+                    f"data.tokenizer is not the one that the token files of {self.source.source} were written with; "
+                    "leave it out"
+                )
+            return self.source.tokens
         try:
             return cached_tokens(self.source, self.tokenizer)
         except UserError as error:
             raise UserError(f"data.tokenizer does not fit {self.source.source}: {error}") from None
 
-    def tokens(self, split: Split) -> np.ndarray:
-        """The token ids of a split, (L,), read-only."""
-        length = len(self._encoded)
-        last = max(index for index, fraction in enumerate(self.split) if fraction > 0)  # takes what rounding leaves
-        ends = [length if index >= last else int(sum(self.split[: index + 1]) * length) for index in range(3)]
+    @property
+    def split(self) -> list[float]:
+        """The fractions of the corpus for training, validation and test."""
+        return list(self.source.split if self._split is None else self._split)
+
+    def tokens(self, split: Split) -> np.ndarray | TokenStream:
+        """The token ids of a split, (L,), read-only; np.asarray reads those of token files into memory."""
+        length, fractions = len(self._encoded), self.split
+        last = max(index for index, fraction in enumerate(fractions) if fraction > 0)  # takes what rounding leaves
+        ends = [length if index >= last else int(sum(fractions[: index + 1]) * length) for index in range(3)]
         index = SPLITS.index(split)
         return self._encoded[ends[index - 1] if index else 0 : ends[index]]
 
@@ -174,7 +197,9 @@ class TextDataModule(LightningDataModule):
     def sampler(self) -> WindowSampler:
         windows = count_windows(len(self.tokens("train")), self.window, "train")
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed
-        kind = EpochWindows if self.sampling == "epoch" else RandomWindows
+        if self.sampling == "random":
+            return RandomWindows(windows, self.batch_size, seed)
+        kind = EpochWindows if windows <= EpochWindows.most else KeyedEpochWindows
         return kind(windows, self.batch_size, seed)
 
     @property
@@ -189,9 +214,9 @@ class TextDataModule(LightningDataModule):
             "corpus": self.source.name,
             "requested": self.source.requested,
             "sha256": self.source.sha256,
-            "characters": len(self.source.text),
+            "characters": self.source.characters,
             "vocab_size": self.tokenizer.vocab_size,
-            "split": list(self.split),
+            "split": self.split,
             "window": self.window,
             "batch_size": self.batch_size,
             "sampling": self.sampling,

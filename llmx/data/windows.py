@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llmx.data.permutation import permuted
+from llmx.data.token_files import TokenStream
 from llmx.errors import UserError
 from llmx.protocol import IGNORE
 
@@ -68,7 +70,10 @@ class WindowSampler(ABC):
 
 
 class EpochWindows(WindowSampler):
-    """Every window once an epoch, in a new order each epoch; an epoch's last batch may be smaller."""
+    """Every window once an epoch, in a new order each epoch; an epoch's last batch may be smaller. The order is held:
+    8 bytes a window."""
+
+    most = 2**24  # windows, of which the order takes 128 MiB; beyond, KeyedEpochWindows
 
     def __init__(self, windows: int, batch_size: int, seed: int):
         super().__init__(windows, batch_size, seed)
@@ -79,6 +84,16 @@ class EpochWindows(WindowSampler):
         if self._shuffled is None or self._shuffled[0] != epoch:
             self._shuffled = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.windows)
         return self._shuffled[1][index * self.batch_size : (index + 1) * self.batch_size]
+
+
+class KeyedEpochWindows(WindowSampler):
+    """Every window once an epoch, in a new order each epoch, which is computed for a step at a time and never held."""
+
+    def starts(self, step: int) -> np.ndarray:
+        epoch, index = divmod(step, self.steps_per_epoch)
+        first = index * self.batch_size
+        places = np.arange(first, min(first + self.batch_size, self.windows))
+        return permuted(places, self.windows, (self.seed, epoch))
 
 
 class RandomWindows(WindowSampler):
@@ -96,7 +111,7 @@ class TrainingBatches:
     nothing. Resuming, or another number of devices, gives the same global batches.
 
     Args:
-        tokens: The training split, (L,).
+        tokens: The training split, (L,), in memory or in files.
         window: Tokens a window, T.
         sampler: Chooses the windows of each step.
         start_step: The global step to begin at, asked when iteration begins.
@@ -109,7 +124,7 @@ class TrainingBatches:
 
     def __init__(
         self,
-        tokens: np.ndarray,
+        tokens: np.ndarray | TokenStream,
         window: int,
         sampler: WindowSampler,
         start_step: Callable[[], int],
@@ -125,7 +140,8 @@ class TrainingBatches:
                 f"{self.slots} equal parts (trainer.accumulate_grad_batches {accumulate} x {world_size} devices): "
                 f"choose a multiple of {self.slots}"
             )
-        self.windows = np.lib.stride_tricks.sliding_window_view(tokens, window + 1)
+        self.tokens = tokens
+        self.window = window
         self.sampler = sampler
         self.start_step = start_step
         self.accumulate = accumulate
@@ -141,13 +157,14 @@ class TrainingBatches:
         steps = self.sampler.steps_per_epoch
         for step in range(first, (first // steps + 1) * steps):
             starts = self.sampler.starts(step)
-            share = self.slots / (len(starts) * (self.windows.shape[1] - 1))
+            share = self.slots / (len(starts) * self.window)
             for micro in range(self.accumulate):
                 slot = micro * self.world_size + self.rank
                 yield self._batch(starts[slot * self.rows : (slot + 1) * self.rows], share)
 
     def _batch(self, starts: np.ndarray, share: float) -> Batch:
-        rows = torch.from_numpy(self.windows[starts].astype(np.int64))  # (B, T + 1)
+        positions = starts[:, None] + np.arange(self.window + 1)
+        rows = torch.from_numpy(self.tokens.take(positions, mode="clip").astype(np.int64))  # (B, T + 1)
         inputs, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
         if missing := self.rows - len(starts):
             inputs = torch.cat([inputs, inputs.new_zeros(missing, inputs.shape[1])])
@@ -184,7 +201,7 @@ class EvaluationBatches:
 
     def __init__(
         self,
-        tokens: np.ndarray,
+        tokens: np.ndarray | TokenStream,
         window: int,
         batch_size: int,
         stride: int | None = None,

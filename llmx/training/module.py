@@ -126,7 +126,7 @@ class LanguageModel(pl.LightningModule):
     def learn(self, data: TextDataModule) -> None:
         """Lets a network that counts count the training split."""
         if isinstance(self.network, CountingNetwork):
-            self.network.learn(torch.from_numpy(data.tokens("train").astype(np.int64)))
+            self.network.learn(torch.from_numpy(np.asarray(data.tokens("train"), np.int64)))
 
     def on_fit_start(self) -> None:
         self.audit_causality()

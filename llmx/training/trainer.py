@@ -42,11 +42,11 @@ class Trainer(pl.Trainer):
         if ckpt_path is not None and report.leaking:
             checkpoint = read_checkpoint(ckpt_path)
             model.load_state_dict(checkpoint["state_dict"])
-            counts = np.bincount(datamodule.tokens("train"), minlength=model.tokenizer.vocab_size)
+            counts = np.bincount(np.asarray(datamodule.tokens("train")), minlength=model.tokenizer.vocab_size)
             print("Measuring the loss with the future hidden: a pass over a window for every character and draw ...")
             mixed = checkpoint.get("llmx", {}).get("precision") == "bf16-mixed"
             with torch.autocast(model.device.type, torch.bfloat16, enabled=mixed):
-                honest = hidden_future_loss(model.network, datamodule.tokens("val"), counts, model.window)
+                honest = hidden_future_loss(model.network, np.asarray(datamodule.tokens("val")), counts, model.window)
             rich.print(
                 f"val loss with the future hidden: {honest.loss:.4f} nats, "
                 f"mean of {honest.draws} draws (spread {honest.spread:.4f}) over {honest.predictions:,} characters"

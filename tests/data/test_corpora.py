@@ -1,8 +1,11 @@
 import hashlib
+import io
 import os
 import socket
 import threading
+import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -10,10 +13,15 @@ import pytest
 
 from llmx.data import corpora
 from llmx.data.corpora import load_corpus
+from llmx.data.datamodule import TextDataModule
 from llmx.errors import UserError
 
 TEXT = "First Citizen:\nBefore we proceed\r\n"
 SHARED = corpora.CHECKOUT.parent / "shared" / "data"
+
+
+def publish(monkeypatch: pytest.MonkeyPatch, name: str = "tinyshakespeare", **changes: str) -> None:
+    monkeypatch.setitem(corpora.PUBLISHED, name, replace(corpora.PUBLISHED[name], **changes))  # type: ignore[arg-type]
 
 
 @pytest.fixture(autouse=True)
@@ -25,8 +33,8 @@ def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("LLMX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("LLMX_DATA_PATH", os.pathsep.join([str(tmp_path / "first"), str(tmp_path / "second")]))
-    monkeypatch.setattr(corpora, "TINYSHAKESPEARE_URL", f"http://127.0.0.1:{port}/input.txt")
-    monkeypatch.setattr(corpora, "TINYSHAKESPEARE_SHA256", hashlib.sha256(TEXT.encode()).hexdigest())
+    sha256 = hashlib.sha256(TEXT.encode()).hexdigest()
+    publish(monkeypatch, url=f"http://127.0.0.1:{port}/input.txt", sha256=sha256)
 
 
 @pytest.fixture
@@ -48,7 +56,8 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bytes, int], No
         server = HTTPServer(("127.0.0.1", 0), Handler)
         servers.append(server)
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        monkeypatch.setattr(corpora, "TINYSHAKESPEARE_URL", f"http://127.0.0.1:{server.server_port}/input.txt")
+        for name in ("tinyshakespeare", "text8", "enwik8"):
+            publish(monkeypatch, name, url=f"http://127.0.0.1:{server.server_port}/input.txt")
 
     yield start
     for server in servers:
@@ -99,7 +108,7 @@ def test_wrong_checksum_of_a_found_file_names_both_sums_and_is_not_substituted(t
         "data.corpus",
         str(path),
         hashlib.sha256(b"something else").hexdigest(),
-        corpora.TINYSHAKESPEARE_SHA256,
+        corpora.PUBLISHED["tinyshakespeare"].sha256,
     ):
         assert part in str(error.value)
 
@@ -109,7 +118,7 @@ def test_download_goes_to_the_cache_and_is_found_there(
 ) -> None:
     serve(TEXT.encode(), len(TEXT))
     assert load_corpus("tinyshakespeare", tmp_path / "root").text == TEXT
-    monkeypatch.setattr(corpora, "TINYSHAKESPEARE_URL", "http://127.0.0.1:1/gone")
+    publish(monkeypatch, url="http://127.0.0.1:1/gone")
     assert load_corpus("tinyshakespeare", tmp_path / "root").source == str(
         tmp_path / "cache" / "tinyshakespeare" / "input.txt"
     )
@@ -122,7 +131,7 @@ def test_wrong_checksum_of_a_download_names_both_sums_and_leaves_nothing(
     with pytest.raises(UserError) as error:
         load_corpus("tinyshakespeare", tmp_path / "root", offline_corpus="stdlib")
     served = hashlib.sha256(b"<html>log in first</html>").hexdigest()
-    for part in ("data.corpus", "input.txt", served, corpora.TINYSHAKESPEARE_SHA256):
+    for part in ("data.corpus", "input.txt", served, corpora.PUBLISHED["tinyshakespeare"].sha256):
         assert part in str(error.value)
     assert files_below(tmp_path) == []
 
@@ -140,9 +149,50 @@ def test_unreachable_corpus_is_explained(tmp_path: Path) -> None:
     message = str(error.value)
     folders = [str(tmp_path / folder) for folder in ("root", "first", "second", "cache")]
     place_it = str(tmp_path / "root" / "tinyshakespeare" / "input.txt")
-    for part in ("data.corpus", *folders, place_it, corpora.TINYSHAKESPEARE_URL, "--data.corpus stdlib"):
+    for part in ("data.corpus", *folders, place_it, corpora.PUBLISHED["tinyshakespeare"].url, "--data.corpus stdlib"):
         assert part in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", ["text8", "enwik8"])
+def test_zipped_corpus_is_downloaded_unpacked_and_found_again(
+    name: str, tmp_path: Path, serve: Callable[[bytes, int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zipped = io.BytesIO()
+    with zipfile.ZipFile(zipped, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(name, TEXT)
+    body = zipped.getvalue()
+    serve(body, len(body))
+    publish(monkeypatch, name, sha256=hashlib.sha256(TEXT.encode()).hexdigest())
+    with pytest.raises(UserError, match=r"is not the published file"):
+        load_corpus(name, tmp_path / "root")
+    publish(monkeypatch, name, archive=hashlib.sha256(body).hexdigest())
+    assert load_corpus(name, tmp_path / "root").source == corpora.PUBLISHED[name].url
+    assert files_below(tmp_path) == [f"cache/{name}/input.txt"]
+    assert load_corpus(name, tmp_path / "root").source == str(tmp_path / "cache" / name / "input.txt")
+    publish(monkeypatch, name, sha256="0")
+    with pytest.raises(UserError, match=rf"is not the published {name}: its sha256"):
+        load_corpus(name, tmp_path / "root")
+
+
+@pytest.mark.parametrize(("name", "vocabulary"), [("text8", 27), ("enwik8", 256)])
+def test_hundred_million_bytes_are_split_into_90_5_and_5(
+    name: str, vocabulary: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = " abcdefghijklmnopqrstuvwxyz" if name == "text8" else "<p>\n\u00e9\U00010330" + 18 * "x"  # 27 and 28 bytes
+    size = len(text.encode())
+    path = tmp_path / "root" / name / "input.txt"
+    path.parent.mkdir(parents=True)
+    data = (text.encode() * (100_000 // size + 1))[: 100_000 // size * size]
+    data += b" " * (100_000 - len(data))
+    path.write_bytes(data)
+    publish(monkeypatch, name, sha256=hashlib.sha256(data).hexdigest())
+    module = TextDataModule(name, root=str(tmp_path / "root"))
+    assert [len(module.tokens(split)) for split in ("train", "val", "test")] == [90_000, 5_000, 5_000]
+    assert module.tokenizer.vocab_size == vocabulary
+    fractions = corpora.PUBLISHED[name].split
+    ends = [int(sum(fractions[:parts]) * 100_000_000) for parts in (1, 2)]
+    assert ends == [90_000_000, 95_000_000]
 
 
 def test_offline_corpus_stands_in_for_an_unreachable_one(tmp_path: Path) -> None:

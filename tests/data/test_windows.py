@@ -6,7 +6,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmx.data.windows import Batch, EpochWindows, EvaluationBatches, RandomWindows, TrainingBatches, WindowSampler
+from llmx.data.windows import (
+    Batch,
+    EpochWindows,
+    EvaluationBatches,
+    KeyedEpochWindows,
+    RandomWindows,
+    TrainingBatches,
+    WindowSampler,
+)
 from llmx.errors import UserError
 from llmx.protocol import IGNORE
 
@@ -35,17 +43,21 @@ def test_a_window_has_its_targets_one_token_later() -> None:
         assert batch.targets.is_contiguous()
 
 
+@pytest.mark.parametrize("kind", [EpochWindows, KeyedEpochWindows])
 @given(windows=st.integers(1, 60), batch=st.integers(1, 20), seed=st.integers(0, 2**32), epoch=st.integers(0, 3))
 @property_test
-def test_every_window_comes_exactly_once_an_epoch(windows: int, batch: int, seed: int, epoch: int) -> None:
-    sampler = EpochWindows(windows, batch, seed)
+def test_every_window_comes_exactly_once_an_epoch(
+    kind: type[WindowSampler], windows: int, batch: int, seed: int, epoch: int
+) -> None:
+    sampler = kind(windows, batch, seed)
     batches = training(sampler, window=3, start=epoch * sampler.steps_per_epoch)
     assert sorted(start for batch in batches for start in starts_of(batch)) == list(range(windows))
 
 
-def test_epochs_and_seeds_differ_in_order() -> None:
+@pytest.mark.parametrize("kind", [EpochWindows, KeyedEpochWindows])
+def test_epochs_and_seeds_differ_in_order(kind: type[WindowSampler]) -> None:
     orders = {
-        tuple(EpochWindows(50, 50, seed).starts(epoch).tolist()) for seed in range(3) for epoch in range(3)
+        tuple(kind(50, 50, seed).starts(epoch).tolist()) for seed in range(3) for epoch in range(3)
     }  # one step an epoch
     assert len(orders) == 9
 
@@ -67,7 +79,7 @@ def test_random_windows_reach_every_window_about_equally() -> None:
     assert all(abs(counts[start] - 1000) < 150 for start in range(10))
 
 
-@pytest.mark.parametrize("kind", [EpochWindows, RandomWindows])
+@pytest.mark.parametrize("kind", [EpochWindows, KeyedEpochWindows, RandomWindows])
 def test_windows_are_a_pure_function_of_seed_and_step(kind: type[WindowSampler]) -> None:
     steps = [7, 0, 12, 3, 7]
     once = {step: kind(50, 8, seed=3).starts(step).tolist() for step in steps}
@@ -80,7 +92,7 @@ def test_windows_are_a_pure_function_of_seed_and_step(kind: type[WindowSampler])
     assert kind(50, 8, seed=4).starts(7).tolist() != once[7]
 
 
-@pytest.mark.parametrize("kind", [EpochWindows, RandomWindows])
+@pytest.mark.parametrize("kind", [EpochWindows, KeyedEpochWindows, RandomWindows])
 def test_resuming_at_a_step_continues_as_if_uninterrupted(kind: type[WindowSampler]) -> None:
     steps = kind(50, 8, seed=3).steps_per_epoch  # 7
     whole = [

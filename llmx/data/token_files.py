@@ -1,0 +1,237 @@
+"""Corpora larger than memory: a folder of token files, read through memory maps.
+
+The folder has `tokenizer.json`, what the tokenizer's `to_config` gives, and the tokens: *.npy files of uint8 or uint16,
+or *.bin files of nothing but tokens, little-endian, in the smallest type that holds the vocabulary. In order of their
+paths they are one stream, cut into files for convenience: a window may reach from one file into the next.
+"""
+
+import hashlib
+import json
+import mmap
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+import numpy as np
+
+from llmx.data.tokenizers import Tokenizer, tokenizer_from_config
+from llmx.errors import UserError
+
+TOKENIZER = "tokenizer.json"
+VALIDATION_TOKENS = 10_000_000  # by default at most, for a tenth of billions would be read at each validation
+FAULT_AROUND = 65536  # bytes that the system maps where one is read
+MAPPED_BYTES = 64 * 2**20  # what may be mapped before all maps are closed
+OPEN_MAPS = 128  # each holds a file open
+SAMPLED_BYTES = 65536  # of each end of a file, for the digest
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """`length` tokens of type `dtype` from byte `offset` on."""
+
+    path: Path
+    dtype: np.dtype
+    offset: int
+    length: int
+
+
+class _Maps:
+    """The memory maps of some files, opened when needed. Pages that were read count as the process' memory until their
+    map is closed, so all are closed from time to time."""
+
+    def __init__(self, files: list[TokenFile], vocab_size: int):
+        self.files = files
+        self.vocab_size = vocab_size
+        self.dtype = np.result_type(*(file.dtype for file in files))
+        self.ends = np.cumsum([file.length for file in files])  # in the stream
+        self._open: dict[int, np.ndarray] = {}
+        self._mapped = 0
+
+    def read(self, index: int, where: np.ndarray | slice) -> np.ndarray:
+        """Some tokens of a file, by their positions in it. Raises UserError for one outside the vocabulary."""
+        file = self.files[index]
+        if index not in self._open:
+            if len(self._open) == OPEN_MAPS:
+                self._open.clear()
+            try:
+                self._open[index] = _mapped(file)
+            except (OSError, ValueError) as error:
+                raise UserError(f"data.corpus: {file.path} cannot be read any more: {error}") from None
+        tokens = np.array(self._open[index][where])
+        if tokens.size and tokens.max() >= self.vocab_size:
+            raise UserError(
+                f"data.corpus: {file.path} has the token {tokens.max()}, but the vocabulary of {TOKENIZER} beside it "
+                f"has {self.vocab_size}"
+            )
+        return tokens
+
+    def count(self, mapped: int) -> None:
+        self._mapped += mapped
+        if self._mapped > MAPPED_BYTES:
+            self._open.clear()
+            self._mapped = 0
+
+
+def _mapped(file: TokenFile) -> np.ndarray:
+    with file.path.open("rb") as content:
+        mapped = mmap.mmap(content.fileno(), 0, access=mmap.ACCESS_READ)
+    if sys.platform != "win32":
+        mapped.madvise(mmap.MADV_RANDOM)  # else 128 KiB are read for each window
+    return np.frombuffer(mapped, file.dtype, file.length, file.offset)
+
+
+class TokenStream:
+    """A stretch of the stream, (L,): `len`, slices and `take` are those of an array, np.asarray reads it all."""
+
+    def __init__(self, maps: _Maps, begin: int, end: int):
+        self._maps = maps
+        self._begin = begin
+        self._end = end
+
+    def __len__(self) -> int:
+        return self._end - self._begin
+
+    def __getitem__(self, part: slice) -> "TokenStream":
+        begin, end, step = part.indices(len(self))
+        if step != 1:
+            raise ValueError("a stretch has no steps")
+        return TokenStream(self._maps, self._begin + begin, self._begin + max(begin, end))
+
+    def take(self, positions: np.ndarray, mode: Literal["clip"] = "clip") -> np.ndarray:
+        """The tokens at some positions, (..., T), whose last axis is a window; those outside are moved to the ends."""
+        positions = np.clip(positions, 0, len(self) - 1) + self._begin
+        number = np.searchsorted(self._maps.ends, positions, side="right")  # of the file
+        tokens = np.empty(positions.shape, self._maps.dtype)
+        for index in np.unique(number):
+            here = number == index
+            first = self._maps.ends[index] - self._maps.files[index].length
+            tokens[here] = self._maps.read(index, positions[here] - first)
+        self._maps.count(positions.size // positions.shape[-1] * FAULT_AROUND + tokens.nbytes)
+        return tokens
+
+    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
+        tokens = np.empty(len(self), self._maps.dtype)
+        for index, end in enumerate(self._maps.ends.tolist()):
+            first = end - self._maps.files[index].length
+            begin, stop = max(first, self._begin), min(end, self._end)
+            if begin < stop:
+                part = self._maps.read(index, slice(begin - first, stop - first))
+                tokens[begin - self._begin : stop - self._begin] = part
+                self._maps.count(part.nbytes)
+        return tokens if dtype is None else tokens.astype(dtype)
+
+
+@dataclass(frozen=True)
+class TokenCorpus:
+    """A folder of token files. `sha256` is of the tokenizer and of the name, type, length and first and last 64 KiB of
+    each file: reading all would take minutes."""
+
+    name: str
+    tokenizer: Tokenizer
+    tokens: TokenStream
+    sha256: str
+    source: str
+
+    @property
+    def requested(self) -> str:
+        return self.name
+
+    @property
+    def substituted(self) -> bool:
+        return False
+
+    @property
+    def characters(self) -> int:
+        """Tokens, which are characters or bytes."""
+        return len(self.tokens)
+
+    @property
+    def split(self) -> list[float]:
+        validation = min(0.1, VALIDATION_TOKENS / len(self.tokens))
+        return [1 - validation, validation, 0.0]
+
+
+def is_token_folder(name: str) -> bool:
+    return bool(name) and (Path(name).expanduser() / TOKENIZER).is_file()
+
+
+def open_tokens(name: str) -> TokenCorpus:
+    """Opens a folder of token files, in a time that does not depend on their size.
+
+    Raises:
+        UserError: The tokenizer or a file cannot be read, a file is of another type, or there is no token.
+    """
+    folder = Path(name).expanduser()
+    try:
+        tokenizer = tokenizer_from_config(json.loads((folder / TOKENIZER).read_text("utf-8")))
+    except (OSError, ValueError) as error:  # a UserError among them
+        raise UserError(f"data.corpus: {folder / TOKENIZER}: {error}") from None
+    paths = sorted(path for path in folder.rglob("*") if path.suffix in (".bin", ".npy") and path.stat().st_size)
+    files = [_opened(path, tokenizer.dtype) for path in paths]
+    if not files:
+        raise UserError(f"data.corpus: the folder {folder} has no *.bin or *.npy file with tokens in it")
+    digest = hashlib.sha256(json.dumps(tokenizer.to_config(), sort_keys=True).encode(errors="surrogatepass"))
+    for file in files:
+        place = file.path.relative_to(folder).as_posix()
+        digest.update(f"\n{place} {file.dtype.itemsize} {file.length}\n".encode(errors="surrogateescape"))
+        with file.path.open("rb") as content:
+            for start in (file.offset, max(file.offset, file.path.stat().st_size - SAMPLED_BYTES)):
+                content.seek(start)
+                digest.update(content.read(SAMPLED_BYTES))
+    maps = _Maps(files, tokenizer.vocab_size)
+    stream = TokenStream(maps, 0, int(maps.ends[-1]))
+    return TokenCorpus(name, tokenizer, stream, digest.hexdigest(), f"{folder} ({len(files)} files)")
+
+
+def _opened(path: Path, dtype: np.dtype) -> TokenFile:
+    try:
+        if path.suffix == ".bin":
+            little = dtype.newbyteorder("<")
+            return TokenFile(path, little, 0, len(np.memmap(path, little, "r")))
+        tokens = np.load(path, mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise UserError(f"data.corpus: {path} cannot be read as tokens of type {dtype}: {error}") from None
+    if tokens.ndim != 1 or tokens.dtype not in (np.dtype("u1"), np.dtype("<u2")):
+        raise UserError(
+            f"data.corpus: {path} has shape {tokens.shape} and type {tokens.dtype}, but token files have one axis and "
+            "the type uint8 or uint16, little-endian"
+        )
+    return TokenFile(path, tokens.dtype, tokens.offset, len(tokens))
+
+
+def write_tokens(folder: str | Path, texts: Iterable[str], tokenizer: Tokenizer, file_tokens: int = 2**28) -> None:
+    """Encodes a text that comes piece by piece, as the lines of a file do, into a folder of token files.
+
+    Args:
+        folder: is made; must not have token files yet.
+        texts: pieces of the text, in order; one at a time is in memory.
+        tokenizer: whose ids are written, and which is kept beside them.
+        file_tokens: tokens in each file but the last.
+
+    Raises:
+        UserError: The folder has token files, or a piece of the text has no ids.
+    """
+    folder = Path(folder).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.rglob("*.bin")) or any(folder.rglob("*.npy")):
+        raise UserError(f"{folder} has token files already; give an empty folder")
+    file: BinaryIO | None = None
+    number = left = 0
+    try:
+        for text in texts:
+            ids = tokenizer.encode(text)
+            while len(ids):
+                if file is None or not left:
+                    if file is not None:
+                        file.close()
+                    file, left, number = (folder / f"{number:06}.bin").open("wb"), file_tokens, number + 1
+                part, ids = ids[:left], ids[left:]
+                file.write(part.astype(part.dtype.newbyteorder("<")).tobytes())
+                left -= len(part)
+    finally:
+        if file is not None:
+            file.close()
+    # last, so that a folder half written is no corpus
+    (folder / TOKENIZER).write_text(json.dumps(tokenizer.to_config()) + "\n", "utf-8")
