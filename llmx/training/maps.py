@@ -7,6 +7,7 @@ import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
@@ -75,7 +76,7 @@ class MixerMaps(Callback):
             return
         if self.sentence is None:
             data = trainer.datamodule.tokens("val")  # type: ignore[attr-defined]
-            tokens = torch.from_numpy(data[: min(LENGTH, pl_module.window)].copy()).long()
+            tokens = torch.from_numpy(np.array(data[: min(LENGTH, pl_module.window)])).long()
         else:
             tokens = torch.from_numpy(pl_module.tokenizer.encode(self.sentence)).long()
         maps = mixer_maps(pl_module.network, tokens.to(pl_module.device))

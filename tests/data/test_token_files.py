@@ -38,6 +38,7 @@ def folder(tmp_path: Path) -> Path:
 def test_files_are_one_stream_in_order_of_their_paths(folder: Path) -> None:
     corpus = open_tokens(str(folder))
     assert np.asarray(corpus.tokens).tolist() == list(range(1000))
+    assert torch.from_numpy(np.array(corpus.tokens[:8])).tolist() == list(range(8))
     assert np.asarray(corpus.tokens[150:260][30:], np.int64).tolist() == list(range(180, 260))
     assert (corpus.characters, corpus.source) == (1000, f"{folder} (3 files)")
 
