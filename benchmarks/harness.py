@@ -15,6 +15,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
@@ -127,7 +128,8 @@ class _Worker:
     def measure(self, case: Case) -> float | None:
         if self.error is not None:
             return None
-        self.connection.send(case)
+        with suppress(BrokenPipeError):  # it has ended, and nothing comes back either
+            self.connection.send(case)
         return self._receive()
 
     def close(self) -> None:
@@ -138,7 +140,7 @@ class _Worker:
     def _receive(self) -> float | None:
         try:
             value, peak_bytes, self.error = self.connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             self.process.join()
             value, peak_bytes, self.error = None, 0, f"its process ended with exit code {self.process.exitcode}"
         self.peak_bytes = max(self.peak_bytes, peak_bytes)

@@ -180,9 +180,14 @@ def main() -> int:
     names = [name for name in chosen.names or [*configs, *RECURRENT] if name != BASELINE]
     use_threads(chosen.threads)
     turns = [names[i : i + AT_ONCE] for i in range(0, len(names), AT_ONCE)] or [[]]
-    groups = [measured([BASELINE, *few], chosen) for few in turns]
+    groups: list[list[Result]] = []
+    code = 0
+    for few in turns:
+        groups.append(measured([BASELINE, *few], chosen))
+        # written after every group, should a later one fail
+        code = finish("mixers", [result for group in groups for result in group], chosen)
     Console(width=180).print(summary(groups))
-    return finish("mixers", [result for group in groups for result in group], chosen)
+    return code
 
 
 if __name__ == "__main__":

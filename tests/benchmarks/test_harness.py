@@ -8,6 +8,8 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from threading import Timer
+from time import sleep
 
 import pytest
 from hypothesis import given
@@ -63,6 +65,22 @@ def failing_in_its_second_turn(log: Path) -> Measure:
 
 def dying() -> Measure:
     os._exit(3)
+
+
+def dying_between_turns() -> Measure:
+    def answer(case: Case) -> float:
+        Timer(0.1, os._exit, (4,)).start()
+        return 1.0
+
+    return answer
+
+
+def slow() -> Measure:
+    def answer(case: Case) -> float:
+        sleep(1)
+        return 1.0
+
+    return answer
 
 
 def result(contender: str, values: list[float], case: Case = RATE, error: str | None = None) -> Result:
@@ -134,6 +152,13 @@ def test_a_contender_that_fails_says_why_and_the_others_go_on(tmp_path: Path):
             "dying": "its process ended with exit code 3",
         }
     assert [r.values for r in results if r.error is not None] == [[]] * 6
+
+
+def test_a_contender_may_die_while_it_is_not_asked():
+    contenders = [Contender("dying", dying_between_turns), Contender("slow", slow)]
+    dead, alive = measure_in_turns(contenders, [RATE], repeats=1)
+    assert (dead.values, dead.error) == ([], "its process ended with exit code 4")
+    assert alive.values == [1.0]
 
 
 def test_the_record_is_json_with_every_round_and_the_ratios_to_ours():
