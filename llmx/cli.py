@@ -6,12 +6,15 @@ is wrong with it becomes one message and exit code 2; nothing is written before 
 
 from __future__ import annotations
 
+import errno
 import importlib
 import inspect
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,12 +22,13 @@ from typing import Any, Literal, cast
 
 import torch
 import yaml
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from llmx.base_config import with_bases, with_list_entries
-from llmx.composition import build, import_collection, to_config
+from llmx.composition import build, check_imports, import_collection, to_config
 from llmx.data.datamodule import TextDataModule
 from llmx.describe import Description, describe
 from llmx.errors import UserError
@@ -39,11 +43,12 @@ from llmx.training.callbacks import (
     ProgressBar,
     RunRecord,
     Samples,
+    StopOnSignal,
     TokensPerSecond,
     ValidationLosses,
     run_folder,
 )
-from llmx.training.checkpoints import read_checkpoint
+from llmx.training.checkpoints import CheckpointFiles, read_checkpoint
 from llmx.training.fastpath import fast_precision
 from llmx.training.logger import RunLogger
 from llmx.training.maps import MixerMaps
@@ -57,6 +62,7 @@ OTHER_VERBS = {  # modules with a run(arguments) -> exit code
     "compare": "llmx.comparison.command",
     "sweep": "llmx.sweep.command",
 }
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a write to a full disk raises, without the file's name
 SMALL = 50_000_000  # parameters of a network that is described by running it, where shapes alone do not do
 
 
@@ -64,11 +70,15 @@ def main(args: list[str] | None = None) -> int:
     """Runs one command, `sys.argv` by default.
 
     Returns the exit code: 0, 1 where `audit` found a fault or `describe --match` no match, 2 for bad input.
+
+    Raises:
+        SystemExit: with 130 for SIGINT and 143 for SIGTERM; a fit is saved before.
     """
     # the working directory is importable: one file there and one YAML make a new architecture
     sys.path.insert(0, os.getcwd())
     arguments = sys.argv[1:] if args is None else args
     _quiet()
+    former = _leave_on_signals()
     try:
         if arguments and arguments[0] in OTHER_VERBS:
             return importlib.import_module(OTHER_VERBS[arguments[0]]).run(arguments[1:])
@@ -76,9 +86,12 @@ def main(args: list[str] | None = None) -> int:
     except UserError as error:
         message = str(error)
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno not in FULL:
             raise
-        message = f"{error.filename}: {error.strerror}"
+        message = f"{error.filename or 'writing'}: {error.strerror}"
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
     sys.stdout.flush()
     sys.stderr.write(f"error: {message}\n")
     return 2
@@ -100,7 +113,18 @@ def execute(arguments: list[str], callbacks: Sequence[Callback] = (), dry: bool 
         arguments = with_list_entries(with_bases(arguments))
         return CLI(arguments, callbacks, dry)
     except ParserError as error:
-        options = ["config", "seed_everything", "vocab_size", "ckpt_path", "length", "format", "match", "to", "by"]
+        options = [
+            "config",
+            "seed_everything",
+            "vocab_size",
+            "trust",
+            "ckpt_path",
+            "length",
+            "format",
+            "match",
+            "to",
+            "by",
+        ]
         options += ["weights_only", "verbose", "return_predictions", "help"]
         verbs = [*CLI.subcommands(), *OTHER_VERBS]
         message = explain(str(error), arguments, verbs, {**GROUPS, "trainer": Trainer}, options)
@@ -184,6 +208,12 @@ class CLI(LightningCLI):
             help="Tokens in the vocabulary, where it is declared: describe then reads no corpus, and every other "
             "command refuses a tokenizer of another size.",
         )
+        # taken out of the command line before it is parsed: no config can trust by itself
+        parser.add_argument(
+            "--trust",
+            type=str | None,
+            help="Modules of your own, separated by commas, that the checkpoint of --ckpt_path may use.",
+        )
         # both come from the data
         parser.add_class_arguments(LanguageModel, "model", fail_untyped=False, skip={"tokenizer", "window"})
         parser.add_class_arguments(TextDataModule, "data")
@@ -199,11 +229,12 @@ class CLI(LightningCLI):
 
     def _with_run(self, arguments: list[str]) -> list[str]:
         """The arguments, with the configuration of the run that --ckpt_path names put before what they say."""
+        arguments = _trusting(arguments)
         path = _option(arguments, "--ckpt_path")
         if path is None or not arguments or arguments[0] not in self.subcommands():
             return arguments
         if path == "last":
-            path = str(_newest_run(Path(_option(arguments, "--trainer.default_root_dir") or ".")))
+            path = str(_newest_run(_root(arguments)))
             arguments = _replaced(arguments, "--ckpt_path", path)
         self.checkpoint = read_checkpoint(path)
         folder = Path(path).parent
@@ -212,6 +243,9 @@ class CLI(LightningCLI):
             return arguments
         config = self.run / "config.yaml"
         if arguments[0] == "fit" and config.is_file():
+            content = _read_yaml(config)
+            for group in ("model", "trainer"):  # all of the data's is plain
+                check_imports(content.get(group), f"{config}: {group}")
             return [arguments[0], "--config", str(config), *arguments[1:]]
         model = dict(self.checkpoint["hyper_parameters"])
         data = self.checkpoint.get("datamodule_hyper_parameters")
@@ -219,6 +253,7 @@ class CLI(LightningCLI):
             raise UserError(f"ckpt_path: {path} is not a checkpoint of a LanguageModel and its TextDataModule")
         del model["tokenizer"], model["window"]
         content = {"model": model, "data": dict(data)}
+        check_imports(model, f"ckpt_path: {path}")
         return [arguments[0], "--config", json.dumps(content), *arguments[1:]]
 
     # ------------------------------------------------------------------------------------------------ construction
@@ -260,6 +295,8 @@ class CLI(LightningCLI):
             self.trainer = self.instantiate_trainer(**self._trainer_arguments(settings.trainer))
         except (ValueError, TypeError) as error:
             raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            self.trainer.strategy.checkpoint_io = CheckpointFiles()
         if verb == "fit" and self._counts and self.trainer.world_size > 1:
             raise UserError("trainer.devices: this network counts, which one process does; give 1")
         if verb == "fit":
@@ -338,6 +375,7 @@ class CLI(LightningCLI):
             TokensPerSecond(),
             Samples(),
             EndWithValidation(),
+            StopOnSignal(),
             ValidationLosses(),
             RunRecord(config),
             *self.callbacks,
@@ -516,12 +554,61 @@ def _replaced(arguments: list[str], name: str, value: str) -> list[str]:
     return result
 
 
+def _trusting(arguments: list[str]) -> list[str]:
+    """The arguments without --trust, once the modules that it names are imported.
+
+    Raises:
+        UserError: for a module that cannot be imported.
+    """
+    names = _option(arguments, "--trust")
+    if names is None:
+        return arguments
+    for name in names.split(","):
+        try:
+            importlib.import_module(name.strip())
+        except (ImportError, ValueError, TypeError) as error:
+            raise UserError(f"trust: {name!r} cannot be imported: {error}") from error
+    place = next(i for i, argument in enumerate(arguments) if argument.split("=")[0] == "--trust")
+    rest = place + (1 if "=" in arguments[place] else 2)
+    return _trusting([*arguments[:place], *arguments[rest:]])
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())[:200]}") from error
+
+
+def _root(arguments: list[str]) -> Path:
+    """The folder that the runs are below: as the command line or its config says, or here."""
+    root = _option(arguments, "--trainer.default_root_dir")
+    config = _option(arguments, "--config") or _option(arguments, "-c")
+    if root is None and config is not None:
+        content = yaml.safe_load(config) if config.lstrip().startswith("{") else _read_yaml(Path(config))
+        trainer = content.get("trainer") if isinstance(content, dict) else None
+        root = trainer.get("default_root_dir") if isinstance(trainer, dict) else None
+    return Path(root or ".")
+
+
 def _newest_run(root: Path) -> Path:
     """The last checkpoint of the newest run below a root folder."""
-    found = list((root / "lightning_logs").glob("version_*/checkpoints/last.ckpt"))
+    paths = (root / "lightning_logs").glob("version_*/checkpoints/last.ckpt")
+    found = [p for p in paths if p.is_file() and p.parent.parent.name.removeprefix("version_").isdecimal()]
     if not found:
         raise UserError(f"ckpt_path: 'last' found no run with a checkpoint below {root / 'lightning_logs'}")
     return max(found, key=lambda path: int(path.parent.parent.name.removeprefix("version_")))
+
+
+def _leave_on_signals() -> dict[int, Any]:
+    """Makes SIGINT and SIGTERM an orderly exit with 128 + signal; returns the handlers that were there."""
+
+    def leave(number: int, *_: Any) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
 
 
 def _plain(settings: Any) -> dict[str, Any]:

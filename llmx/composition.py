@@ -6,15 +6,22 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 import sys
 from functools import partial
 from typing import Any
 
+import yaml
+from torch import nn
+from torch.optim import Optimizer
+
 from llmx.errors import UserError
+from llmx.training.schedules import Schedule
 
 _PLAIN = (str, int, float, bool, type(None))
+BUILT = (nn.Module, Optimizer, Schedule)  # what a configuration may have built, whatever else is imported
 
 
 def to_config(value: Any) -> Any:
@@ -62,6 +69,8 @@ def from_config(config: Any, trusted: tuple[str, ...] = (), key: str = "") -> An
         cls = find_class(config["class_path"], trusted)
         given = config.get("init_args") or {}
         arguments = {name: from_config(item, trusted, key and f"{key}.{name}") for name, item in given.items()}
+        if key and not issubclass(cls, BUILT):
+            raise UserError(f"class_path {config['class_path']!r}: is no component")
         factory = Placed(cls, **arguments) if key else partial(cls, **arguments)
         if isinstance(factory, Placed):
             factory.key = key
@@ -102,10 +111,56 @@ class Placed(partial):
             raise UserError(f"{where}{error}") from error
 
 
+def check_imports(config: Any, where: str) -> None:
+    """Refuses data from elsewhere that would make the parser import something new.
+
+    That is a `class_path` outside llmx, torch.optim and what is imported already; and text that the parser would read
+    as more than text: the dotted path of something in an installed module, or a mapping or list.
+
+    Raises:
+        UserError: for such data; `where` tells where it is from.
+    """
+    if isinstance(config, dict):
+        for key, value in config.items():
+            if key != "class_path" or not isinstance(value, str):
+                check_imports(value, where)
+            elif "." in value and not _is_ours(module := value.rpartition(".")[0]) and module not in sys.modules:
+                raise UserError(
+                    f"{where}: class_path {value!r} is outside llmx, and a checkpoint may not import modules by "
+                    f"itself: --trust {module} if you trust it"
+                )
+    elif isinstance(config, list | tuple):
+        for item in config:
+            check_imports(item, where)
+    elif isinstance(config, str) and _names_code(config):
+        raise UserError(
+            f"{where}: {config!r:.100} is more than plain text: give these settings by --config if you trust them"
+        )
+
+
+def _names_code(text: str) -> bool:
+    """Whether the parser, which reads text as YAML, finds a component in it or could import what it names."""
+    try:
+        text = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return False
+    if not isinstance(text, str):
+        return isinstance(text, dict | list)
+    module, _, name = text.rpartition(".")
+    if not name.isidentifier() or not all(part.isidentifier() for part in module.split(".")) or _is_ours(module):
+        return False
+    top = module.split(".")[0]
+    return top in sys.modules or importlib.util.find_spec(top) is not None
+
+
+def _is_ours(module: str) -> bool:
+    return module.split(".")[0] == "llmx" or module == "torch.optim" or module.startswith("torch.optim.")
+
+
 def find_class(path: str, trusted: tuple[str, ...] = ()) -> type:
     """The class at a dotted path, under the rule of `from_config`."""
     module, _, name = path.rpartition(".")
-    if module.split(".")[0] == "llmx" or module.startswith("torch.optim") or module in trusted:
+    if _is_ours(module) or module in trusted:
         try:
             importlib.import_module(module)
         except ModuleNotFoundError as error:

@@ -19,7 +19,7 @@ from llmx.reports.curves import Curve, config_of, read_curves
 # what a run was measured on, and how much it has seen
 PROTOCOL = ("corpus", "sha256", "split", "vocab_size", "window", "val_stride", "val_count")
 # settings that change where and how fast a run goes, and not what it computes
-ASIDE = {"seed_everything", "ckpt_path", "weights_only"}
+ASIDE = {"seed_everything", "ckpt_path", "weights_only", "trust"}
 ASIDE_OF_TRAINER = {"default_root_dir", "enable_progress_bar", "logger", "log_every_n_steps", "callbacks", "profiler"}
 
 
@@ -70,7 +70,11 @@ class Run:
     @cached_property
     def losses(self) -> np.ndarray:
         """(N,) nats of each predicted character of the validation split, float64."""
-        return np.load(self.folder / "val_losses.npy").astype(np.float64)
+        path = self.folder / "val_losses.npy"
+        try:
+            return np.load(path, allow_pickle=False).astype(np.float64)
+        except (ValueError, EOFError, OSError) as error:
+            raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())[:200]}") from error
 
     @cached_property
     def curves(self) -> dict[str, Curve]:

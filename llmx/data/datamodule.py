@@ -31,6 +31,7 @@ from llmx.data.windows import (
     count_windows,
 )
 from llmx.errors import UserError
+from llmx.training.checkpoints import read_checkpoint
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -145,6 +146,21 @@ class TextDataModule(LightningDataModule):
         self.prompts = prompts
         self.samples = samples
         self._tokenizer = tokenizer
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, **changes: Any) -> "TextDataModule":  # type: ignore[override]
+        """The data that a checkpoint's run was trained on; nothing in the file is executed.
+
+        Raises:
+            UserError: The file is missing, damaged, holds code or no TextDataModule.
+        """
+        arguments = read_checkpoint(checkpoint_path).get("datamodule_hyper_parameters")
+        if not isinstance(arguments, dict):
+            raise UserError(f"{checkpoint_path}: is not a checkpoint of a TextDataModule")
+        try:
+            return cls(**{**arguments, **changes})
+        except TypeError as error:
+            raise UserError(f"{checkpoint_path}: does not fit {cls.__name__}: {error}") from error
 
     @cached_property
     def source(self) -> Corpus | TokenCorpus:

@@ -121,20 +121,34 @@ def tokenizer_from_config(config: dict[str, Any]) -> Tokenizer:
 def cached_tokens(corpus: Corpus, tokenizer: Tokenizer) -> np.ndarray:
     """The encoded corpus, (N,), read-only: a memory map of a file in the cache folder, written at first use.
 
-    The file's name holds the digest of its content, so a damaged file is found out and written again. Several
-    processes may build it at once. Where the cache folder cannot be used, the tokens stay in memory.
+    The file's name holds the digest of its content, so a damaged file is found out and written again, as is one that
+    holds anything but ids of this vocabulary. Several processes may build it at once. Where the cache folder cannot be
+    used, the tokens stay in memory.
     """
     folder = cache_folder() / "tokens"
     key = _digest(corpus.sha256, json.dumps(tokenizer.to_config(), sort_keys=True))
     try:
         for path in folder.glob(f"{key}-*.npy"):
-            if _file_digest(path) == path.stem.removeprefix(f"{key}-"):
-                return np.load(path, mmap_mode="r")
+            held = _held_tokens(path, key, tokenizer)
+            if held is not None:
+                return held
         return np.load(_store(tokenizer.encode(corpus.text), folder, key), mmap_mode="r")
     except OSError:
         tokens = tokenizer.encode(corpus.text)
         tokens.flags.writeable = False
         return tokens
+
+
+def _held_tokens(path: Path, key: str, tokenizer: Tokenizer) -> np.ndarray | None:
+    """The tokens of a file in the cache, (N,); None where it is damaged, or no array of such ids."""
+    if _file_digest(path) != path.stem.removeprefix(f"{key}-"):
+        return None
+    try:
+        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+    except ValueError:  # a pickle, or a header that is too long or none
+        return None
+    fits = tokens.dtype == tokenizer.dtype and tokens.ndim == 1 and tokens.size > 0
+    return tokens if fits and tokens.max() < tokenizer.vocab_size else None
 
 
 def _store(tokens: np.ndarray, folder: Path, key: str) -> Path:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -34,18 +38,110 @@ from llmx.training.provenance import provenance
 UNCOUNTED = -1.0  # no loss is below 0
 
 
-class BestCheckpoint(ModelCheckpoint):
+class RunCheckpoint(ModelCheckpoint):
+    """Deletes in the run's own folder only: which file came before, a resumed run has from its checkpoint."""
+
+    def _should_remove_checkpoint(self, trainer: pl.Trainer, previous: str, current: str) -> bool:
+        assert self.dirpath is not None
+        inside = os.path.dirname(os.path.abspath(previous)) == os.path.abspath(self.dirpath)
+        return inside and super()._should_remove_checkpoint(trainer, previous, current)
+
+
+class BestCheckpoint(RunCheckpoint):
     """`checkpoints/best.ckpt`: the lowest validation loss."""
 
     def __init__(self) -> None:
         super().__init__(monitor="val/loss", filename="best", save_top_k=1, enable_version_counter=False)
 
 
-class LastCheckpoint(ModelCheckpoint):
-    """`checkpoints/step=N.ckpt` at every validation, the last one kept, and `last.ckpt` as a link to it."""
+class LastCheckpoint(RunCheckpoint):
+    """`checkpoints/step=N.ckpt` at every validation, the last one kept, and `last.ckpt` as a link to it.
+
+    The link is moved to the new file before the old one goes, in one step: there is no moment at which it is missing
+    or leads nowhere.
+    """
 
     def __init__(self) -> None:
-        super().__init__(monitor=None, filename="{step}", save_top_k=1, save_last="link")
+        super().__init__(monitor=None, filename="{step}", save_top_k=1, save_last="link", enable_version_counter=False)
+
+    def save(self, trainer: pl.Trainer) -> None:
+        """Saves now, unless this step is saved already."""
+        if self._last_global_step_saved != trainer.global_step:
+            candidates = self._monitor_candidates(trainer)
+            self._save_topk_checkpoint(trainer, candidates)
+            self._save_last_checkpoint(trainer, candidates)
+
+    def _remove_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+        link = Path(filepath).with_name(f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
+        self._link_checkpoint(trainer, self._last_checkpoint_saved, str(link))
+        super()._remove_checkpoint(trainer, filepath)
+
+    @staticmethod
+    def _link_checkpoint(trainer: pl.Trainer, filepath: str, linkpath: str) -> None:
+        if trainer.is_global_zero:
+            partial = Path(linkpath).with_name("last.partial")
+            partial.unlink(missing_ok=True)
+            try:
+                partial.symlink_to(Path(filepath).name)
+            except OSError:  # Windows asks for a privilege
+                shutil.copy(filepath, partial)
+            os.replace(partial, linkpath)
+        trainer.strategy.barrier()
+
+
+class StopOnSignal(Callback):
+    """SIGINT and SIGTERM end a run after the step at hand, saved, with exit code 128 + signal; a second one at once."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self._note)  # Lightning puts the former ones back when it ends
+
+    def _note(self, number: int, *_: Any) -> None:
+        if self.signal:
+            raise SystemExit(128 + number)
+        self.signal = number
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        loop, batches = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+        assert batches is not None
+        if loop._should_accumulate() or loop._should_check_val_fx(batches):
+            return  # not a whole step, or one whose validation begins next: that is where it is left then
+        if self._told(trainer):
+            trainer._logger_connector.update_train_step_metrics()  # the step's own point
+            self._leave(trainer)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and self._told(trainer):
+            # a validation that has begun and counted nothing: resuming runs it from its first batch
+            progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+            progress.reset()
+            progress.increment_ready()
+            progress.increment_started()
+            self._leave(trainer)
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        self.on_validation_start(trainer, pl_module)
+
+    def _told(self, trainer: pl.Trainer) -> bool:
+        """Whether any process was signalled: all leave together."""
+        if trainer.world_size == 1:
+            return bool(self.signal)
+        return trainer.strategy.reduce_boolean_decision(bool(self.signal), all=False)
+
+    def _leave(self, trainer: pl.Trainer) -> None:
+        last: Any = next((c for c in trainer.checkpoint_callbacks if isinstance(c, LastCheckpoint)), None)
+        saved = "nothing is saved"
+        if last is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            last.save(trainer)
+            saved = f"saved as {last.last_model_path}; fit --ckpt_path {last.last_model_path} goes on from there"
+        number = self.signal or signal.SIGTERM  # another process was told
+        if trainer.is_global_zero:
+            print(f"{signal.Signals(number).name} at step {trainer.global_step}: {saved}", file=sys.stderr, flush=True)
+        raise SystemExit(128 + number)
 
 
 class EndWithValidation(Callback):

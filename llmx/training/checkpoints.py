@@ -1,32 +1,46 @@
-"""Reading checkpoints: plain data only, with one readable message for whatever is wrong with a file."""
+"""Checkpoints on disk: read as plain data alone, written whole or not at all, one readable message for what is wrong.
 
+Nothing in a file is executed: torch's restricted unpickler reads it, and of the classes that it names only those are
+imported that `llmx.composition` lets through.
+"""
+
+import os
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 
 from llmx.errors import UserError
+
+PARTIAL = "checkpoint.partial"  # one name: what a kill left behind the next write replaces
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Loads a checkpoint of a LanguageModel onto the CPU; nothing in the file is executed.
 
     Raises:
-        UserError: for a file that is missing, damaged, holds more than plain data and tensors, or is no LanguageModel.
+        UserError: for a file that is missing, damaged, holds more than plain data and tensors, would unpack to more
+            than its size, or is no LanguageModel.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"ckpt_path: no checkpoint at {path}")
     try:
+        _check_archive(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except UnpicklingError as error:
         if "Unsupported" in str(error) or "weights_only" in str(error):
             raise UserError(
                 f"ckpt_path: {path} holds more than tensors and plain data, and was refused without executing it"
             ) from error
         raise UserError(f"ckpt_path: {path} is damaged or no checkpoint") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the unpickler meets damaged bytes with whatever they lead to
         raise UserError(
             f"ckpt_path: {path} is damaged or no checkpoint ({' '.join(str(error).split())[:120]})"
         ) from error
@@ -34,3 +48,63 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(part), dict) for part in parts):
         raise UserError(f"ckpt_path: {path} is not a checkpoint of a LanguageModel")
     return checkpoint
+
+
+def _check_archive(path: Path) -> None:
+    """torch stores the members of its archive as they are; a small file that unpacks to a large one is not torch's.
+
+    Raises:
+        UserError: for compressed members, and for names that lead out of the archive.
+        OSError, zipfile.BadZipFile: for what cannot be read.
+    """
+    if not zipfile.is_zipfile(path):
+        return  # torch says what is wrong with it
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+    if any(m.compress_type != zipfile.ZIP_STORED or m.file_size > path.stat().st_size for m in members):
+        raise UserError(f"ckpt_path: {path} would unpack to more than its size, and was refused")
+    if any(m.filename.startswith("/") or ".." in m.filename.replace("\\", "/").split("/") for m in members):
+        raise UserError(f"ckpt_path: {path} has members outside its own folder, and was refused")
+
+
+class CheckpointFiles(TorchCheckpointIO):
+    """How a trainer writes and reads checkpoints: to a temporary file beside the place, which takes the name once all
+    of it is on the disk; and by `read_checkpoint`."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Writes the file whole, or leaves what was there before.
+
+        Raises:
+            UserError: where it cannot be written, as on a full disk.
+        """
+        path = Path(path)
+        partial = path.with_name(PARTIAL)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+            _sync_folder(path.parent)
+        except (OSError, RuntimeError) as error:  # torch's writer makes a RuntimeError of a full disk
+            partial.unlink(missing_ok=True)
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+            raise UserError(
+                f"{path}: the checkpoint could not be written ({reason}); the one before it, if any, is still there"
+            ) from error
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Callable | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        return read_checkpoint(path)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Puts a renamed entry on the disk, where folders can be opened."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

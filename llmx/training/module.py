@@ -301,6 +301,38 @@ class LanguageModel(pl.LightningModule):
                     f"trainer.accumulate_grad_batches: {accumulate} cannot continue a run that has {held['accumulate']}"
                 )
 
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls,
+        checkpoint_path: str | Path,
+        map_location: torch.device | str = "cpu",
+        strict: bool = True,
+        **changes: Any,
+    ) -> LanguageModel:
+        """The model that a checkpoint holds.
+
+        Nothing in the file is executed, and nothing outside llmx imported: import a mixer of your own first.
+
+        Args:
+            checkpoint_path: a file that `fit` or `Trainer.save_checkpoint` wrote.
+            map_location: the device that the model is put on.
+            strict: refuse weights that the network does not have, or lacks.
+            **changes: constructor arguments in place of the checkpoint's.
+
+        Raises:
+            UserError: for a file that is missing, damaged or holds code, for classes whose module is not imported,
+                and for weights of another network.
+        """
+        checkpoint = read_checkpoint(checkpoint_path)
+        arguments = {**checkpoint["hyper_parameters"], **changes}
+        try:
+            model = cls(**arguments)
+            model.on_load_checkpoint(checkpoint)
+            model.load_state_dict(checkpoint["state_dict"], strict=strict)
+        except (TypeError, RuntimeError) as error:
+            raise UserError(f"{checkpoint_path}: does not fit {cls.__name__}: {_first_lines(error)}") from error
+        return model.to(map_location)
+
     def _load_network(self, path: str) -> None:
         weights = {
             key.removeprefix("network."): value
