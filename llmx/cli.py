@@ -113,18 +113,8 @@ def execute(arguments: list[str], callbacks: Sequence[Callback] = (), dry: bool 
         arguments = with_list_entries(with_bases(arguments))
         return CLI(arguments, callbacks, dry)
     except ParserError as error:
-        options = [
-            "config",
-            "seed_everything",
-            "vocab_size",
-            "trust",
-            "ckpt_path",
-            "length",
-            "format",
-            "match",
-            "to",
-            "by",
-        ]
+        options = ["config", "seed_everything", "vocab_size", "trust", "ckpt_path", "length", "format"]
+        options += ["match", "to", "by"]
         options += ["weights_only", "verbose", "return_predictions", "help"]
         verbs = [*CLI.subcommands(), *OTHER_VERBS]
         message = explain(str(error), arguments, verbs, {**GROUPS, "trainer": Trainer}, options)
