@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -28,15 +29,17 @@ def figures(comparison: Comparison, groups: Sequence[Group]) -> dict[str, Figure
 def loss_figure(comparison: Comparison) -> Figure:
     """The losses with their intervals, best at the top."""
     rows = comparison.rows
-    figure = Figure(figsize=(8, 1.2 + 0.34 * len(rows)), layout="constrained")
+    labels = [_label(row.name, row.leaking) for row in rows]
+    lines = sum(label.count("\n") + 1 for label in labels)
+    figure = Figure(figsize=(8, 1.3 + 0.14 * len(rows) + 0.2 * lines), layout="constrained")
     axes = figure.subplots()
     for place, row in enumerate(rows):
         color = "tab:red" if row.leaking else "tab:blue" if row.loss.basis == "seeds" else "tab:gray"
         axes.plot([row.loss.low, row.loss.high], [place, place], color=color, linewidth=2)
         axes.plot(row.loss.value, place, "o", color=color)
-    axes.set_yticks(range(len(rows)), [_label(row.name, row.leaking) for row in rows])
+    axes.set_yticks(range(len(rows)), labels)
     axes.invert_yaxis()
-    axes.set(xlabel="validation loss, nats per character (95 %: blue over seeds, gray over the text, red LEAKING)")
+    axes.set(xlabel="validation loss, nats per character\n(95 %: blue over seeds, gray over the text, red LEAKING)")
     axes.grid(axis="x", alpha=0.3)
     return figure
 
@@ -114,4 +117,4 @@ def _a_step(run: Run, total: float | None) -> float | None:
 
 
 def _label(name: str, leaking: bool) -> str:
-    return f"{name} (LEAKING)" if leaking else name
+    return textwrap.fill(f"{name} (LEAKING)" if leaking else name, 40)
