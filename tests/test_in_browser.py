@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed to look with"),
     pytest.mark.xdist_group("browser"),  # the runs, the TensorBoard and the browser are there once
 ]
-TEXT = "".join(f"{i * i % 97:02d} the quick brown fox, {i % 13} lazy dogs;\n" for i in range(120))
+TEXT = "".join(f"{i * i % 97:02d}: the quick brown fox, {i % 13} lazy dogs;\n" for i in range(120))
 MIXERS = ("Attention", "GRU")
 
 
@@ -29,8 +29,9 @@ def runs(tmp_path_factory):
     block = {"mixer": mixer, "feed_forward": {"class_path": "SwiGLU", "init_args": {"hidden": 8}}}
     network = {"dim": 8, "depth": 2, "block": {"class_path": "PreNormBlock", "init_args": block}}
     trainer = {"max_steps": 6, "val_check_interval": 3, "log_every_n_steps": 2, "enable_progress_bar": False}
+    maps = {"class_path": "MixerMaps", "init_args": {"sentence": "12: fox"}}
     config = {
-        "trainer": {**trainer, "default_root_dir": str(folder), "callbacks": ["NormsByLayer", "MixerMaps"]},
+        "trainer": {**trainer, "default_root_dir": str(folder), "callbacks": ["NormsByLayer", maps]},
         "data": {"corpus": str(folder / "corpus.txt"), "window": 8, "batch_size": 4},
         "model": {"network": {"class_path": "Decoder", "init_args": network}},
     }

@@ -49,7 +49,7 @@ class MixerMaps(Callback):
             and for a network without layers.
     """
 
-    def __init__(self, sentence: str | None = None):
+    def __init__(self, sentence: str = ""):
         self.sentence = sentence
 
     def setup(self, trainer: pl.Trainer, pl_module: LanguageModel, stage: str) -> None:  # type: ignore[override]
@@ -60,13 +60,13 @@ class MixerMaps(Callback):
         if not model.network.layers:
             name = type(model.network).__name__
             raise UserError(f"trainer.callbacks: MixerMaps draws the mixers of layers, and {name} has no layers")
-        if self.sentence is None:
+        if not self.sentence:
             return
         try:
             length = len(model.tokenizer.encode(self.sentence))
         except UserError as error:
             raise UserError(f"trainer.callbacks.sentence: {error}") from error
-        if not 1 <= length <= model.window:
+        if length > model.window:
             raise UserError(f"trainer.callbacks.sentence: {length} tokens, and the window has {model.window}")
 
     @rank_zero_only
@@ -74,7 +74,7 @@ class MixerMaps(Callback):
         board = tensorboard(trainer)
         if board is None or trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        if self.sentence is None:
+        if not self.sentence:
             data = trainer.datamodule.tokens("val")  # type: ignore[attr-defined]
             tokens = torch.from_numpy(np.array(data[: min(LENGTH, pl_module.window)])).long()
         else:
@@ -127,7 +127,8 @@ def _shares(inputs: Tensor, outputs: Tensor) -> Tensor:
 
 
 def maps_figure(maps: list[MixerMap], labels: list[str]) -> Figure:
-    """The maps beside each other, each on a scale of its own from 0 to its largest share; a label for each token."""
+    """The maps beside each other with a label for each token, all on one scale, that of the root of the share."""
+    from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
 
     rows = math.ceil(len(maps) / COLUMNS)
@@ -136,7 +137,7 @@ def maps_figure(maps: list[MixerMap], labels: list[str]) -> Figure:
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     ticks = range(len(labels))
     for axes, (title, shares) in zip(panels, maps, strict=False):
-        axes.imshow(shares.nan_to_num(), vmin=0, cmap="viridis")
+        axes.imshow(shares.nan_to_num(), norm=PowerNorm(0.5, 0, 1), cmap="viridis")
         axes.set_title(title, fontsize=9)
         axes.set_xticks(ticks, labels, fontsize=6, family="monospace")
         axes.set_yticks(ticks, labels, fontsize=6, family="monospace")
