@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from llmx.errors import UserError
-from llmx.training.schedules import Schedule
+from llmx.protocol import Schedule
 
 _PLAIN = (str, int, float, bool, type(None))
 BUILT = (nn.Module, Optimizer, Schedule)  # what a configuration may have built, whatever else is imported

@@ -332,3 +332,11 @@ class CountingNetwork(Network):
     @abstractmethod
     def learn(self, tokens: Tensor) -> None:
         """Counts a text, (L,) int64, in place of what was counted before."""
+
+
+class Schedule(ABC):
+    """A learning-rate schedule. Built by a factory from the number of optimizer steps in the run."""
+
+    @abstractmethod
+    def __call__(self, step: int) -> float:
+        """The factor on the optimizer's rates at optimizer step `step`, counted from 0."""

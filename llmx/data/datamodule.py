@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -31,7 +32,6 @@ from llmx.data.windows import (
     count_windows,
 )
 from llmx.errors import UserError
-from llmx.training.checkpoints import read_checkpoint
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -152,14 +152,13 @@ class TextDataModule(LightningDataModule):
         """The data that a checkpoint's run was trained on; nothing in the file is executed.
 
         Raises:
-            UserError: The file is missing, damaged, holds code or no TextDataModule.
+            UserError: The file holds more than tensors and plain data, or is none of a TextDataModule.
         """
-        arguments = read_checkpoint(checkpoint_path).get("datamodule_hyper_parameters")
-        if not isinstance(arguments, dict):
-            raise UserError(f"{checkpoint_path}: is not a checkpoint of a TextDataModule")
         try:
-            return cls(**{**arguments, **changes})
-        except TypeError as error:
+            return super().load_from_checkpoint(checkpoint_path, weights_only=True, **changes)
+        except UnpicklingError as error:
+            raise UserError(f"{checkpoint_path} is no checkpoint, or was refused without executing it") from error
+        except (KeyError, TypeError) as error:
             raise UserError(f"{checkpoint_path}: does not fit {cls.__name__}: {error}") from error
 
     @cached_property

@@ -25,12 +25,12 @@ from llmx.data.tokenizers import Tokenizer, tokenizer_from_config
 from llmx.data.windows import Batch
 from llmx.errors import UserError
 from llmx.generation import Sampling, check_drafts, generate
-from llmx.protocol import Component, CountingNetwork, Network
+from llmx.protocol import Component, CountingNetwork, Network, Schedule
 from llmx.shapes import Tokens
 from llmx.training.checkpoints import read_checkpoint
 from llmx.training.fastpath import COMPILE_DECODING_FROM, COMPILE_FROM, can_compile, compiled_decode, keep_freed_memory
 from llmx.training.metrics import TokenLoss, bits, perplexity
-from llmx.training.schedules import Cosine, Schedule
+from llmx.training.schedules import Cosine
 
 Config = dict[str, Any]
 

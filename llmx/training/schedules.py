@@ -1,15 +1,8 @@
 """Learning-rate schedules: the factor on the optimizer's rates as a function of the step."""
 
 import math
-from abc import ABC, abstractmethod
 
-
-class Schedule(ABC):
-    """Built by a factory from the number of optimizer steps in the run."""
-
-    @abstractmethod
-    def __call__(self, step: int) -> float:
-        """The factor at optimizer step `step`, counted from 0."""
+from llmx.protocol import Schedule
 
 
 class Cosine(Schedule):
