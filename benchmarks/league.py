@@ -37,12 +37,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
+from benchmarks.collection import CONFIGS
 from benchmarks.harness import CHECKOUT, use_threads
 from llmx.base_config import read_config
 from llmx.cli import execute
 from llmx.errors import UserError
 
-CONFIGS = CHECKOUT / "configs"
 RESULTS = CHECKOUT / "docs" / "results" / "league"
 RUNS = CHECKOUT / "lightning_logs" / "league"  # what a run keeps while it goes on
 BASELINE = "transformer"

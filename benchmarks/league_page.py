@@ -152,8 +152,8 @@ def render(entries: Sequence[Entry], learned: str = "") -> str:
 def _protocol(tables: list[Table]) -> str:
     shared = tables[0].protocol
     runs = [run for found in tables for row in found.rows for run in row.runs]
-    own = [_own_recipe(row, tables[0]) for row in tables[0].rows]
     recipe = _usual_recipe(tables[0])
+    own = [_own_recipe(row, recipe) for row in tables[0].rows]
     said = f"""## Protocol
 
 {shared["corpus"]} by character, split {shared["split"]}; batches of {shared["batch_size"]} windows of
@@ -184,8 +184,8 @@ def _usual_recipe(found: Table) -> dict[str, Any]:
     return json.loads(max(sorted(set(recipes)), key=recipes.count))
 
 
-def _own_recipe(row: Row, found: Table) -> str:
-    usual, recipe = _usual_recipe(found), row.runs[0]["recipe"]
+def _own_recipe(row: Row, usual: dict[str, Any]) -> str:
+    recipe = row.runs[0]["recipe"]
     differing = [f"{key.replace('_', ' ')} {value}" for key, value in recipe.items() if value != usual[key]]
     return f"{row.entry.name} differs, as its method asks for: {', '.join(differing)}." if differing else ""
 

@@ -23,7 +23,7 @@ import copy
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -41,6 +41,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from llmx.parts.norm import Norm
 from llmx.protocol import Embedding, FeedForward, Head, Mixer, Network
 
+MATCHED = 0.05  # the most that costs may be apart to be called equal
 GROUPS = ("embedding", "mixers", "feed-forward", "norms", "head", "other")
 _GROUP_OF_TYPE: dict[type, str] = {
     Embedding: "embedding",
@@ -155,6 +156,13 @@ class Description:
             if self.layers and outside:
                 state += f"; {outside:,} of them are outside the layers"
         return f"FLOPs: {work}.\nState: {state}."
+
+
+def apart(costs: Iterable[float | None]) -> float:
+    """By how much the largest exceeds the smallest, as a share of it; what costs nothing, or is not known, is left
+    aside."""
+    known = [cost for cost in costs if cost]
+    return max(known) / min(known) - 1 if known else 0.0
 
 
 def describe(network: Network, length: int) -> Description:

@@ -16,14 +16,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmx.base_config import set_at
-from llmx.describe import Description
+from llmx.describe import MATCHED, Description, apart
 from llmx.errors import UserError
 from llmx.explain import nodes
 
 Describe = Callable[[Any, int], Description]  # from a network's config and the length of a sequence
 STEPS = "trainer.max_steps"
 DEFAULTS = ("feed_forward.hidden", "dim")  # the first that the network has
-MATCHED = 0.05  # the most by which the larger exceeds the smaller, as in `compare`
 PATIENCE = 512  # sizes in a row that cannot be built before the search ends
 
 
@@ -43,7 +42,7 @@ class Match:
 
     @property
     def holds(self) -> bool:
-        return max(self.own, self.other) <= (1 + MATCHED) * min(self.own, self.other)
+        return apart((self.own, self.other)) <= MATCHED
 
     def said(self, name: str) -> str:
         """In one line what was reached; `name` is the other config's."""

@@ -10,7 +10,7 @@ from rich.console import Console
 from llmx.comparison.figures import figures
 from llmx.comparison.report import report
 from llmx.comparison.runs import find_runs, grouped
-from llmx.comparison.table import TERMS, TOKENS, compare, render, write_csv
+from llmx.comparison.table import EQUAL, TOKENS, compare, render, write_csv
 from llmx.errors import ArgumentParser
 
 
@@ -26,7 +26,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--format", choices=("table", "json"), default="table", help="what is printed")
     parser.add_argument("--out", type=Path, default=Path("comparison"), help="folder of the files that are written")
     at_equal = "what all runs have had the same of; at equal FLOPs or seconds the tokens they have seen may differ"
-    parser.add_argument("--at-equal", choices=tuple(TERMS), default=TOKENS, help=at_equal)
+    parser.add_argument("--at-equal", choices=(TOKENS, *EQUAL), default=TOKENS, help=at_equal)
     parser.add_argument("--unranked", action="store_true", help="show runs of different protocols side by side")
     chosen = parser.parse_args(arguments)
     groups = grouped(find_runs(chosen.runs))

@@ -45,20 +45,15 @@ class Estimate:
 
 def mean_over_seeds(values: np.ndarray, level: float = LEVEL) -> Estimate:
     """values (K,), K >= 2: mean and Student's interval."""
-    half = stdtrit(len(values) - 1, (1 + level) / 2) * values.std(ddof=1) / math.sqrt(len(values))
-    return Estimate(float(values.mean()), float(values.mean() - half), float(values.mean() + half), "seeds")
+    return mean_under_spread(values, pooled([values]), level)
 
 
 def difference_over_seeds(values: np.ndarray, baseline: np.ndarray, level: float = LEVEL) -> Estimate:
     """values (K,) minus baseline (J,), both of two at least: Welch's interval and test."""
     parts = [x.var(ddof=1) / len(x) for x in (values, baseline)]
-    error, difference = math.sqrt(sum(parts)), float(values.mean() - baseline.mean())
-    if error == 0:
-        return Estimate(difference, difference, difference, "seeds", 1.0 if difference == 0 else 0.0)
-    freedom = sum(parts) ** 2 / sum(v**2 / (len(x) - 1) for v, x in zip(parts, (values, baseline), strict=True))
-    half = stdtrit(freedom, (1 + level) / 2) * error
-    p = 2 * float(stdtr(freedom, -abs(difference) / error))
-    return Estimate(difference, difference - half, difference + half, "seeds", p)
+    weights = sum(v**2 / (len(x) - 1) for v, x in zip(parts, (values, baseline), strict=True))
+    freedom = sum(parts) ** 2 / weights if weights else math.inf
+    return _student(float(values.mean() - baseline.mean()), math.sqrt(sum(parts)), freedom, level)
 
 
 @dataclass(frozen=True)
@@ -92,11 +87,15 @@ def mean_under_spread(values: np.ndarray, spread: Spread, level: float = LEVEL) 
 def difference_under_spread(values: np.ndarray, baseline: np.ndarray, spread: Spread, level: float = LEVEL) -> Estimate:
     """values (K,) minus baseline (J,), both of one spread: Student's interval and test."""
     error = spread.deviation * math.sqrt(1 / len(values) + 1 / len(baseline))
-    difference = float(values.mean() - baseline.mean())
+    return _student(float(values.mean() - baseline.mean()), error, spread.freedom, level)
+
+
+def _student(difference: float, error: float, freedom: float, level: float) -> Estimate:
+    """A difference of means with its standard error: Student's interval and test."""
     if error == 0:
         return Estimate(difference, difference, difference, "seeds", 1.0 if difference == 0 else 0.0)
-    half = stdtrit(spread.freedom, (1 + level) / 2) * error
-    p = 2 * float(stdtr(spread.freedom, -abs(difference) / error))
+    half = stdtrit(freedom, (1 + level) / 2) * error
+    p = 2 * float(stdtr(freedom, -abs(difference) / error))
     return Estimate(difference, difference - half, difference + half, "seeds", p)
 
 

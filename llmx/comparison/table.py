@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,12 @@ from llmx.comparison.statistics import (
     mean_over_seeds,
     mean_over_text,
 )
+from llmx.describe import MATCHED, apart
 from llmx.errors import UserError
 from llmx.training.metrics import bits, perplexity
 
-MATCHED = 0.05  # the most by which the largest of a kind exceeds the smallest
 TOKENS = "tokens"
-TERMS: dict[str, Callable[[Run], float | None]] = {
-    TOKENS: lambda run: run.metrics["tokens"],
+EQUAL: dict[str, Callable[[Run], float | None]] = {  # what else runs may have had the same of
     "flops": lambda run: run.training_flops,
     "seconds": lambda run: run.metrics["seconds"],
 }
@@ -98,7 +97,7 @@ def compare(
         groups: what to compare.
         baseline: the name that differences are taken to; the first group if not given.
         ranked: refuse what may not be ranked; if false, all is shown in the order given and no difference is taken.
-        at_equal: one of TERMS; what all have had the same of. If not tokens, the tokens seen may differ.
+        at_equal: tokens or one of EQUAL; what all have had the same of. If not tokens, the tokens seen may differ.
 
     Raises:
         UserError: for an unknown baseline, and where the protocols or what should be equal differ.
@@ -107,11 +106,11 @@ def compare(
     if baseline is not None and baseline not in names:
         raise UserError(f"baseline: there is no {baseline!r} among {', '.join(names)}")
     against = groups[names.index(baseline) if baseline else 0]
-    apart = _differing(groups)
-    differing = {key: values for key, values in apart.items() if key != "tokens seen" or at_equal == TOKENS}
+    unequal = _differing(groups)
+    differing = {key: values for key, values in unequal.items() if key != "tokens seen" or at_equal == TOKENS}
     if (
         at_equal != TOKENS
-        and (factor := _apart(TERMS[at_equal](run) for group in groups for run in group.runs)) > MATCHED
+        and (factor := apart(EQUAL[at_equal](run) for group in groups for run in group.runs)) > MATCHED
     ):
         raise UserError(f"at-equal: {at_equal} are up to {1 + factor:.2f} times apart in these runs")
     if differing and ranked:
@@ -128,7 +127,7 @@ def compare(
         rows = [_row(g, d, None if d is None else next(ps)) for g, d in zip(groups, differences, strict=True)]
         rows.sort(key=lambda row: (row.leaking, row.loss.value))
         rows = [row if row.leaking else replace(row, rank=rank) for rank, row in enumerate(rows, 1)]
-    shared = {key: value for key, value in groups[0].runs[0].protocol.items() if key not in apart}
+    shared = {key: value for key, value in groups[0].runs[0].protocol.items() if key not in unequal}
     return Comparison(rows, against.name, shared, differing, _matching(rows))
 
 
@@ -191,19 +190,13 @@ def _matching(rows: Sequence[Row]) -> str:
         values = [value for row in rows if (value := what(row))]
         if len(values) < 2:
             continue
-        apart = _apart(values)
+        factor = apart(values)
         said.append(
-            f"equal {name} (within {100 * apart:.1f} %)"
-            if apart <= MATCHED
-            else f"{name} up to {1 + apart:.2f} times apart"
+            f"equal {name} (within {100 * factor:.1f} %)"
+            if factor <= MATCHED
+            else f"{name} up to {1 + factor:.2f} times apart"
         )
     return ", ".join(said)
-
-
-def _apart(values: Iterable[float | None]) -> float:
-    """By how much the largest exceeds the smallest, as a share of it; what has none does not count."""
-    known = [value for value in values if value]
-    return max(known) / min(known) - 1 if known else 0.0
 
 
 def render(comparison: Comparison) -> RenderableType:

@@ -299,6 +299,7 @@ class RunRecord(Callback):
         score = None if best is None or best.best_model_score is None else best.best_model_score.item()
         samples = next((c for c in trainer.callbacks if isinstance(c, Samples)), None)  # type: ignore[attr-defined]
         counts = isinstance(pl_module.network, CountingNetwork)
+        seconds = time.perf_counter() - self.started
         _write_json(
             folder / "metrics.json",
             {
@@ -309,7 +310,7 @@ class RunRecord(Callback):
                 "tokens": None if counts else trainer.global_step * _data(trainer).batch_size * _data(trainer).window,
                 "peak_bytes": peak_bytes(pl_module.device),
                 "generated_tokens_per_second": None if samples is None else samples.tokens_per_second,
-                "seconds": round(time.perf_counter() - self.started, 1),
+                "seconds": round(seconds, 1),
                 "steps_in_these_seconds": trainer.global_step - self.first_step,
                 "leaking": pl_module.leaking,
             },
@@ -318,7 +319,7 @@ class RunRecord(Callback):
         if board is not None:
             # TensorBoard shows the first five metrics by name
             final = {name.removeprefix("val/"): value for name, value in self.final.items()}
-            final |= {"parameters": parameters(pl_module.network), "seconds": time.perf_counter() - self.started}
+            final |= {"parameters": parameters(pl_module.network), "seconds": seconds}
             for name, value in final.items():
                 board.add_scalar(f"final/{name}", value, trainer.global_step)
             _, _, end = hparams({}, {})
