@@ -14,9 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from llmx import LanguageModel
 from llmx.cli import main
+from tests.tiny import TEXT, network, newest_run
 
 CHECKOUT = Path(__file__).parent.parent
-TEXT = "".join(f"{i * i % 97:02d} the quick brown fox, {i % 13} lazy dogs;\n" for i in range(120))  # 4 kB
 
 LEAKY = """
 import torch
@@ -60,20 +60,7 @@ def lab(tmp_path, monkeypatch):
         },
         "data": {"corpus": "corpus.txt", "window": 8, "batch_size": 4},
         "model": {
-            "network": {
-                "class_path": "Decoder",
-                "init_args": {
-                    "dim": 8,
-                    "depth": 2,
-                    "block": {
-                        "class_path": "PreNormBlock",
-                        "init_args": {
-                            "mixer": {"class_path": "Attention", "init_args": {"heads": 2}},
-                            "feed_forward": {"class_path": "SwiGLU", "init_args": {"hidden": 8}},
-                        },
-                    },
-                },
-            },
+            "network": network(depth=2),
             "sampling": {"max_new_tokens": 12},
         },
     }
@@ -103,7 +90,7 @@ def fails(capsys, *arguments):
 
 def fit(*arguments):
     run("fit", "--config", "tiny.yaml", *arguments)
-    return max(Path("lightning_logs").glob("version_*"), key=lambda p: int(p.name.removeprefix("version_")))
+    return newest_run()
 
 
 def weights(folder):

@@ -11,6 +11,7 @@ import yaml
 
 from llmx.cli import main
 from tests.browser import CHROMIUM, Browser
+from tests.tiny import network
 
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed to look with"),
@@ -25,15 +26,12 @@ def runs(tmp_path_factory):
     """A folder of two finished runs with different mixers and batches."""
     folder = tmp_path_factory.mktemp("runs")
     (folder / "corpus.txt").write_text(TEXT)
-    mixer = {"class_path": "Attention", "init_args": {"heads": 2}}
-    block = {"mixer": mixer, "feed_forward": {"class_path": "SwiGLU", "init_args": {"hidden": 8}}}
-    network = {"dim": 8, "depth": 2, "block": {"class_path": "PreNormBlock", "init_args": block}}
     trainer = {"max_steps": 6, "val_check_interval": 3, "log_every_n_steps": 2, "enable_progress_bar": False}
     maps = {"class_path": "MixerMaps", "init_args": {"sentence": "12: fox"}}
     config = {
         "trainer": {**trainer, "default_root_dir": str(folder), "callbacks": ["NormsByLayer", maps]},
         "data": {"corpus": str(folder / "corpus.txt"), "window": 8, "batch_size": 4},
-        "model": {"network": {"class_path": "Decoder", "init_args": network}},
+        "model": {"network": network(depth=2)},
     }
     (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
     with pytest.MonkeyPatch.context() as patch:

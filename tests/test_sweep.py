@@ -18,6 +18,7 @@ import llmx.sweep.study
 from llmx.cli import main
 from llmx.sweep.report import Report
 from llmx.sweep.space import Range, Space, Values, flags, read_space
+from tests.tiny import network
 
 CHECKOUT = Path(__file__).parent.parent
 RATE = "model.optimizer.init_args.lr"
@@ -38,21 +39,13 @@ class Hang(Callback):
 def write_lab():
     """A corpus and a configuration whose run takes a second."""
     Path("corpus.txt").write_text("".join(f"{i * i % 97:02d} the quick brown fox;\n" for i in range(60)))
-    block = {
-        "class_path": "PreNormBlock",
-        "init_args": {
-            "mixer": {"class_path": "Attention", "init_args": {"heads": 2}},
-            "feed_forward": {"class_path": "SwiGLU", "init_args": {"hidden": 8}},
-        },
-    }
     trainer = {"max_steps": 2, "enable_progress_bar": False, "enable_checkpointing": False, "precision": "32-true"}
     config = {
         "seed_everything": 3,
         "trainer": trainer | {"limit_val_batches": 2},
         "data": {"corpus": "corpus.txt", "window": 8, "batch_size": 4},
-        "model": {"audit": "off", "network": {"class_path": "Decoder", "init_args": {"dim": 8, "depth": 1}}},
+        "model": {"audit": "off", "network": network(depth=1)},
     }
-    config["model"]["network"]["init_args"]["block"] = block
     Path("tiny.yaml").write_text(yaml.safe_dump(config))
     return config
 

@@ -24,9 +24,9 @@ from llmx import LanguageModel, TextDataModule
 from llmx.cli import main
 from llmx.errors import UserError
 from llmx.training.checkpoints import read_checkpoint
+from tests.tiny import TEXT, network, newest_run
 
 CHECKOUT = Path(__file__).parents[2]
-TEXT = "".join(f"{i * i % 97:02d} the quick brown fox, {i % 13} lazy dogs;\n" for i in range(120))
 SETTINGS = {
     "seed_everything": 3,
     "trainer": {
@@ -39,20 +39,7 @@ SETTINGS = {
     },
     "data": {"corpus": "corpus.txt", "window": 8, "batch_size": 4},
     "model": {
-        "network": {
-            "class_path": "Decoder",
-            "init_args": {
-                "dim": 8,
-                "depth": 1,
-                "block": {
-                    "class_path": "PreNormBlock",
-                    "init_args": {
-                        "mixer": {"class_path": "Attention", "init_args": {"heads": 2}},
-                        "feed_forward": "SwiGLU",
-                    },
-                },
-            },
-        },
+        "network": network(depth=1),
         "audit": "off",
     },
 }
@@ -114,7 +101,7 @@ def lab(tmp_path, monkeypatch):
 
 def fit(*arguments):
     assert main(["fit", "--config", "tiny.yaml", *map(str, arguments)]) == 0
-    return max(Path("lightning_logs").iterdir(), key=lambda path: int(path.name.removeprefix("version_")))
+    return newest_run()
 
 
 def stopped(number, step, validating=False):
