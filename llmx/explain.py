@@ -82,6 +82,8 @@ def _gather(arguments: list[str]) -> dict[str, Any]:
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> None:
     for key, value in over.items():
+        if isinstance(value, dict) and isinstance(base.get(key), str):
+            base[key] = {"class_path": base[key]}
         if isinstance(value, dict) and isinstance(base.get(key), dict):
             inner = base[key].setdefault("init_args", {}) if "class_path" in base[key] else base[key]
             if set(value) & set(_STRUCTURE):

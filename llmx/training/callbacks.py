@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import numpy as np
@@ -136,6 +136,7 @@ class StopOnSignal(Callback):
         last: Any = next((c for c in trainer.checkpoint_callbacks if isinstance(c, LastCheckpoint)), None)
         saved = "nothing is saved"
         if last is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            cast(LanguageModel, trainer.lightning_module).set_optimizer_mode(training=False)
             last.save(trainer)
             saved = f"saved as {last.last_model_path}; fit --ckpt_path {last.last_model_path} goes on from there"
         number = self.signal or signal.SIGTERM  # another process was told

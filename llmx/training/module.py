@@ -25,11 +25,12 @@ from llmx.data.tokenizers import Tokenizer, tokenizer_from_config
 from llmx.data.windows import Batch
 from llmx.errors import UserError
 from llmx.generation import Sampling, check_drafts, generate
-from llmx.protocol import Component, CountingNetwork, Network, Schedule
+from llmx.protocol import CountingNetwork, Network, Schedule
 from llmx.shapes import Tokens
 from llmx.training.checkpoints import read_checkpoint
 from llmx.training.fastpath import COMPILE_DECODING_FROM, COMPILE_FROM, can_compile, compiled_decode, keep_freed_memory
 from llmx.training.metrics import TokenLoss, bits, perplexity
+from llmx.training.optimizers import parameter_groups, set_mode, settings
 from llmx.training.schedules import Cosine
 
 Config = dict[str, Any]
@@ -184,16 +185,9 @@ class LanguageModel(pl.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         if isinstance(self.network, CountingNetwork):
             return None
-        parameters = [p for p in self.network.parameters() if p.requires_grad]
-        groups: list[dict[str, Any]] = [{"params": parameters}]
-        if self.hparams["weight_decay_on"] == "matrices":
-            parts = [part for part in self.network.modules() if isinstance(part, Component)]
-            spared = {part.get_parameter(name) for part in parts for name in part.undecayed}
-            matrices = [p for p in parameters if p.ndim >= 2 and p not in spared]
-            others = [p for p in parameters if p.ndim < 2 or p in spared]
-            groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
-        optimizer = build(self.hparams["optimizer"], [group for group in groups if group["params"]], "model.optimizer")
-        self._initial = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        groups = parameter_groups(self.network, self.hparams["weight_decay_on"])
+        optimizer = build(self.hparams["optimizer"], groups, "model.optimizer")
+        self._initial = settings(optimizer)
         schedule = build(self.hparams["schedule"], self.total_steps, "model.schedule")
         return {
             "optimizer": optimizer,
@@ -210,6 +204,23 @@ class LanguageModel(pl.LightningModule):
             scheduler.optimizer.param_groups, self._initial, scheduler.lr_lambdas, strict=True
         ):
             group.update(initial, initial_lr=initial["lr"], lr=initial["lr"] * rate(scheduler.last_epoch))
+        self.set_optimizer_mode(training=True)
+
+    def on_train_end(self) -> None:
+        self.set_optimizer_mode(training=False)
+
+    def on_validation_model_eval(self) -> None:
+        super().on_validation_model_eval()
+        self.set_optimizer_mode(training=False)
+
+    def on_validation_model_train(self) -> None:
+        super().on_validation_model_train()
+        self.set_optimizer_mode(training=True)
+
+    def set_optimizer_mode(self, training: bool) -> None:
+        """Puts the weights in place that an averaging optimizer trains, or those that it evaluates and saves."""
+        for optimizer in self.trainer.optimizers:
+            set_mode(optimizer, training)
 
     @property
     def total_steps(self) -> int:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmx.training.schedules import Cosine
+from llmx.training.schedules import Cosine, WarmupStableDecay
 
 runs = st.integers(2, 200).flatmap(lambda total: st.tuples(st.just(total), st.integers(0, total - 1)))
 ratios = st.floats(0, 1)
@@ -58,3 +58,22 @@ def test_a_warm_up_longer_than_the_run_only_rises(total: int):
 def test_cosine_names_the_value_that_is_out_of_range(name: str, arguments: dict[str, float]):
     with pytest.raises(ValueError, match=f"^{name}: "):
         Cosine(100, **arguments)
+
+
+@given(runs, st.floats(0, 1), ratios)
+def test_stable_is_1_between_warm_up_and_decay_and_ends_at_the_minimum(run, decay, ratio):
+    total, warmup = run
+    factor = WarmupStableDecay(total, warmup, decay, ratio)
+    for step in range(total + 1):
+        rise = min(1.0, (step + 1) / (warmup + 1))
+        share = 1 - min(1.0, (total - step) / (decay * total)) if decay * total > 0 else 0.0
+        assert factor(step) == pytest.approx(min(rise, 1 - (1 - ratio) * share))
+    if warmup == 0 and decay * total > 0:
+        assert factor(total) == factor(total + 7) == pytest.approx(ratio)
+
+
+@pytest.mark.parametrize("name", ["decay", "minimum_ratio"])
+@pytest.mark.parametrize("value", [-0.1, 1.1, math.nan])
+def test_stable_names_the_value_that_is_out_of_range(name, value):
+    with pytest.raises(ValueError, match=f"^{name}: "):
+        WarmupStableDecay(100, **{name: value})

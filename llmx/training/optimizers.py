@@ -1,0 +1,185 @@
+"""Optimizers beside torch's own, and which parameters go to which."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, Protocol, cast, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from llmx.protocol import Block, Component, Network
+from llmx.training.fastpath import native_bf16
+
+
+def parameter_groups(network: Network, decayed: Literal["matrices", "all"]) -> list[dict[str, Any]]:
+    """Every trainable parameter of a network, once, in up to three groups that an optimizer takes.
+
+    `hidden` groups hold the weights of the linear layers (`nn.Linear`) in the blocks, which is what orthogonalising
+    optimizers are for. Embedding, head, gains, biases, kernels of convolutions and experts are in the others.
+
+    Args:
+        network: whose parameters.
+        decayed: what the optimizer's weight decay is for; what it is not for has a group with a decay of 0.
+    """
+    parts = [part for part in network.modules() if isinstance(part, Component)]
+    excepted = {part.get_parameter(name) for part in parts for name in part.undecayed}
+    layers = [layer for part in parts if isinstance(part, Block) for layer in part.modules()]
+    linear = {layer.weight for layer in layers if isinstance(layer, nn.Linear)}
+    hidden: list[nn.Parameter] = []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for parameter in network.parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.ndim < 2 or parameter in excepted:
+            others.append(parameter)
+        elif parameter in linear:
+            hidden.append(parameter)
+        else:
+            matrices.append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": hidden, "hidden": True},
+        {"params": matrices, "hidden": False},
+        {"params": others, "hidden": False} | ({"weight_decay": 0.0} if decayed == "matrices" else {}),
+    ]
+    return [group for group in groups if group["params"]]
+
+
+class Hybrid(Optimizer):
+    """One optimizer for the linear layers of the blocks and another for all other parameters, as one optimizer.
+
+    Args:
+        params: groups as `parameter_groups` makes them.
+        hidden: factory of the optimizer of the `hidden` groups.
+        rest: factory of the optimizer of the others.
+
+    Raises:
+        ValueError: for a network without linear layers in blocks.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[dict[str, Any]],
+        hidden: Callable[[Iterable], Optimizer],
+        rest: Callable[[Iterable], Optimizer] = AdamW,
+    ):
+        groups = list(params)
+        of_hidden = [group for group in groups if group["hidden"]]
+        if not of_hidden:
+            raise ValueError("hidden: the network has no linear layers in blocks")
+        self.parts = (hidden(of_hidden), rest([group for group in groups if not group["hidden"]]))
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        """Groups and state are the same objects here and in the two optimizers."""
+        groups = iter(self.param_groups)
+        for part in self.parts:
+            part.param_groups = [next(groups) for _ in part.param_groups]
+            part.state = self.state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._share()
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self.parts:
+            part.step()
+        return loss
+
+
+@runtime_checkable
+class Averaging(Protocol):
+    """An optimizer that trains one set of weights and evaluates another, such as schedule-free AdamW
+    (arXiv 2405.15682): its `eval` exchanges the first for the second, its `train` back."""
+
+    def train(self) -> None: ...
+
+    def eval(self) -> None: ...
+
+
+def parts_of(optimizer: Optimizer) -> tuple[Optimizer, ...]:
+    return optimizer.parts if isinstance(optimizer, Hybrid) else (optimizer,)
+
+
+def set_mode(optimizer: Optimizer, training: bool) -> None:
+    """Exchanges the weights of an optimizer that averages; leaves those of others."""
+    for part in parts_of(optimizer):
+        if isinstance(part, Averaging):
+            part.train() if training else part.eval()
+
+
+def settings(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """What each group was configured with; not what the optimizer itself keeps there, such as a count of its steps."""
+    return [
+        {key: group[key] for key in inspect.signature(type(part)).parameters if key in group and key != "params"}
+        for part in parts_of(optimizer)
+        for group in part.param_groups
+    ]
+
+
+class BatchedMuon(torch.optim.Muon):
+    """Momentum, orthogonalised (Jordan 2024, kellerjordan.github.io/posts/muon; arXiv 2502.16982), for matrices.
+
+        m <- mu m + (1 - mu) g,    W <- (1 - lr decay) W - lr r NewtonSchulz(mu m + (1 - mu) g),    r as `adjust_lr_fn`
+
+    What `torch.optim.Muon` does, but matrices of one shape are orthogonalised in one batch, and in bf16 only where the
+    device multiplies it natively. The trap: a projection that makes query, key and value of one matrix is one matrix.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            of_shape: dict[torch.Size, list[Tensor]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    of_shape.setdefault(parameter.shape, []).append(parameter)
+            for shape, parameters in of_shape.items():
+                gradients = torch.stack([cast(Tensor, parameter.grad) for parameter in parameters])
+                momenta = [self._momentum(parameter) for parameter in parameters]
+                torch._foreach_lerp_(momenta, gradients.unbind(), 1 - group["momentum"])
+                update = torch.stack(momenta)
+                if group["nesterov"]:
+                    update = gradients.lerp(update, group["momentum"])
+                update = orthogonalized(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
+                rate = group["lr"] * _adjustment(group["adjust_lr_fn"], *shape)
+                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(parameters, update.to(parameters[0].dtype).unbind(), alpha=-rate)
+        return loss
+
+    def _momentum(self, parameter: Tensor) -> Tensor:
+        state = self.state[parameter]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        return state["momentum_buffer"]
+
+
+def orthogonalized(x: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """(N, R, C) -> (N, R, C): each matrix with its singular values brought near 1 by Newton-Schulz iterations,
+    X <- a X + (b X X^T + c (X X^T)^2) X, from X over its Frobenius norm."""
+    a, b, c = coefficients
+    wide = x.shape[1] <= x.shape[2]
+    x = (x if wide else x.mT).to(torch.bfloat16 if native_bf16(x.device.type) else torch.float32)
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x if wide else x.mT
+
+
+def _adjustment(name: str | None, rows: int, columns: int) -> float:
+    if name == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(rows, columns))
+    return math.sqrt(max(1, rows / columns))
