@@ -25,12 +25,20 @@ class MLP(Stateless):
         hidden: width inside; 4 dim if not given.
         activation: the function between the two layers.
         bias: both layers have a bias.
+        out_std: of the initialisation of the second layer; 0.02 / sqrt(2 depth) if not given.
 
     Raises:
         ValueError: for a hidden width below 1.
     """
 
-    def __init__(self, site: Site, hidden: int | None = None, activation: Activation = "gelu", bias: bool = False):
+    def __init__(
+        self,
+        site: Site,
+        hidden: int | None = None,
+        activation: Activation = "gelu",
+        bias: bool = False,
+        out_std: float | None = None,
+    ):
         super().__init__()
         hidden = 4 * site.dim if hidden is None else hidden
         if hidden < 1:
@@ -39,7 +47,7 @@ class MLP(Stateless):
         self.up = nn.Linear(site.dim, hidden, bias=bias)
         self.down = nn.Linear(hidden, site.dim, bias=bias)
         normal_(self.up)
-        normal_(self.down, residual_std(site.depth))
+        normal_(self.down, residual_std(site.depth) if out_std is None else out_std)
 
     def forward(self, x: Hidden, context: Context) -> Hidden:
         return self.down(activate(self.up(x), self.activation))

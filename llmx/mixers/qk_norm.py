@@ -29,6 +29,7 @@ class QKNormAttention(StatefulMixer):
         rotary_base: base of the rotary frequencies.
         eps: of the norms.
         dropout: probability of dropping an attention weight in training.
+        out_std: of the initialisation of W_o; 0.02 / sqrt(2 depth) if not given.
 
     Raises:
         ValueError: for head counts that do not divide.
@@ -42,6 +43,7 @@ class QKNormAttention(StatefulMixer):
         rotary_base: float = 10000.0,
         eps: float = 1e-6,
         dropout: float = 0.0,
+        out_std: float | None = None,
     ):
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
@@ -59,7 +61,7 @@ class QKNormAttention(StatefulMixer):
         self.key_norm = RMSNorm(self.head_dim, eps)
         self.out = nn.Linear(site.dim, site.dim, bias=False)
         normal_(self.qkv)
-        normal_(self.out, residual_std(site.depth))
+        normal_(self.out, residual_std(site.depth) if out_std is None else out_std)
 
     def forward(self, x: Hidden, context: Context) -> Hidden:
         query, key, value = (heads.transpose(1, 2) for heads in self._project(x, context))

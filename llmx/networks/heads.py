@@ -11,12 +11,12 @@ from llmx.protocol import Head
 
 
 class LinearHead(Head):
-    """One matrix, with or without a bias."""
+    """One matrix, with or without a bias, from a normal distribution of standard deviation `std`."""
 
-    def __init__(self, dim: int, vocab_size: int, bias: bool = False):
+    def __init__(self, dim: int, vocab_size: int, bias: bool = False, std: float = 0.02):
         super().__init__()
         self.linear = nn.Linear(dim, vocab_size, bias=bias)
-        normal_(self.linear)
+        normal_(self.linear, std)
 
     def tie(self, weight: Tensor) -> None:
         self.linear.weight = cast(nn.Parameter, weight)

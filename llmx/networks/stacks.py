@@ -1,8 +1,10 @@
-"""How the blocks of a decoder are wired: one after the other, with skips across the middle, or several times over.
+"""How the blocks of a decoder are wired: one after the other, with skips across the middle or from the
+embedding, or several times over.
 
-    Sequential   x_{l+1} = f_l(x_l)
-    UNet         x_{l+1} = f_l(x_l + w_l y_{L-1-l}) in the upper half, y_l = f_l(x_l) the output of block l
-    Looped       x_{r+1} = f(x_r), f the whole stack of L blocks, r < times
+    Sequential      x_{l+1} = f_l(x_l)
+    UNet            x_{l+1} = f_l(x_l + w_l y_{L-1-l}) in the upper half, y_l = f_l(x_l) the output of block l
+    Looped          x_{r+1} = f(x_r), f the whole stack of L blocks, r < times
+    EmbeddingSkip   x_{l+1} = f_l(a_l x_l + b_l x_0), x_0 the embedding
 
 A stack says in `order` which block runs when; every run, not every block, has a state of its own.
 """
@@ -86,4 +88,23 @@ class Looped(Stack):
     def forward(self, x: Tensor, runs: Sequence[Run]) -> Tensor:
         for run in runs:
             x = run(x)
+        return x
+
+
+class EmbeddingSkip(Stack):
+    """Every block reads a learned mix of the stream and the embedding (modded-nanogpt), a = 1 and b = 0 at the start.
+
+    Two parameters a block, no state: in `step` the embedding of the token is at hand. What character stands at a position
+    stays known in the upper layers, whose stream need not carry it.
+    """
+
+    def __init__(self, site: Site):
+        super().__init__(site)
+        mix = torch.tensor([1.0, 0.0])
+        self.mix = nn.Parameter(mix.repeat(site.depth, 1))  # (L, 2)
+
+    def forward(self, x: Tensor, runs: Sequence[Run]) -> Tensor:
+        embedding = x
+        for run, mix in zip(runs, self.mix.to(x.dtype), strict=True):
+            x = run(mix[0] * x + mix[1] * embedding)
         return x

@@ -27,9 +27,18 @@ class RMSNorm(Norm):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        exact = x if x.dtype == torch.float64 else x.float()
-        scale = torch.rsqrt(exact.square().mean(-1, keepdim=True) + self.eps)
-        return (exact * scale).to(x.dtype) * self.weight.to(x.dtype)
+        return _rms(x, self.eps) * self.weight.to(x.dtype)
+
+
+class GainlessRMSNorm(Norm):
+    """x / sqrt(mean(x^2) + eps), without parameters: the layer that reads it can learn the gain."""
+
+    def __init__(self, dim: int, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _rms(x, self.eps)
 
 
 class LayerNorm(Norm):
@@ -75,3 +84,8 @@ class DyT(Norm):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.tanh(self.alpha * x) * self.weight + self.bias
+
+
+def _rms(x: Tensor, eps: float) -> Tensor:
+    exact = x if x.dtype == torch.float64 else x.float()
+    return (exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps)).to(x.dtype)

@@ -17,7 +17,7 @@ from llmx.feedforward.swiglu import SwiGLU
 from llmx.mixers.attention import Attention
 from llmx.mixers.value_residual import ValueResidualAttention
 from llmx.networks.decoder import Decoder
-from llmx.networks.stacks import Looped, Sequential, UNet
+from llmx.networks.stacks import EmbeddingSkip, Looped, Sequential, UNet
 from llmx.protocol import Site, Stack
 
 VOCAB, TIME = 13, 9
@@ -81,6 +81,18 @@ def test_a_u_without_its_skips_is_the_sequence():
     assert not torch.allclose(network(tokens()), plain(tokens()))
     nn.init.zeros_(network.stack.weights)
     assert_close(network(tokens()), plain(tokens()), **SAME)
+
+
+def test_every_block_reads_a_mix_of_the_stream_and_the_embedding():
+    x = torch.randn(2, 3, 4)
+    stack = EmbeddingSkip(Site(dim=4, depth=3))
+    assert_close(through(stack, x), through(Sequential(Site(dim=4, depth=3)), x))  # as it starts
+    mix = torch.tensor([[0.5, 0.25], [-1.0, 2.0], [0.0, 1.0]])
+    stack.mix.data = mix
+    y = x
+    for layer, (a, b) in enumerate(mix.tolist()):
+        y = (layer + 2) * (a * y + b * x) + layer
+    assert_close(through(stack, x), (y, [0, 1, 2]))
 
 
 def test_a_depth_without_halves_and_no_rounds_are_named():
@@ -157,7 +169,7 @@ def test_a_loop_is_described_with_its_rounds():
 
 
 @pytest.mark.parametrize("mixer", [Attention, ValueResidualAttention])
-@pytest.mark.parametrize("stack", [Sequential, UNet, partial(Looped, times=2)])
+@pytest.mark.parametrize("stack", [Sequential, UNet, EmbeddingSkip, partial(Looped, times=2)])
 def test_gradient_checkpointing_of_any_wiring_changes_no_bit(stack: Any, mixer: Any):
     """What the second round leaves in the context is not what a block of the first round read."""
     plain, checkpointed = decoder(stack, 3, mixer), decoder(stack, 3, mixer)
@@ -169,7 +181,7 @@ def test_gradient_checkpointing_of_any_wiring_changes_no_bit(stack: Any, mixer: 
 
 
 @pytest.mark.parametrize("block", [PreNormBlock, HyperConnectionBlock])
-@pytest.mark.parametrize("stack", [UNet, partial(Looped, times=2)])
+@pytest.mark.parametrize("stack", [UNet, EmbeddingSkip, partial(Looped, times=2)])
 def test_wirings_and_what_crosses_layers_go_together(stack: Any, block: Any):
     report = audit_forms(decoder(stack, 3, ValueResidualAttention, block), TIME)
     assert not report.failing, report.summary()

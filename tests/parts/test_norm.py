@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
 
-from llmx.parts.norm import DyT, RMSNorm
+from llmx.parts.norm import DyT, GainlessRMSNorm, RMSNorm
 
 
 def norm(dim: int, eps: float = 1e-5) -> RMSNorm:
@@ -65,3 +65,10 @@ def test_dyt_passes_small_numbers_on_as_small_as_they_are():
     x = 0.02 * torch.randn(4, 64)
     assert_close(DyT(64, alpha=1.0)(x), x, rtol=1e-2, atol=0)
     assert RMSNorm(64)(x).square().mean().sqrt() > 0.9
+
+
+def test_without_a_gain_it_is_the_norm_whose_gain_is_1():
+    x = torch.randn(5, 16, dtype=torch.float64)
+    plain = GainlessRMSNorm(16)
+    assert not list(plain.parameters())
+    assert torch.equal(plain(x), RMSNorm(16).double()(x))
