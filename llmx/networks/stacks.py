@@ -94,8 +94,9 @@ class Looped(Stack):
 class EmbeddingSkip(Stack):
     """Every block reads a learned mix of the stream and the embedding (modded-nanogpt), a = 1 and b = 0 at the start.
 
-    Two parameters a block, no state: in `step` the embedding of the token is at hand. What character stands at a position
-    stays known in the upper layers, whose stream need not carry it.
+    Two parameters a block, no state: in `step` the embedding of the token is at hand. What character stands at a
+    position stays known in the upper layers, whose stream need not carry it. Not for hyper-connections, whose stream
+    is wider than the embedding.
     """
 
     def __init__(self, site: Site):

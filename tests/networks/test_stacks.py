@@ -181,7 +181,7 @@ def test_gradient_checkpointing_of_any_wiring_changes_no_bit(stack: Any, mixer: 
 
 
 @pytest.mark.parametrize("block", [PreNormBlock, HyperConnectionBlock])
-@pytest.mark.parametrize("stack", [UNet, EmbeddingSkip, partial(Looped, times=2)])
+@pytest.mark.parametrize("stack", [UNet, partial(Looped, times=2)])
 def test_wirings_and_what_crosses_layers_go_together(stack: Any, block: Any):
     report = audit_forms(decoder(stack, 3, ValueResidualAttention, block), TIME)
     assert not report.failing, report.summary()
