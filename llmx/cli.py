@@ -410,6 +410,10 @@ class CLI(LightningCLI):
             ) from error
 
     # --------------------------------------------------------------------------------------------------- the verbs
+    def before_fit(self) -> None:
+        if self.trainer.strategy.launcher is not None:
+            run_folder(self.trainer)  # chosen here: processes that are forked off could not tell this one
+
     def after_fit(self) -> None:
         final = self.trainer.callback_metrics.get("val/loss")
         folder = run_folder(self.trainer)
@@ -625,6 +629,9 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # a resumed run's
     warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`, callbacks")
+    # the metric synchronises itself
+    warnings.filterwarnings("ignore", message=r"It is recommended to use `self.log\('(val|test)/")
+    warnings.filterwarnings("ignore", message="torch.distributed.nn.functional.all_gather is deprecated")
     warnings.filterwarnings("ignore", message=".*configure_optimizers` returned `None`")  # a network that counts
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "Tip:" not in record.getMessage()

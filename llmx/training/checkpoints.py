@@ -26,12 +26,19 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         UserError: for a file that is missing, damaged, holds more than plain data and tensors, would unpack to more
             than its size, or is no LanguageModel.
     """
-    path = Path(path)
+    checkpoint = _read(Path(path))
+    parts = ("state_dict", "hyper_parameters")
+    if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(part), dict) for part in parts):
+        raise UserError(f"ckpt_path: {path} is not a checkpoint of a LanguageModel")
+    return checkpoint
+
+
+def _read(path: Path) -> Any:
     if not path.is_file():
         raise UserError(f"ckpt_path: no checkpoint at {path}")
     try:
         _check_archive(path)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except UnpicklingError as error:
@@ -44,10 +51,6 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(
             f"ckpt_path: {path} is damaged or no checkpoint ({' '.join(str(error).split())[:120]})"
         ) from error
-    parts = ("state_dict", "hyper_parameters")
-    if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(part), dict) for part in parts):
-        raise UserError(f"ckpt_path: {path} is not a checkpoint of a LanguageModel")
-    return checkpoint
 
 
 def _check_archive(path: Path) -> None:
@@ -69,7 +72,7 @@ def _check_archive(path: Path) -> None:
 
 class CheckpointFiles(TorchCheckpointIO):
     """How a trainer writes and reads checkpoints: to a temporary file beside the place, which takes the name once all
-    of it is on the disk; and by `read_checkpoint`."""
+    of it is on the disk; and as `read_checkpoint` reads, whatever it is: forked processes hand bare weights back."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Writes the file whole, or leaves what was there before.
@@ -97,7 +100,7 @@ class CheckpointFiles(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Callable | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        return read_checkpoint(path)
+        return _read(Path(path))
 
 
 def _sync_folder(folder: Path) -> None:

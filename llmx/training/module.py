@@ -108,6 +108,7 @@ class LanguageModel(pl.LightningModule):
         self.leaking = False
         self.losses = self.network.losses
         self.compiled = False
+        self.step_loss: Tensor | float = 0.0  # of the micro-batches of the step at hand, summed
 
     # ---------------------------------------------------------------------------------------------------- training
     def setup(self, stage: str) -> None:
@@ -159,7 +160,10 @@ class LanguageModel(pl.LightningModule):
                 f"train/loss is {loss.item()} at step {self.trainer.global_step}: training has diverged. "
                 f"A lower model.optimizer lr or trainer.gradient_clip_val may help. {self._last_good()}"
             )
-        self.log("train/loss", loss, prog_bar=True, sync_dist=self.trainer.world_size > 1)
+        # the mean over the micro-batches so far: that of the last one is the loss of the step
+        micro = batch_idx % self.trainer.accumulate_grad_batches
+        self.step_loss = loss.detach() + (self.step_loss if micro else 0)
+        self.log("train/loss", self.step_loss / (micro + 1), prog_bar=True, sync_dist=self.trainer.world_size > 1)
         return loss + auxiliary
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
