@@ -21,11 +21,13 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+import torch.distributed as dist
 import yaml
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.multiprocessing.spawn import ProcessException, ProcessExitedException
 
 from llmx.base_config import with_bases, with_list_entries
 from llmx.composition import build, check_imports, import_collection, to_config
@@ -63,6 +65,7 @@ OTHER_VERBS = {  # modules with a run(arguments) -> exit code
     "sweep": "llmx.sweep.command",
 }
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a write to a full disk raises, without the file's name
+BACKENDS = ("gloo", "nccl")  # whose name is in what torch raises where another process is lost
 SMALL = 50_000_000  # parameters of a network that is described by running it, where shapes alone do not do
 
 
@@ -89,6 +92,11 @@ def main(args: list[str] | None = None) -> int:
         if error.filename is None and error.errno not in FULL:
             raise
         message = f"{error.filename or 'writing'}: {error.strerror}"
+    except (ProcessException, RuntimeError) as error:
+        lost = _lost(error)
+        if lost is None:
+            raise
+        message = lost
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
@@ -605,6 +613,22 @@ def _leave_on_signals() -> dict[int, Any]:
     return {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
 
 
+def _lost(error: Exception) -> str | None:
+    """What to say where another process of a run failed; None for any other error."""
+    text = " ".join(str(error).split())
+    if isinstance(error, ProcessException):  # of processes that were forked off
+        text = str(error).rpartition(f"{UserError.__module__}.{UserError.__name__}: ")[2].strip()
+        known = isinstance(error, ProcessExitedException) or text != str(error).strip()
+        return f"trainer: process {error.error_index} failed: {text}" if known else None
+    torn = dist.is_initialized() and any(name in text.lower() for name in BACKENDS)
+    if not torn and not isinstance(error, dist.DistError):
+        return None
+    return (
+        "trainer: another process of this run is gone or does not answer; fit --ckpt_path last goes on from the last "
+        f"checkpoint ({text[:200]})"
+    )
+
+
 def _plain(settings: Any) -> dict[str, Any]:
     """A parsed group as nested dictionaries."""
     return settings.as_dict()
@@ -616,9 +640,9 @@ def _shape(shape: torch.Size | None) -> str:
 
 def _gathered(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The records of all processes, ordered by prompt."""
-    if torch.distributed.is_initialized():
-        parts: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(parts, records)
+    if dist.is_initialized():
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, records)
         records = [record for part in parts for record in part]
     return sorted(records, key=lambda record: record["prompt_index"])
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,8 +14,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from llmx import LanguageModel
 from llmx.cli import main
 from tests.tiny import TEXT, network, newest_run
-
-CHECKOUT = Path(__file__).parent.parent
 
 LEAKY = """
 import torch
@@ -231,28 +228,6 @@ def test_accumulation_and_restart_change_nothing_but_memory(lab):
         torch.testing.assert_close(weights(accumulated)[name], value, rtol=0, atol=1e-5)  # fp32 sums in another order
     a, b = (scalars(folder)["val/loss"] for folder in (plain, accumulated))
     assert [value for _, value in b] == pytest.approx([value for _, value in a], abs=1e-5)
-
-
-def test_two_processes_give_the_loss_of_one(lab):
-    """Through the shell, as a user would: DDP on the CPU, with an epoch whose last batch is ragged."""
-    command = [sys.executable, str(CHECKOUT / "main.py"), "fit", "--config", "tiny.yaml"]
-    losses, characters = [], []
-    for devices in (1, 2):
-        subprocess.run(
-            [*command, "--trainer.accelerator", "cpu", "--trainer.devices", str(devices)]
-            + (["--trainer.strategy", "ddp"] if devices == 2 else []),
-            check=True,
-            capture_output=True,
-        )
-        folder = Path(f"lightning_logs/version_{devices - 1}")
-        losses.append(json.loads((folder / "metrics.json").read_text())["val/loss"])
-        characters.append(np.load(folder / "val_losses.npy"))
-    assert losses[1] == pytest.approx(losses[0], abs=1e-5)  # training sums its gradients in another order
-    np.testing.assert_allclose(characters[1], characters[0], atol=1e-4)
-    run_dir = "lightning_logs/version_0/checkpoints/last.ckpt"
-    command = [sys.executable, str(CHECKOUT / "main.py"), "validate", "--ckpt_path", run_dir, "--trainer.devices", "2"]
-    result = subprocess.run([*command, "--trainer.accelerator", "cpu"], capture_output=True, text=True)
-    assert f"val loss {losses[0]:.4f}" in result.stdout
 
 
 def test_fast_dev_run_leaves_nothing_behind(lab):

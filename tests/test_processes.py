@@ -1,6 +1,10 @@
 """One process or many, the same numbers: DDP over gloo on the CPU, through the command line."""
 
 import json
+import multiprocessing
+import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -8,10 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from lightning.pytorch.callbacks import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from llmx.cli import main
 from tests.tiny import TEXT, network, newest_run
+
+pytestmark = pytest.mark.xdist_group("processes")  # the fixture's runs once, whatever the number of workers
 
 CHECKOUT = Path(__file__).parent.parent
 # 142 training windows, so step 18 ends an epoch with 6 of 8; 50 validation windows, so the last batch has 2 of 8
@@ -86,3 +93,46 @@ def test_one_process_and_four_validate_a_checkpoint_alike(runs, capsys):
         said.append(capsys.readouterr().out.splitlines()[-1])
     assert said[0] == said[1]
     assert f"val loss {curve(runs['2'], 'val/loss')[19]:.4f} " in said[0]
+
+
+class PowerCut(Callback):
+    """Rank one is gone at step 5, without a word to the others."""
+
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_rank == 1 and trainer.global_step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def rank(number, port, folder):
+    """A process that was started from outside, as torchrun or a cluster does: nobody watches over it."""
+    os.chdir(folder)
+    os.environ |= {"LOCAL_RANK": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    options = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.callbacks+=tests.test_processes.PowerCut"]
+    sys.exit(main(["fit", "--config", str(folder / "tiny.yaml"), *options, f"--data.corpus={folder / 'corpus.txt'}"]))
+
+
+def test_a_process_that_is_killed_ends_the_others_with_a_message(runs, capfd):
+    fork = multiprocessing.get_context("fork")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [fork.Process(target=rank, args=(number, port, runs["1"].parents[1])) for number in (0, 1)]
+    try:
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(60)
+        assert [process.exitcode for process in ranks] == [2, -signal.SIGKILL]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert "error: trainer: another process of this run is gone" in capfd.readouterr().err
+
+
+def test_a_process_that_finds_a_fault_is_quoted(runs, capsys, monkeypatch):
+    monkeypatch.chdir(runs["1"].parents[1])
+    options = ["--trainer.devices=2", "--trainer.strategy=ddp_fork", "--model.optimizer.lr=1e30"]
+    assert main(["fit", "--config", "tiny.yaml", *options]) == 2
+    error = capsys.readouterr().err
+    assert "error: trainer: process " in error
+    assert "training has diverged" in error.splitlines()[-1]
