@@ -153,7 +153,7 @@ def interrupted(nodes: tuple[Node, Node], folder: Path, how: str) -> dict[str, f
         ip("-n", b.namespace, "link", "set", b.cable, "down")
     seconds = {}
     for node, pids in workers.items():
-        while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        while any(map(running, pids)):
             if time.monotonic() > lost + BOUND:
                 raise SystemExit(f"{node.address} still trains after {BOUND} seconds")
             time.sleep(0.05)
@@ -168,6 +168,14 @@ def interrupted(nodes: tuple[Node, Node], folder: Path, how: str) -> dict[str, f
 
 def children(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
+def running(pid: str) -> bool:
+    """Whether a process is there and has not ended: one that nobody has waited for is a zombie."""
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def resumed(node: Node, folder: Path, processes: int) -> None:

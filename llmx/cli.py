@@ -17,6 +17,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -26,6 +27,7 @@ import yaml
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.multiprocessing.spawn import ProcessException, ProcessExitedException
 
@@ -65,7 +67,7 @@ OTHER_VERBS = {  # modules with a run(arguments) -> exit code
     "sweep": "llmx.sweep.command",
 }
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a write to a full disk raises, without the file's name
-BACKENDS = ("gloo", "nccl")  # whose name is in what torch raises where another process is lost
+TORN = ("gloo", "nccl", "pair closure")  # one of them is in what torch raises where another process is lost
 SMALL = 50_000_000  # parameters of a network that is described by running it, where shapes alone do not do
 
 
@@ -279,12 +281,16 @@ class CLI(LightningCLI):
             )
         if verb != "predict":
             self.datamodule.prepare()
-        self.model = LanguageModel(
-            **_plain(settings.model), tokenizer=self.datamodule.tokenizer, window=self.datamodule.hparams["window"]
-        )
+        # a sharded network without an audit is never whole: LanguageModel.configure_model builds it
+        never_whole = _sharding(settings.trainer.strategy) and settings.model.audit == "off"
+        with torch.device("meta") if never_whole else nullcontext():
+            self.model = LanguageModel(
+                **_plain(settings.model), tokenizer=self.datamodule.tokenizer, window=self.datamodule.hparams["window"]
+            )
         if self.run is not None:
             self._check_same_network()
-        self._check_window()
+        if not never_whole:
+            self._check_window()
         self._let_it_count()
         if verb == "fit":
             self.model.audit_causality()  # before there is a run folder
@@ -620,13 +626,18 @@ def _lost(error: Exception) -> str | None:
         text = str(error).rpartition(f"{UserError.__module__}.{UserError.__name__}: ")[2].strip()
         known = isinstance(error, ProcessExitedException) or text != str(error).strip()
         return f"trainer: process {error.error_index} failed: {text}" if known else None
-    torn = dist.is_initialized() and any(name in text.lower() for name in BACKENDS)
+    torn = dist.is_initialized() and any(name in text.lower() for name in TORN)
     if not torn and not isinstance(error, dist.DistError):
         return None
     return (
         "trainer: another process of this run is gone or does not answer; fit --ckpt_path last goes on from the last "
         f"checkpoint ({text[:200]})"
     )
+
+
+def _sharding(strategy: Any) -> bool:
+    """Whether the trainer's setting is a ModelParallelStrategy."""
+    return str(getattr(strategy, "class_path", strategy)).endswith(ModelParallelStrategy.__name__)
 
 
 def _plain(settings: Any) -> dict[str, Any]:
@@ -656,6 +667,7 @@ def _quiet() -> None:
     # the metric synchronises itself
     warnings.filterwarnings("ignore", message=r"It is recommended to use `self.log\('(val|test)/")
     warnings.filterwarnings("ignore", message="torch.distributed.nn.functional.all_gather is deprecated")
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # which nobody writes to
     warnings.filterwarnings("ignore", message=".*configure_optimizers` returned `None`")  # a network that counts
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "Tip:" not in record.getMessage()

@@ -32,13 +32,48 @@ TRAINER = {
     "accelerator": "cpu",
     "precision": "32-true",
 }
+SHARDED = ["--trainer.strategy=ModelParallelStrategy", "--trainer.strategy.save_distributed_checkpoint=false"]
 # "ddp" starts Python anew for every rank, as a user's command does; a fork has imported everything already
-WAYS = {"1": [1, 1, "auto"], "2": [2, 1, "ddp"], "4": [4, 1, "ddp_fork"], "2 x 4 micro-batches": [2, 4, "ddp_fork"]}
+WAYS = {
+    "1": ["--trainer.devices=1"],
+    "2": ["--trainer.devices=2", "--trainer.strategy=ddp"],
+    "4": ["--trainer.devices=4", "--trainer.strategy=ddp_fork"],
+    "2 x 4 micro-batches": [
+        "--trainer.devices=2",
+        "--trainer.strategy=ddp_fork",
+        "--trainer.accumulate_grad_batches=4",
+    ],
+    "2 that share": ["--trainer.devices=2", *SHARDED],
+    "2 of which none is whole": ["--trainer.devices=2", *SHARDED, "--model.audit=off"],
+}
+
+
+def ranks(command):
+    """The exit codes of two processes that are started from outside, as torchrun does, and that nobody watches over."""
+    fork = multiprocessing.get_context("fork")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [fork.Process(target=rank, args=(number, port, command)) for number in (0, 1)]
+    try:
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(60)
+        return [process.exitcode for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def rank(number, port, command):
+    os.environ |= {"LOCAL_RANK": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    sys.exit(main(command))
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The folders of the same fit, on 1, 2 and 4 processes, and on 2 that accumulate."""
+    """The folders of the same fit, in all ways."""
     folder = tmp_path_factory.mktemp("processes")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -47,11 +82,12 @@ def runs(tmp_path_factory):
         config = {"seed_everything": 3, "trainer": TRAINER, "model": {"network": network(2)}, "data": DATA}
         Path("tiny.yaml").write_text(yaml.safe_dump(config))
         found = {}
-        for name, (devices, accumulate, strategy) in WAYS.items():
-            options = [f"--trainer.devices={devices}", f"--trainer.accumulate_grad_batches={accumulate}"]
-            command = ["fit", "--config", "tiny.yaml", *options, f"--trainer.strategy={strategy}"]
-            if strategy == "ddp":
+        for name, options in WAYS.items():
+            command = ["fit", "--config", "tiny.yaml", *options]
+            if "--trainer.strategy=ddp" in options:
                 subprocess.run([sys.executable, CHECKOUT / "main.py", *command], check=True, timeout=300)
+            elif SHARDED[0] in options:
+                assert ranks(command) == [0, 0]
             else:
                 assert main(command) == 0
             found[name] = newest_run().absolute()
@@ -85,14 +121,15 @@ def test_the_validation_counts_every_character_once(runs, name):
     assert metrics["tokens"] == 20 * 8 * 16  # as the config says, over all processes and micro-batches
 
 
-def test_one_process_and_four_validate_a_checkpoint_alike(runs, capsys):
-    command = ["validate", "--ckpt_path", str(runs["2"] / "checkpoints/last.ckpt"), "--trainer.accelerator", "cpu"]
+@pytest.mark.parametrize("name", ["2", "2 of which none is whole"])
+def test_one_process_and_four_validate_a_checkpoint_alike(runs, capsys, name):
+    command = ["validate", "--ckpt_path", str(runs[name] / "checkpoints/last.ckpt"), "--trainer.accelerator", "cpu"]
     said = []
     for options in (["--trainer.devices=1"], ["--trainer.devices=4", "--trainer.strategy=ddp_fork"]):
         assert main([*command, *options]) == 0
         said.append(capsys.readouterr().out.splitlines()[-1])
     assert said[0] == said[1]
-    assert f"val loss {curve(runs['2'], 'val/loss')[19]:.4f} " in said[0]
+    assert f"val loss {curve(runs[name], 'val/loss')[19]:.4f} " in said[0]
 
 
 class PowerCut(Callback):
@@ -103,30 +140,18 @@ class PowerCut(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def rank(number, port, folder):
-    """A process that was started from outside, as torchrun or a cluster does: nobody watches over it."""
-    os.chdir(folder)
-    os.environ |= {"LOCAL_RANK": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    options = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.callbacks+=tests.test_processes.PowerCut"]
-    sys.exit(main(["fit", "--config", str(folder / "tiny.yaml"), *options, f"--data.corpus={folder / 'corpus.txt'}"]))
-
-
-def test_a_process_that_is_killed_ends_the_others_with_a_message(runs, capfd):
-    fork = multiprocessing.get_context("fork")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = [fork.Process(target=rank, args=(number, port, runs["1"].parents[1])) for number in (0, 1)]
-    try:
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join(60)
-        assert [process.exitcode for process in ranks] == [2, -signal.SIGKILL]
-    finally:
-        for process in ranks:
-            process.kill()
+def test_a_process_that_is_killed_ends_the_others_with_a_message(runs, capfd, monkeypatch):
+    monkeypatch.chdir(runs["1"].parents[1])
+    options = [*WAYS["2"], "--trainer.callbacks+=tests.test_processes.PowerCut"]
+    assert ranks(["fit", "--config", "tiny.yaml", *options]) == [2, -signal.SIGKILL]
     assert "error: trainer: another process of this run is gone" in capfd.readouterr().err
+
+
+def test_a_sharded_network_says_what_it_does_not_do(runs, capfd, monkeypatch):
+    monkeypatch.chdir(runs["1"].parents[1])
+    command = ["predict", "--ckpt_path", str(runs["2"] / "checkpoints/last.ckpt"), "--trainer.accelerator=cpu"]
+    assert ranks([*command, *WAYS["2 that share"]]) == [2, 2]
+    assert "error: trainer.strategy: a sharded network does not generate" in capfd.readouterr().err
 
 
 def test_a_process_that_finds_a_fault_is_quoted(runs, capsys, monkeypatch):

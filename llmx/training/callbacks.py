@@ -26,7 +26,7 @@ from torch.utils.tensorboard.summary import hparams
 from llmx.audits.causality import influence_figure
 from llmx.data.datamodule import TextDataModule
 from llmx.data.windows import Batch
-from llmx.describe import describe, parameters
+from llmx.describe import parameters
 from llmx.errors import UserError
 from llmx.protocol import IGNORE, CountingNetwork
 from llmx.training.logger import LAYOUT
@@ -214,8 +214,8 @@ class Samples(Callback):
     @rank_zero_only
     def on_validation_end(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
         board = tensorboard(trainer)
-        if board is None or trainer.sanity_checking or trainer.state.fn != "fit":
-            return
+        if board is None or trainer.sanity_checking or trainer.state.fn != "fit" or pl_module.device_mesh is not None:
+            return  # a sharded network is run by all processes or none
         try:
             pl_module.tokenizer.encode(prompt := self.prompt)
         except UserError:
@@ -267,8 +267,8 @@ class RunRecord(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
         self.started = time.perf_counter()
         self.first_step = trainer.global_step
-        self.description = describe(pl_module.network, pl_module.window)
-        rich.print(self.description.render())
+        assert pl_module.description is not None
+        rich.print(pl_module.description.render())
         if pl_module.causality is not None:
             rich.print(pl_module.causality.summary())
         compiled = "compiled" if pl_module.compiled else "not compiled"
@@ -346,11 +346,12 @@ class RunRecord(Callback):
 
     def _record(self, trainer: pl.Trainer, pl_module: LanguageModel) -> dict[str, Any]:
         report = pl_module.causality
+        assert pl_module.description is not None
         return {
             **provenance(),
             "data": _data(trainer).protocol,
             "parameters": parameters(pl_module.network),
-            "network": {key: value for key, value in self.description.to_dict().items() if key != "layers"},
+            "network": {key: value for key, value in pl_module.description.to_dict().items() if key != "layers"},
             "precision": str(trainer.precision),
             "compiled": pl_module.compiled,
             "devices": trainer.world_size,

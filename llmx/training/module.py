@@ -15,6 +15,8 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -23,6 +25,7 @@ from llmx.composition import build, to_config
 from llmx.data.datamodule import Prompts, TextDataModule
 from llmx.data.tokenizers import Tokenizer, tokenizer_from_config
 from llmx.data.windows import Batch
+from llmx.describe import Description, describe
 from llmx.errors import UserError
 from llmx.generation import Sampling, check_drafts, generate
 from llmx.protocol import CountingNetwork, Network, Schedule
@@ -32,6 +35,7 @@ from llmx.training.fastpath import COMPILE_DECODING_FROM, COMPILE_FROM, can_comp
 from llmx.training.metrics import TokenLoss, bits, perplexity
 from llmx.training.optimizers import parameter_groups, set_mode, settings
 from llmx.training.schedules import Cosine
+from llmx.training.sharding import build_sharded, shard
 
 Config = dict[str, Any]
 
@@ -96,19 +100,25 @@ class LanguageModel(pl.LightningModule):
             },
             logger=False,
         )
-        self.network: Network = build(self.hparams["network"], self.tokenizer.vocab_size, "model.network")
+        self.network: Network = self._built()
         _check_drafts("model.sampling.", self.network, self.sampling)
-        if gradient_checkpointing:
-            self.network.enable_gradient_checkpointing()
         if warm_start is not None:
             self._load_network(warm_start)
-        self.val_loss = TokenLoss()
-        self.test_loss = TokenLoss()
+        with torch.device("cpu"):  # the network alone may be on the meta device
+            self.val_loss = TokenLoss()
+            self.test_loss = TokenLoss()
+        self.description: Description | None = None  # of a fit
         self.causality: CausalityReport | None = None
         self.leaking = False
         self.losses = self.network.losses
         self.compiled = False
         self.step_loss: Tensor | float = 0.0  # of the micro-batches of the step at hand, summed
+
+    def _built(self) -> Network:
+        network: Network = build(self.hparams["network"], self.tokenizer.vocab_size, "model.network")
+        if self.hparams["gradient_checkpointing"]:
+            network.enable_gradient_checkpointing()
+        return network
 
     # ---------------------------------------------------------------------------------------------------- training
     def setup(self, stage: str) -> None:
@@ -117,13 +127,50 @@ class LanguageModel(pl.LightningModule):
             self.learn(self.trainer.datamodule)  # type: ignore[attr-defined]
         wanted = self.hparams["compile"]
         if wanted == "auto":
-            wanted = stage == "fit" and self.total_steps - self.trainer.global_step >= COMPILE_FROM
+            long = stage == "fit" and self.total_steps - self.trainer.global_step >= COMPILE_FROM
+            wanted = long and self.device_mesh is None
         self.compiled = bool(wanted) and stage != "predict" and can_compile()
         if self.compiled:
             # the bound method: checkpoint keys stay clean, and head and loss are in the same graph as the network
             self.losses = torch.compile(self.network.losses, dynamic=False)
         elif wanted and stage != "predict":
             rank_zero_info("No C++ compiler was found: the network runs without compilation.")
+
+    def configure_model(self) -> None:
+        """Describes the network, and shards it over all processes where the strategy is a ModelParallelStrategy.
+
+        A network on the meta device is built here, block by block, by the state that the random numbers are in: no
+        process ever holds it whole.
+
+        Raises:
+            UserError: for what a sharded network cannot do.
+        """
+        fn = self.trainer.state.fn
+        if fn == "fit" and self.trainer.is_global_zero:
+            try:
+                self.description = describe(self.network, self.window)
+            except ValueError as error:
+                raise UserError(f"model.network does not take windows of {self.window}: {error}") from error
+        if self.device_mesh is None or isinstance(self.network, FSDPModule):
+            return
+        bare = any(parameter.is_meta for parameter in self.network.parameters())
+        if fn == "predict":
+            raise UserError("trainer.strategy: a sharded network does not generate; predict on one device")
+        if self.hparams["compile"] is True:
+            raise UserError("model.compile: a sharded network is not compiled")
+        if bare and self.hparams["audit"] != "off":
+            raise UserError("model.audit: only a whole network can be audited, not one on the meta device")
+        mesh = init_device_mesh(self.device_mesh.device_type, (self.trainer.world_size,))
+        try:
+            if bare:
+                self.network = build_sharded(self._built, mesh)
+            else:
+                if fn == "fit":
+                    self.audit_causality()
+                shard(self.network, mesh)
+        except ValueError as error:
+            raise UserError(f"trainer.strategy: this network cannot be sharded: {error}") from error
+        self.losses = self.network.losses
 
     def learn(self, data: TextDataModule) -> None:
         """Lets a network that counts count the training split."""
