@@ -3,7 +3,7 @@ with another number of processes.
 
 Each namespace has its own address and network stack, and reaches the other through a veth pair alone; the folder of the
 runs is shared, as a cluster's is. Both times the training that goes on has to end where one that was never interrupted
-does. Linux, as root, with iproute2; about three minutes. All that it makes is removed, whatever happens.
+does. Linux, as root, with iproute2; three to six minutes. All that it makes is removed, whatever happens.
 
     python -m benchmarks.two_nodes --out docs/results/two_nodes.json
 """

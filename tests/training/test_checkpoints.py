@@ -441,3 +441,9 @@ def test_resuming_from_the_best_checkpoint_moves_last(lab):
     assert read_checkpoint(last(folder))["global_step"] == 8
     assert {path.name for path in last(folder).parent.iterdir()} >= {"last.ckpt", "best.ckpt", "step=8.ckpt"}
     assert not list(folder.glob("checkpoints/*-v*"))
+
+
+def test_a_folder_of_shards_is_refused_with_the_command_that_makes_a_file_of_it(tmp_path):
+    (tmp_path / ".metadata").touch()
+    with pytest.raises(UserError, match=r"folder of shards; python -m .*consolidate_checkpoint"):
+        read_checkpoint(tmp_path)
