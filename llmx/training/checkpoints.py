@@ -36,7 +36,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 def _read(path: Path) -> Any:
     if (path / ".metadata").is_file():
         raise UserError(
-            f"ckpt_path: {path} is a folder of shards; python -m lightning.pytorch.utilities.consolidate_checkpoint "
+            f"ckpt_path: {path} is a folder of shards; python -m lightning.fabric.utilities.consolidate_checkpoint "
             f"{path} makes one file of it (and executes what it holds)"
         )
     if not path.is_file():
