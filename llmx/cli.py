@@ -38,7 +38,7 @@ from llmx.describe import Description, describe
 from llmx.errors import UserError
 from llmx.explain import explain
 from llmx.matching import match
-from llmx.protocol import CountingNetwork
+from llmx.protocol import CountingNetwork, Network
 from llmx.training.callbacks import (
     BestCheckpoint,
     EndWithValidation,
@@ -511,10 +511,16 @@ class CLI(LightningCLI):
         own["length"] = length
         to["length"] = to["data"]["window"] if settings.length is None else length
 
+        def built(network: Any) -> Network:
+            try:
+                return _built(network, vocab_size, "meta")
+            except (RuntimeError, TypeError):
+                return _built(network, vocab_size, "cpu")
+
         def described(network: Any, length: int) -> Description:
             return _described(network, vocab_size, length)
 
-        found = match(own, to, settings.match, settings.by, described)
+        found = match(own, to, settings.match, settings.by, built, described)
         print(f"# {found.said(settings.to)}\n{yaml.safe_dump(found.changes, sort_keys=False)}", end="", flush=True)
         if not found.holds:
             self.exit_code = 1
@@ -524,20 +530,23 @@ class CLI(LightningCLI):
 def _described(config: Any, vocab_size: int, length: int) -> Description:
     """Builds the network where it takes no memory, and for real only where that fails or says too little."""
 
-    def built(device: str) -> Description:
-        with torch.device(device):
-            network = build(config, vocab_size, "model.network")
-        return describe(network, length)
+    def described(device: str) -> Description:
+        return describe(_built(config, vocab_size, device), length)
 
     try:
-        description = built("meta")
-        return built("cpu") if description.uncounted and description.parameters <= SMALL else description
+        description = described("meta")
+        return described("cpu") if description.uncounted and description.parameters <= SMALL else description
     except UserError:
         raise
     except ValueError as error:
         raise UserError(f"model.network does not take a sequence of {length} (--length): {error}") from error
     except (RuntimeError, TypeError):  # not what a shape alone allows
-        return built("cpu")
+        return described("cpu")
+
+
+def _built(config: Any, vocab_size: int, device: str) -> Network:
+    with torch.device(device):
+        return build(config, vocab_size, "model.network")
 
 
 def _option(arguments: list[str], name: str) -> str | None:

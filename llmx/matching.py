@@ -16,11 +16,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmx.base_config import set_at
-from llmx.describe import MATCHED, Description, apart
+from llmx.describe import MATCHED, Description, apart, parameters
 from llmx.errors import UserError
 from llmx.explain import nodes
+from llmx.protocol import Network
 
-Describe = Callable[[Any, int], Description]  # from a network's config and the length of a sequence
+Build = Callable[[Any], Network]  # from a network's config
+Describe = Callable[[Any, int], Description]  # and the length of a sequence
 STEPS = "trainer.max_steps"
 DEFAULTS = ("feed_forward.hidden", "dim")  # the first that the network has
 PATIENCE = 512  # sizes in a row that cannot be built before the search ends
@@ -50,7 +52,9 @@ class Match:
         return f"{self.kind}: {self.own:,.0f}, and {self.other:,.0f} in {name} ({percent:+.2f} %)"
 
 
-def match(own: dict[str, Any], other: dict[str, Any], what: str, by: str | None, describe: Describe) -> Match:
+def match(
+    own: dict[str, Any], other: dict[str, Any], what: str, by: str | None, build: Build, describe: Describe
+) -> Match:
     """Solves for what makes a config cost as much as another.
 
     Args:
@@ -58,18 +62,23 @@ def match(own: dict[str, Any], other: dict[str, Any], what: str, by: str | None,
         other: those whose cost is the goal.
         what: `parameters` or `flops`.
         by: the size to vary, a key of the network or its end, which stands for all keys that end so.
-        describe: raises ValueError for a network that cannot be built.
+        build: all that parameters take; raises ValueError for a network that cannot be built.
+        describe: the same, for FLOPs.
 
     Raises:
         UserError: for sizes that are not there or do not serve, and where there is nothing to match.
     """
 
     def cost(settings: dict[str, Any], network: Any) -> float:
-        found = describe(network, 1 if what == "parameters" else settings["length"])
-        value = found.parameters if what == "parameters" else found.training_flops_per_token
+        value: float | None
+        if what == "parameters":
+            built = build(network)
+            name, value, why = type(built).__name__, parameters(built), None
+        else:
+            found = describe(network, settings["length"])
+            name, value, why = found.network, found.training_flops_per_token, found.uncounted
         if not value:
-            why = found.uncounted or "there are none"
-            raise UserError(f"model.network: {found.network} cannot be matched by {what}, {why}")
+            raise UserError(f"model.network: {name} cannot be matched by {what}, {why or 'there are none'}")
         return value
 
     network = own["model"]["network"]
