@@ -21,6 +21,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import rich
 import torch
 import torch.distributed as dist
 import yaml
@@ -32,6 +33,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.multiprocessing.spawn import ProcessException, ProcessExitedException
 
 from llmx.base_config import with_bases, with_list_entries
+from llmx.budget import Budget, Plan, budget
 from llmx.composition import build, check_imports, import_collection, to_config
 from llmx.data.datamodule import TextDataModule
 from llmx.describe import Description, describe
@@ -124,7 +126,7 @@ def execute(arguments: list[str], callbacks: Sequence[Callback] = (), dry: bool 
         return CLI(arguments, callbacks, dry)
     except ParserError as error:
         options = ["config", "seed_everything", "vocab_size", "trust", "ckpt_path", "length", "format"]
-        options += ["match", "to", "by"]
+        options += ["match", "to", "by", "peak_flops", "bandwidth"]
         options += ["weights_only", "verbose", "return_predictions", "help"]
         verbs = [*CLI.subcommands(), *OTHER_VERBS]
         message = explain(str(error), arguments, verbs, {**GROUPS, "trainer": Trainer}, options)
@@ -196,6 +198,16 @@ class CLI(LightningCLI):
                 type=str | None,
                 help="The size that --match varies, such as model.network.dim; by default the hidden width of the "
                 "feed-forwards, else dim. A key may be left out up to its end, and then stands for all that end so.",
+            )
+            parser.add_argument(
+                "--peak_flops",
+                type=float | None,
+                help="FLOPs a second of a device. With --trainer.devices: the least time of a step's arithmetic.",
+            )
+            parser.add_argument(
+                "--bandwidth",
+                type=float | None,
+                help="Bytes a second that a device sends. With --trainer.devices: the least time of communication.",
             )
         return parser
 
@@ -493,9 +505,32 @@ class CLI(LightningCLI):
             raise UserError(f"{'to' if settings.to else 'by'}: belongs to --match parameters or --match flops")
         if settings.match is not None:
             self._match(settings, vocab_size, length)
+            return
+        model = to_config(_plain(settings.model))
+        description = _described(model["network"], vocab_size, length)
+        step = self._budget(settings, model, description)
+        if settings.format == "json":
+            print(json.dumps(description.to_dict() | ({"step": step.to_dict()} if step else {}), indent=2))
         else:
-            network = to_config(_plain(settings.model)["network"])
-            _described(network, vocab_size, length).show(settings.format)
+            rich.print(description.render(), *([step.render()] if step else []), sep="\n")
+
+    def _budget(self, settings: Any, model: dict[str, Any], description: Description) -> Budget | None:
+        """What a training step costs each device, where the devices are said."""
+        trainer = settings.trainer
+        if trainer.devices == "auto":
+            for name in ("peak_flops", "bandwidth"):
+                if settings[name] is not None:
+                    raise UserError(f"{name}: belongs to --trainer.devices N")
+            return None
+        precision = str(trainer.precision or self._precision(trainer.accelerator))
+        return budget(
+            lambda: build(model["network"], description.vocab_size, "model.network"),
+            lambda parameters: build(model["optimizer"], parameters, "model.optimizer"),
+            Plan.read(trainer, self.datamodule.batch_size, precision),
+            description,
+            settings.peak_flops,
+            settings.bandwidth,
+        )
 
     def _match(self, settings: Any, vocab_size: int, length: int) -> None:
         """Prints the config that makes a network cost as much as another; exit code 1 where none comes near enough."""

@@ -118,24 +118,24 @@ class Description:
     def _layers(self) -> Table:
         looped = any(layer.runs > 1 for layer in self.layers)
         numbers = ("parameters", "FLOPs\na token", "state\nbytes", *(["runs"] if looped else []))
-        table = _table("layer", "mixer", "feed-forward", numbers=numbers)
+        rows = table("layer", "mixer", "feed-forward", numbers=numbers)
         for layer in self.layers:
             state = "recomputes" if layer.state_bytes is None else f"{layer.state_bytes:,}"
             cells = [str(layer.layer), layer.mixer, layer.feed_forward, f"{layer.parameters:,}"]
             cells += [_number(layer.flops_per_token), state]
-            table.add_row(*cells, *([str(layer.runs)] if looped else []))
-        return table
+            rows.add_row(*cells, *([str(layer.runs)] if looped else []))
+        return rows
 
     def _groups(self) -> Table:
-        table = _table("part", numbers=("parameters", "%", "FLOPs\na token", "%"))
+        rows = table("part", numbers=("parameters", "%", "FLOPs\na token", "%"))
         for name, group in self.groups.items():
             tied = " (tied to the embedding)" if name == "head" and group.shared and not group.parameters else ""
             size = (f"{group.parameters:,}", _share(group.parameters, self.parameters))
             work = (_number(group.flops_per_token), _share(group.flops_per_token, self.flops_per_token))
-            table.add_row(f"{name}{tied}", *size, *work)
-        table.add_section()
-        table.add_row("whole network", f"{self.parameters:,}", "", _number(self.flops_per_token), "", style="bold")
-        return table
+            rows.add_row(f"{name}{tied}", *size, *work)
+        rows.add_section()
+        rows.add_row("whole network", f"{self.parameters:,}", "", _number(self.flops_per_token), "", style="bold")
+        return rows
 
     def _said(self) -> str:
         if self.uncounted:
@@ -350,7 +350,8 @@ def _bytes(component: Any, length: int) -> int:
 
 
 # -------------------------------------------------------------------------------------------------------------- showing
-def _table(*names: str, numbers: tuple[str, ...]) -> Table:
+def table(*names: str, numbers: tuple[str, ...]) -> Table:
+    """An empty one, with columns of text and of numbers."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for name in names:
         table.add_column(name, overflow="fold")
