@@ -10,8 +10,8 @@ Model states, P parameters on N devices (ZeRO, arXiv 1910.02054), all of them di
 What the forward pass keeps for the backward pass is counted and not estimated: `losses` runs on fake tensors, which
 have a shape, a type and a storage and no numbers, and autograd shows each tensor that it saves. Every storage counts
 once, parameters do not. It is linear in the number of sequences. Left out is what lives for a moment: the gradient of
-an activation, a kernel's workspace. The largest of these, the gradient of the logits, is listed (B T V numbers, fp32).
-The sum is what all of this takes at once, which is an upper bound: gradients come as activations go.
+an activation, a kernel's workspace. The largest of these are listed, the gradients of the logits and of their
+log-softmax (B T V fp32 numbers each). The sum is an upper bound: the parameters' gradients come as activations go.
 
 Communication of a step, bytes that each device sends (ring algorithms):
 
@@ -67,10 +67,10 @@ ROWS = {
     "gradients": "gradients",
     "optimizer": "optimizer states",
     "buffers": "buffers of the communication",
-    "fixed": "16-bit copies of weights, tables",
+    "fixed": "whatever the batch: 16-bit weights, tables",
     "blocks": "activations of the blocks",
     "outside": "activations outside, logits among them",
-    "logits_gradient": "gradient of the logits",
+    "logits_gradients": "gradients of the logits",
     "total": "sum",
 }
 
@@ -169,13 +169,13 @@ class Budget:
         plan = self.plan
         where = "1 device" if plan.devices == 1 else f"{plan.devices:,} devices with {plan.strategy}"
         title = f"A training step on {where}, {plan.precision}, {self.tokens:,} tokens"
-        rows = table("memory of a device", numbers=("as it is", "with gradient\ncheckpointing"))
+        rows = table("memory of a device", numbers=("without", "with gradient\ncheckpointing"))
         for name, said in ROWS.items():
             if name == "total":
                 rows.add_section()
             if name in self.memory:
-                other = "-" if self.checkpointed is None else size(self.checkpointed[name])
-                rows.add_row(said, size(self.memory[name]), other)
+                other = "-" if self.checkpointed is None else _size(self.checkpointed[name])
+                rows.add_row(said, _size(self.memory[name]), other)
         return Lines(Text(title, style="bold"), rows, Text(self._said(), style="dim"))
 
     def _said(self) -> str:
@@ -189,7 +189,7 @@ class Budget:
         if self.flops_checkpointed is not None:
             arithmetic += f" ({self.flops_checkpointed:.3g} with gradient checkpointing)"
         lines.append(arithmetic + _at_least(self.seconds["arithmetic"]))
-        lines.append(f"Communication of a device: {size(self.sent)}" + _at_least(self.seconds["communication"]))
+        lines.append(f"Communication of a device: {_size(self.sent)}" + _at_least(self.seconds["communication"]))
         return "\n".join(lines)
 
 
@@ -228,7 +228,7 @@ def budget(
             "fixed": kept.fixed,
             "blocks": plan.sequences * sum(kept.blocks),
             "outside": plan.sequences * kept.outside,
-            "logits_gradient": plan.sequences * description.length * description.vocab_size * 4,
+            "logits_gradients": 2 * 4 * plan.sequences * description.length * description.vocab_size,
         }
         with suppress(ValueError):  # of a network that has no checkpointing
             inputs = _kept(build, plan, description.length, checkpointing=True).outside - kept.outside
@@ -349,7 +349,7 @@ def _saved(network: Network, sequences: int, length: int) -> Counter[int]:
     ]
     tokens = torch.zeros(sequences, length, dtype=torch.int64)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        network.losses(tokens, tokens)
+        network.losses(tokens, tokens.clone())
     for handle in handles:
         handle.remove()
     return found
@@ -364,10 +364,12 @@ def _positive(name: str, given: Any) -> int:
     return number
 
 
-def size(bytes: float) -> str:
+def _size(count: int) -> str:
     """In decimal units, three digits: 13.5 GB."""
-    power = min(4, int(math.log10(max(bytes, 1))) // 3)
-    return f"{bytes / 1000**power:,.3g} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
+    power = min(4, int(math.log10(max(count, 1))) // 3)
+    value = count / 1000**power
+    digits = 2 - int(math.log10(value)) if power else 0
+    return f"{value:,.{max(digits, 0)}f} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
 def _at_least(seconds: float | None) -> str:

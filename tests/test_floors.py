@@ -28,6 +28,7 @@ ROOMS = {  # first name below llmx -> (floor, room); inside one room imports are
     "explain": (7, "top"),
     "base_config": (7, "top"),
     "matching": (7, "top"),
+    "budget": (7, "top"),
     "sweep": (8, "sweep"),
 }
 DATA_MAY_IMPORT = ("llmx.data", "llmx.errors", "llmx.protocol")
