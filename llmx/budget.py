@@ -212,7 +212,8 @@ def budget(
         bandwidth: bytes a second that a device sends.
 
     Raises:
-        UserError: for a network without parameters, an optimizer that does not take them, a speed that is none.
+        UserError: for a network without parameters, an optimizer that does not take them or asks for numbers, and a
+            speed that is none.
     """
     for name, value in (("peak_flops", peak_flops), ("bandwidth", bandwidth)):
         if value is not None and not value > 0:
@@ -279,7 +280,12 @@ def _model_states(build: Build, optimizer: MakeOptimizer, plan: Plan, descriptio
         made = optimizer(trained)
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter)
-        made.step()
+        try:
+            made.step()
+        except (RuntimeError, TypeError) as error:
+            raise UserError(
+                f"model.optimizer: {type(made).__name__} makes no step without numbers, so its states are not known"
+            ) from error
         leaves = [leaf for state in made.state.values() for leaf in tree_leaves(state) if isinstance(leaf, Tensor)]
     memory = {
         "parameters": description.parameters * plan.held.itemsize,
