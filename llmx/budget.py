@@ -40,7 +40,7 @@ import torch
 from rich.console import Group as Lines
 from rich.console import RenderableType
 from rich.text import Text
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim import Optimizer
@@ -51,7 +51,7 @@ from llmx.errors import UserError
 from llmx.protocol import Network
 
 Build = Callable[[], Network]
-MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
+MakeOptimizer = Callable[[Network], Optimizer]
 PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {  # the type of the parameters, and of autocast
     "64-true": (torch.float64, None),
     "32-true": (torch.float32, None),
@@ -205,7 +205,7 @@ def budget(
 
     Args:
         build: makes the network.
-        optimizer: makes the optimizer, from all parameters.
+        optimizer: makes the optimizer of the network's parameters.
         plan: how the run is spread.
         description: of the same network, at the length of the sequences.
         peak_flops: FLOPs a second of a device.
@@ -277,7 +277,7 @@ def _model_states(build: Build, optimizer: MakeOptimizer, plan: Plan, descriptio
     with FakeTensorMode(allow_non_fake_inputs=True):
         network = _built(build, plan.held)
         trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        made = optimizer(trained)
+        made = optimizer(network)
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter)
         try:

@@ -31,6 +31,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.multiprocessing.spawn import ProcessException, ProcessExitedException
+from torch.optim import Optimizer
 
 from llmx.base_config import with_bases, with_list_entries
 from llmx.budget import Budget, Plan, budget
@@ -60,6 +61,7 @@ from llmx.training.logger import RunLogger
 from llmx.training.maps import MixerMaps
 from llmx.training.metrics import bits, perplexity
 from llmx.training.module import LanguageModel
+from llmx.training.optimizers import parameter_groups
 from llmx.training.predictions import write_predictions
 from llmx.training.trainer import Trainer
 
@@ -522,10 +524,14 @@ class CLI(LightningCLI):
                 if settings[name] is not None:
                     raise UserError(f"{name}: belongs to --trainer.devices N")
             return None
+
+        def optimizer(network: Network) -> Optimizer:
+            return build(model["optimizer"], parameter_groups(network, model["weight_decay_on"]), "model.optimizer")
+
         precision = str(trainer.precision or self._precision(trainer.accelerator))
         return budget(
             lambda: build(model["network"], description.vocab_size, "model.network"),
-            lambda parameters: build(model["optimizer"], parameters, "model.optimizer"),
+            optimizer,
             Plan.read(trainer, self.datamodule.batch_size, precision),
             description,
             settings.peak_flops,

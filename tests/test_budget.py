@@ -29,7 +29,13 @@ P = L * (4 * D * D + 3 * D * F + 2 * D) + 2 * V * D + D
 TENSORS = 6 * L + 3
 BLOCK = partial(PreNormBlock, mixer=partial(Attention, heads=H), feed_forward=partial(SwiGLU, hidden=F))
 LLAMA = partial(Decoder, V, BLOCK, dim=D, depth=L)
-ADAMW = partial(torch.optim.AdamW, fused=True)
+
+
+def of_all(cls, **settings):
+    return lambda network: cls(network.parameters(), **settings)
+
+
+ADAMW = of_all(torch.optim.AdamW, fused=True)
 
 
 def counted(build=LLAMA, optimizer=ADAMW, devices=1, strategy="ddp", precision="32-true", sequences=4, **more):
@@ -120,7 +126,7 @@ def test_the_sum_is_not_below_the_peak_that_torch_tracks_in_a_step(precision, ch
         network = build()
         if checkpointing:
             network.enable_gradient_checkpointing()
-        optimizer, tokens = ADAMW(network.parameters()), torch.zeros(8, 300, dtype=torch.int64)
+        optimizer, tokens = ADAMW(network), torch.zeros(8, 300, dtype=torch.int64)
         memory = tracker.MemTracker()
         memory.track_external(network, optimizer, tokens)
         with memory:
@@ -142,15 +148,15 @@ def test_the_sum_is_not_below_the_peak_that_torch_tracks_in_a_step(precision, ch
         ("32-true", ADAMW, 4, 8 * P + 4 * TENSORS),
         ("bf16-mixed", ADAMW, 4, 8 * P + 4 * TENSORS),
         ("bf16-true", ADAMW, 2, 4 * P + 4 * TENSORS),
-        ("32-true", partial(torch.optim.SGD, lr=1e-3), 4, 0),
-        ("32-true", partial(torch.optim.SGD, lr=1e-3, momentum=0.9), 4, 4 * P),
+        ("32-true", of_all(torch.optim.SGD), 4, 0),
+        ("32-true", of_all(torch.optim.SGD, momentum=0.9), 4, 4 * P),
     ],
 )
 def test_parameters_gradients_and_optimizer_states_are_exact(precision, optimizer, numbers, states):
     memory = counted(precision=precision, optimizer=optimizer).memory
     assert (memory["parameters"], memory["gradients"], memory["optimizer"]) == (numbers * P, numbers * P, states)
     network = LLAMA().to(torch.bfloat16 if numbers == 2 else torch.float32)
-    made = optimizer(list(network.parameters()))
+    made = optimizer(network)
     for parameter in network.parameters():
         parameter.grad = torch.zeros_like(parameter)
     made.step()
