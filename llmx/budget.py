@@ -18,8 +18,7 @@ Communication of a step, bytes that each device sends (ring algorithms):
     ddp     2 (N-1)/N x gradients                                    an all-reduce
     fsdp    (N-1)/N x (2 x gathered parameters + gradients)          two all-gathers and a reduce-scatter a micro-batch
 
-In mixed precision fsdp gathers 16 bits and reduces fp32, as with `MixedPrecisionPolicy(param_dtype=torch.bfloat16,
-reduce_dtype=torch.float32)`. The trap: under autocast alone, as with ddp, every weight has a 16-bit copy that lives
+In mixed precision fsdp gathers 16 bits and reduces fp32 (`llmx.training.sharding.policy`). The trap: under autocast alone, as with ddp, every weight has a 16-bit copy that lives
 until the backward pass; gathered parameters would be copied just so, all of them, on every device.
 
 The count is that of the network as it is written, on a CPU. Compiled it keeps less, for elementwise work is done again;

@@ -35,7 +35,7 @@ from llmx.training.fastpath import COMPILE_DECODING_FROM, COMPILE_FROM, can_comp
 from llmx.training.metrics import TokenLoss, bits, perplexity
 from llmx.training.optimizers import parameter_groups, set_mode, settings
 from llmx.training.schedules import Cosine
-from llmx.training.sharding import build_sharded, shard
+from llmx.training.sharding import build_sharded, policy, shard
 
 Config = dict[str, Any]
 
@@ -163,11 +163,11 @@ class LanguageModel(pl.LightningModule):
         mesh = init_device_mesh(self.device_mesh.device_type, (self.trainer.world_size,))
         try:
             if bare:
-                self.network = build_sharded(self._built, mesh)
+                self.network = build_sharded(self._built, mesh, policy(str(self.trainer.precision)))
             else:
                 if fn == "fit":
                     self.audit_causality()
-                shard(self.network, mesh)
+                shard(self.network, mesh, policy(str(self.trainer.precision)))
         except ValueError as error:
             raise UserError(f"trainer.strategy: this network cannot be sharded: {error}") from error
         self.losses = self.network.losses

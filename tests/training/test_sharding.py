@@ -17,7 +17,7 @@ from torch.multiprocessing.spawn import start_processes
 from llmx.cli import execute
 from llmx.composition import build, to_config
 from llmx.protocol import Block
-from llmx.training.sharding import build_sharded, shard
+from llmx.training.sharding import build_sharded, policy, shard
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NAMES = ("transformer", "mamba2", "griffin", "looped")  # griffin: recurrences and attention; looped: a block runs twice
@@ -48,8 +48,8 @@ def compare(rank, port, folder, configs):
     tokens = torch.randint(VOCABULARY, (4, 17), generator=torch.Generator().manual_seed(1))
     found = {}
     for name, config in configs.items():
-        whole, shards = network(config), shard(network(config), mesh)
-        built = build_sharded(lambda config=config: network(config), mesh)
+        whole, shards = network(config), shard(network(config), mesh, policy("32-true"))
+        built = build_sharded(lambda config=config: network(config), mesh, policy("32-true"))
         expected = loss(whole, tokens)
         expected.backward()
         own = loss(shards, tokens[2 * rank : 2 * rank + 2])
@@ -71,6 +71,15 @@ def compare(rank, port, folder, configs):
             "sharded": [key for key, module in built.named_modules() if isinstance(module, FSDPModule)],
             "blocks": [key for key, module in whole.named_modules() if isinstance(module, Block)],
         }
+        mixed = shard(network(config), mesh, policy("bf16-mixed"))
+        at_work = set()
+        mixer = mixed.blocks[0].mixer  # while its block is gathered
+        mixer.register_forward_hook(lambda mixer, *_, seen=at_work: seen.update(p.dtype for p in mixer.parameters()))
+        with torch.autocast("cpu", torch.bfloat16):
+            half = loss(mixed, tokens)
+        half.backward()
+        between = {p.dtype for p in mixed.parameters()} | {p.grad.dtype for p in mixed.parameters()}
+        found[name] |= {"mixed": (half.detach(), expected.detach()), "dtypes": (at_work, between)}
         dcp.save(get_model_state_dict(built), checkpoint_id=folder / name)
     if rank == 0:
         torch.save(found, folder / "found.pt")
@@ -93,6 +102,13 @@ def test_a_sharded_network_has_the_loss_and_gradients_of_the_whole(found, name):
     torch.testing.assert_close(*found[name]["losses"], rtol=0, atol=1e-6)
     for sharded, whole in found[name]["gradients"]:
         torch.testing.assert_close(sharded, whole, rtol=0, atol=2e-6 * whole.abs().max().item())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_in_mixed_precision_16_bits_are_gathered_and_32_are_kept(found, name):
+    assert found[name]["dtypes"] == ({torch.bfloat16}, {torch.float32})
+    # bf16 has 8 bits; an untrained network's loss is about 2.4
+    torch.testing.assert_close(*found[name]["mixed"], rtol=0, atol=0.01)
 
 
 @pytest.mark.parametrize("name", NAMES)
