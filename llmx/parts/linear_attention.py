@@ -42,16 +42,16 @@ def scalar_decay(
         query, key = (chunked(x, chunk)[:, :, :, None] for x in (query, key))  # (B, N, G, 1, c, K)
         values, log_decay = (chunked(x, chunk).unflatten(2, (groups, -1)) for x in (value, log_decay))
         total = log_decay.cumsum(-1)  # (B, N, G, R, c), R = H / G
-        ahead = torch.ones(chunk, chunk, dtype=torch.bool, device=value.device).triu(1)
-        decay = (total[..., :, None] - total[..., None, :]).masked_fill(ahead, float("-inf")).exp()
+        ahead = torch.full((chunk, chunk), float("-inf"), dtype=total.dtype, device=total.device).triu(1)
+        decay = (total[..., :, None] + (-total)[..., None, :]).add_(ahead).exp_()
         mixed = (query @ key.transpose(-1, -2) * decay) @ values
         left = (total[..., -1:] - total).exp()[..., None]  # what the end of the chunk has of each token
-        local = key.transpose(-1, -2) @ (values * left)  # (B, N, G, R, K, V)
+        local = (key * left).transpose(-1, -2) @ values  # (B, N, G, R, K, V)
         if state is not None:
             state = state.unflatten(1, (groups, -1))
         before, state = carry(local, total[..., -1:, None].exp(), state)
         if before is not None:
-            mixed = mixed + (query @ before) * total[..., None].exp()
+            mixed = mixed + (query * total[..., None].exp()) @ before
     return joined(mixed.flatten(2, 3), time).to(value.dtype), state.flatten(1, 2)
 
 
@@ -96,11 +96,12 @@ def decay_step(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, sta
 def chunked(x: Tensor, chunk: int) -> Tensor:
     """(B, T, H, ...) -> (B, N, H, c, ...) in float32 at least, with zeros after the last token: a key of 0 and a log
     decay of 0 leave the memory as it is."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
     missing = -x.shape[1] % chunk
     if missing:
         x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, missing))
-    return x.unflatten(1, (-1, chunk)).transpose(2, 3)
+    x = x.unflatten(1, (-1, chunk)).transpose(2, 3)
+    # one copy, where every matrix product would make its own
+    return x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
 
 
 def joined(x: Tensor, time: int) -> Tensor:
