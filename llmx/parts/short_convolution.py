@@ -7,9 +7,12 @@ convolutions are slower on a CPU. The trap: padding on both sides, or w on the l
 future; the padding of a text that goes on is what came before, not zeros.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 class ShortConvolution(nn.Module):
@@ -53,9 +56,28 @@ class ShortConvolution(nn.Module):
 
     def _convolve(self, seen: Tensor) -> Tensor:
         """(B, w - 1 + T, D) -> (B, T, D)"""
-        time = seen.shape[1] - self.width + 1
-        first, *others = self.taps.to(seen.dtype).unbind()
-        y = first * seen[:, :time]
-        for j, tap in enumerate(others, 1):
-            y = torch.addcmul(y, tap, seen[:, j : j + time])
+        y = _Convolution.apply(seen, self.taps.to(seen.dtype))
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+class _Convolution(torch.autograd.Function):
+    """(B, w - 1 + T, D), taps (w, D) -> (B, T, D). Autograd would give every slice a gradient as long as the whole."""
+
+    @staticmethod
+    def forward(ctx: Any, seen: Tensor, taps: Tensor) -> Tensor:
+        ctx.save_for_backward(seen, taps)
+        time = seen.shape[1] - len(taps) + 1
+        y = taps[0] * seen[:, :time]
+        for j in range(1, len(taps)):
+            y.addcmul_(taps[j], seen[:, j : j + time])
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        seen, taps = ctx.saved_tensors
+        time = gradient.shape[1]
+        of_seen = torch.zeros_like(seen)
+        for j in range(len(taps)):
+            of_seen[:, j : j + time].addcmul_(taps[j], gradient)
+        return of_seen, torch.stack([(gradient * seen[:, j : j + time]).sum((0, 1)) for j in range(len(taps))])
