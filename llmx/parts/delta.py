@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from llmx.parts.linear_attention import carry_moved, chunked, joined
+from llmx.parts.triangular import unit_lower_inverse
 
 
 def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
@@ -46,14 +47,14 @@ def delta_rule(
         beta: b, (B, T, H), between 0 and 2.
         log_decay: log a, (B, T, H), not above 0; nothing fades if not given.
         state: S before the first token, (B, H, K, V); zeros if not given.
-        chunk: c / n, queries in a chunk.
+        chunk: c, keys in a chunk; as many as whole queries have, and n at least.
 
     Returns:
         (B, T / n, H, V) in the dtype of the value, and S after the last token, in float32 at least.
     """
     time, groups, queries = key.shape[1], key.shape[2], query.shape[1]
     each = time // queries  # n
-    chunk = min(chunk, queries) * each
+    chunk = min(max(chunk // each, 1), queries) * each
     with torch.autocast(value.device.type, enabled=False):
         faded = query = chunked(query, chunk // each)[:, :, :, None]  # (B, N, G, 1, c / n, K)
         read = right = key = chunked(key, chunk)[:, :, :, None]  # (B, N, G, 1, c, K)
@@ -152,17 +153,18 @@ def _solve(
     """
     # one chunk, and nothing before it; a token alone goes the long way, for a decay without effect to have a gradient
     only = state is None and value.shape[1] == 1 < value.shape[-2]
-    known = beta * value if only else torch.cat((beta * read, beta * value), -1)
-    known = torch.linalg.solve_triangular(beta * from_key, known, upper=False, unitriangular=True)
+    inverse = unit_lower_inverse(beta * from_key) * beta.transpose(-1, -2)
+    update = inverse @ value  # u where S_0 = 0
     right = right.transpose(-1, -2)
-    if only:
-        return from_query @ known, (right @ known)[:, 0]
-    in_state, update = known.split((read.shape[-1], value.shape[-1]), -1)
     add = right @ update  # C, (B, N, ..., K, V)
+    mixed = from_query @ update
+    if only:
+        return mixed, add[:, 0]
+    in_state = inverse @ read  # what S_0 takes off u
     one = torch.eye(right.shape[-2], dtype=right.dtype, device=right.device)
     move = (one if fade is None else one * fade) - right @ in_state  # M, (B, N, ..., K, K)
     past, state = carry_moved(move, add, state)
-    return from_query @ (update - in_state @ past) + query @ past, state
+    return mixed + (query - from_query @ in_state) @ past, state
 
 
 def _between(log_decay: Tensor) -> Tensor:
