@@ -17,10 +17,14 @@ m is no middle of the decays at hand, which would let rounding see the future. S
 too.
 """
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llmx.parts.linear_attention import carry_moved, chunked, joined
+from llmx.parts.triangular import unit_lower_inverse
 
 LARGEST = 80.0  # exponent that float32 has room for
 
@@ -64,37 +68,23 @@ def dplr(
             chunked(x, chunk) for x in (query, key, value, log_decay, read, write)
         )  # (B, N, H, c, K)
         total = log_decay.cumsum(-2)  # G_t
-        last = total[..., -1:, :]
-        faded = read * (total - log_decay).exp()  # r_t exp(G_{t-1})
+        last = total[..., -1:, :].transpose(-1, -2)
         middle = lowest * chunk / 2
-        left = torch.cat((query * (total - middle).exp(), read * (total - log_decay - middle).exp()), -2)
-        right = torch.cat((write, key), -2) * (middle - total).exp().repeat(*[1] * (total.ndim - 2), 2, 1)
-        scores = (left @ right.transpose(-1, -2)) * _visible(chunk, left)  # (B, N, H, 2 c, 2 c)
-        from_query, from_read = scores.split(chunk, -2)
-        query_write, query_key = from_query.split(chunk, -1)
-        read_write, read_key = from_read.split(chunk, -1)
-
-        known = read_key @ value
-        only = state is None and value.shape[1] == 1  # one chunk, and nothing before it
-        if not only:
-            known = torch.cat((faded, known), -1)
-        # u = in_state S_0 + alone
-        known = torch.linalg.solve_triangular(-read_write, known, upper=False, unitriangular=True)
-        alone = known[..., -value.shape[-1] :]
+        grown = (total - middle).exp()
+        query = query * grown
+        read = read * F.pad(grown[..., :-1, :], (0, 0, 1, 0), value=math.exp(-middle))  # G_{t-1}
+        shrunk = (middle - total).exp()
+        write, key = ((x * shrunk).transpose(-1, -2) for x in (write, key))  # (B, N, H, K, c)
+        query_write, query_key = (query @ write).tril(), (query @ key).tril()
+        inverse = unit_lower_inverse(-(read @ write))
+        alone = inverse @ ((read @ key).tril(-1) @ value)  # u where S_0 = 0
         mixed = query_write @ alone + query_key @ value
-        remaining = (last - total).exp()  # what the end of the chunk has of each token
-        write, key = ((x * remaining).transpose(-1, -2) for x in (write, key))
-        add = write @ alone + key @ value  # C, (B, N, H, K, V)
-        if only:
+        add = (last - middle).exp() * (write @ alone + key @ value)  # C, (B, N, H, K, V)
+        if state is None and value.shape[1] == 1:  # one chunk, and nothing before it
             return joined(mixed, time).to(dtype), add[:, 0]
-        in_state = known[..., : faded.shape[-1]]
-        move = write @ in_state + torch.diag_embed(last.exp().squeeze(-2))  # M, (B, N, H, K, K)
+        in_state = inverse @ read  # u = in_state exp(m) S_0 + alone
+        one = torch.eye(write.shape[-2], dtype=write.dtype, device=write.device)
+        move = last.exp() * (one + write @ in_state)  # M, (B, N, H, K, K)
         past, state = carry_moved(move, add, state)
-        mixed = mixed + (query * total.exp() + query_write @ in_state) @ past
+        mixed = mixed + (query + query_write @ in_state) @ (math.exp(middle) * past)
     return joined(mixed, time).to(dtype), state
-
-
-def _visible(chunk: int, like: Tensor) -> Tensor:
-    """(2 c, 2 c) of ones and zeros: a query sees its own token, a read only those before."""
-    own = torch.ones(chunk, chunk, dtype=like.dtype, device=like.device).tril()
-    return torch.cat((own, own - torch.eye(chunk, dtype=like.dtype, device=like.device))).repeat(1, 2)
