@@ -83,7 +83,7 @@ def vector_delta_rule(
     beta: Tensor,
     log_decay: Tensor,
     state: Tensor | None = None,
-    chunk: int = 32,
+    chunk: int = 16,
 ) -> tuple[Tensor, Tensor]:
     """One decay a channel of the key.
 

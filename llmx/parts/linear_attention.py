@@ -13,9 +13,12 @@ taken pair by pair; a vector decay has them split at a token r between s and t, 
 float32 at least, under autocast too.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 PAIRWISE = 4  # tokens up to which a vector decay is taken pair by pair
 
@@ -127,11 +130,37 @@ def carry_moved(move: Tensor, add: Tensor, state: Tensor | None) -> tuple[Tensor
     """The same where a chunk does to the memory what a matrix does, S -> M S + C: from M (B, N, ..., K, K) and
     C (B, N, ..., K, V) the memory before each chunk, (B, N, ..., K, V), and after the last."""
     state = torch.zeros_like(add[:, 0]) if state is None else state.to(add.dtype)
-    before = []
-    for m, c in zip(move.unbind(1), add.unbind(1), strict=True):
-        before.append(state)
-        state = m @ state + c
-    return torch.stack(before, 1), state
+
+    before, last = _CarryMoved.apply(move.flatten(2, -3), add.flatten(2, -3), state.flatten(1, -3))
+    return before.unflatten(2, state.shape[1:-2]), last.unflatten(1, state.shape[1:-2])
+
+
+class _CarryMoved(torch.autograd.Function):
+    """M (B, N, H, K, K), C (B, N, H, K, V), S_0 (B, H, K, V) -> S_0 to S_{N-1}, (B, N, H, K, V), and S_N.
+
+    What reaches S_n is g_n = dL/dS_n + M_n^T g_{n+1}; dM_n = g_{n+1} S_n^T and dC_n = g_{n+1} are taken of all at once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, move: Tensor, add: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        rows = state.shape[:2]
+        move = move.transpose(0, 1).flatten(1, 2)  # (N, B H, K, K)
+        states = torch.cat((state[None], add.transpose(0, 1))).flatten(1, 2)
+        for n, m in enumerate(move):
+            states[n + 1].baddbmm_(m, states[n])
+        ctx.save_for_backward(move, states)
+        return states[:-1].unflatten(1, rows).transpose(0, 1), states[-1].unflatten(0, rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_before: Tensor, of_last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        move, states = ctx.saved_tensors
+        gradient = torch.cat((of_before.transpose(0, 1), of_last[None])).flatten(1, 2)
+        for n in range(len(move))[::-1]:
+            gradient[n].baddbmm_(move[n].transpose(-1, -2), gradient[n + 1])
+        of_move = gradient[1:] @ states[:-1].transpose(-1, -2)
+        of_move, gradient = (x.unflatten(1, of_last.shape[:2]).transpose(0, 1) for x in (of_move, gradient))
+        return of_move, gradient[:, 1:], gradient[:, 0]
 
 
 def _within(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:
