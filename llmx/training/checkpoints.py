@@ -60,15 +60,22 @@ def _read(path: Path) -> Any:
 
 def _check_archive(path: Path) -> None:
     """torch stores the members of its archive as they are; a small file that unpacks to a large one is not torch's.
+    It writes checksums, too, and does not look at them: a changed weight would be read like any other.
 
     Raises:
-        UserError: for compressed members, and for names that lead out of the archive.
+        UserError: for compressed members, for names that lead out of the archive, and for a wrong checksum.
         OSError, zipfile.BadZipFile: for what cannot be read.
     """
     if not zipfile.is_zipfile(path):
         return  # torch says what is wrong with it
     with zipfile.ZipFile(path) as archive:
-        members = archive.infolist()
+        _check_members(path, archive.infolist())
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise UserError(f"ckpt_path: {path} is damaged: {damaged} does not have the checksum it was written with")
+
+
+def _check_members(path: Path, members: list[zipfile.ZipInfo]) -> None:
     if any(m.compress_type != zipfile.ZIP_STORED or m.file_size > path.stat().st_size for m in members):
         raise UserError(f"ckpt_path: {path} would unpack to more than its size, and was refused")
     if any(m.filename.startswith("/") or ".." in m.filename.replace("\\", "/").split("/") for m in members):
