@@ -215,8 +215,9 @@ def write_tokens(folder: str | Path, texts: Iterable[str], tokenizer: Tokenizer,
     """
     folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
+    taken = UserError(f"{folder} has token files already; give an empty folder")
     if any(folder.rglob("*.bin")) or any(folder.rglob("*.npy")):
-        raise UserError(f"{folder} has token files already; give an empty folder")
+        raise taken
     file: BinaryIO | None = None
     number = left = 0
     try:
@@ -226,10 +227,12 @@ def write_tokens(folder: str | Path, texts: Iterable[str], tokenizer: Tokenizer,
                 if file is None or not left:
                     if file is not None:
                         file.close()
-                    file, left, number = (folder / f"{number:06}.bin").open("wb"), file_tokens, number + 1
+                    file, left, number = (folder / f"{number:06}.bin").open("xb"), file_tokens, number + 1
                 part, ids = ids[:left], ids[left:]
                 file.write(part.astype(part.dtype.newbyteorder("<")).tobytes())
                 left -= len(part)
+    except FileExistsError:  # of another process that writes here at the same time
+        raise taken from None
     finally:
         if file is not None:
             file.close()
