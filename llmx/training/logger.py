@@ -42,7 +42,8 @@ class RunLogger(TensorBoardLogger):
         purge_step: int | None = None,
         tokens_per_step: int | None = None,
     ):
-        super().__init__(save_dir, name, version, default_hp_metric=False, purge_step=purge_step)
+        # a new run marks its beginning too, for TensorBoard takes the first mark as that, and cuts curves at the others
+        super().__init__(save_dir, name, version, default_hp_metric=False, purge_step=purge_step or 0)
         self.purge_step = purge_step
         self.tokens_per_step = tokens_per_step
 
@@ -51,12 +52,13 @@ class RunLogger(TensorBoardLogger):
     def experiment(self) -> Any:
         if self._experiment is not None or self.purge_step is None or self.tokens_per_step is None:
             return super().experiment
-        # TensorBoard drops what comes after purge_step by the step of each curve: of those by tokens, all
+        # TensorBoard drops what comes after purge_step by the step of each curve: of those by tokens, nearly all
         kept = self._losses(self.purge_step)
         board = super().experiment
         for tag, events in kept.items():
             for event in events:
-                board.add_scalar(BY_TOKENS[tag], event.value, self._tokens(event.step), event.wall_time)
+                if self._tokens(event.step) >= self.purge_step:
+                    board.add_scalar(BY_TOKENS[tag], event.value, self._tokens(event.step), event.wall_time)
         return board
 
     @rank_zero_only
