@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -17,6 +18,7 @@ import numpy as np
 import rich
 import torch
 import yaml
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -39,7 +41,16 @@ UNCOUNTED = -1.0  # no loss is below 0
 
 
 class RunCheckpoint(ModelCheckpoint):
-    """Deletes in the run's own folder only: which file came before, a resumed run has from its checkpoint."""
+    """Deletes in the run's own folder only: which file came before, a resumed run has from its checkpoint.
+
+    The curves are written first: a run that goes on from the checkpoint does not draw again what led to it.
+    """
+
+    def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+        board = tensorboard(trainer)
+        if board is not None:
+            board.flush()
+        super()._save_checkpoint(trainer, filepath)
 
     def _should_remove_checkpoint(self, trainer: pl.Trainer, previous: str, current: str) -> bool:
         assert self.dirpath is not None
@@ -55,7 +66,8 @@ class BestCheckpoint(RunCheckpoint):
 
 
 class LastCheckpoint(RunCheckpoint):
-    """`checkpoints/step=N.ckpt` at every validation, the last one kept, and `last.ckpt` as a link to it.
+    """`checkpoints/step=N.ckpt` before the first step and at every validation, the last one kept, and `last.ckpt` as a
+    link to it.
 
     The link is moved to the new file before the old one goes, in one step: there is no moment at which it is missing
     or leads nowhere.
@@ -64,12 +76,20 @@ class LastCheckpoint(RunCheckpoint):
     def __init__(self) -> None:
         super().__init__(monitor=None, filename="{step}", save_top_k=1, save_last="link", enable_version_counter=False)
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if trainer.global_step == 0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._save(trainer)
+
     def save(self, trainer: pl.Trainer) -> None:
         """Saves now, unless this step is saved already."""
         if self._last_global_step_saved != trainer.global_step:
-            candidates = self._monitor_candidates(trainer)
-            self._save_topk_checkpoint(trainer, candidates)
-            self._save_last_checkpoint(trainer, candidates)
+            self._save(trainer)
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        candidates = self._monitor_candidates(trainer)
+        self._save_topk_checkpoint(trainer, candidates)
+        self._save_last_checkpoint(trainer, candidates)
 
     def _remove_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
         link = Path(filepath).with_name(f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
@@ -90,15 +110,24 @@ class LastCheckpoint(RunCheckpoint):
 
 
 class StopOnSignal(Callback):
-    """SIGINT and SIGTERM end a run after the step at hand, saved, with exit code 128 + signal; a second one at once."""
+    """SIGINT and SIGTERM end a run after the step at hand, saved, with exit code 128 + signal; a second one at once.
+
+    So does the signal by which SLURM announces the end of a job's time (SIGUSR1, unless SLURMEnvironment is told
+    another), and the job is queued again. Lightning by itself would save within the step, which nothing can continue.
+    """
 
     def __init__(self) -> None:
         self.signal = 0
+        self.requeue: int | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        environment = trainer._accelerator_connector.cluster_environment
+        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+            self.requeue = environment.requeue_signal
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, self._note)  # Lightning puts the former ones back when it ends
+            for number in (signal.SIGINT, signal.SIGTERM, self.requeue):
+                if number is not None:
+                    signal.signal(number, self._note)  # Lightning puts the former ones back when it ends
 
     def _note(self, number: int, *_: Any) -> None:
         if self.signal:
@@ -128,9 +157,10 @@ class StopOnSignal(Callback):
 
     def _told(self, trainer: pl.Trainer) -> bool:
         """Whether any process was signalled: all leave together."""
-        if trainer.world_size == 1:
-            return bool(self.signal)
-        return trainer.strategy.reduce_boolean_decision(bool(self.signal), all=False)
+        if trainer.world_size > 1:
+            told = torch.tensor(self.signal, device=trainer.strategy.root_device)
+            self.signal = int(trainer.strategy.reduce(told, reduce_op="max"))
+        return bool(self.signal)
 
     def _leave(self, trainer: pl.Trainer) -> None:
         last: Any = next((c for c in trainer.checkpoint_callbacks if isinstance(c, LastCheckpoint)), None)
@@ -139,10 +169,25 @@ class StopOnSignal(Callback):
             cast(LanguageModel, trainer.lightning_module).set_optimizer_mode(training=False)
             last.save(trainer)
             saved = f"saved as {last.last_model_path}; fit --ckpt_path {last.last_model_path} goes on from there"
-        number = self.signal or signal.SIGTERM  # another process was told
-        if trainer.is_global_zero:
-            print(f"{signal.Signals(number).name} at step {trainer.global_step}: {saved}", file=sys.stderr, flush=True)
-        raise SystemExit(128 + number)
+        if not trainer.is_global_zero:
+            raise SystemExit(0)  # another code, and Lightning would kill the first process while it ends
+        name = signal.Signals(self.signal).name
+        print(f"{name} at step {trainer.global_step}: {saved}", file=sys.stderr, flush=True)
+        if self.signal == self.requeue:
+            _queue_again()
+        raise SystemExit(128 + self.signal)
+
+
+def _queue_again() -> None:
+    """Asks SLURM to start this job again."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
+    try:
+        code: int | None = subprocess.run(["scontrol", "requeue", job]).returncode
+    except OSError as error:
+        code = error.errno
+    if code:
+        print(f"scontrol requeue {job} failed ({code}): queue the job by hand", file=sys.stderr, flush=True)
 
 
 class EndWithValidation(Callback):
@@ -224,7 +269,7 @@ class Samples(Callback):
         text = pl_module.generate(prompt, max_new_tokens=self.max_new_tokens)
         self.tokens_per_second = self.max_new_tokens / (time.perf_counter() - started)
         indented = "\n".join("    " + line for line in text.splitlines())  # markdown's verbatim form
-        board.add_text("samples", indented, trainer.global_step)
+        board.add_text("samples", indented, trainer.global_step - 1)  # where val/loss is
 
 
 class ValidationLosses(Callback):
@@ -265,6 +310,7 @@ class RunRecord(Callback):
 
     @rank_zero_only
     def on_train_start(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
+        self.finished = False
         self.started = time.perf_counter()
         self.first_step = trainer.global_step
         assert pl_module.description is not None
@@ -286,18 +332,27 @@ class RunRecord(Callback):
             self._show(board, trainer, pl_module)
 
     @rank_zero_only
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
         if "val/loss" in trainer.callback_metrics and not trainer.sanity_checking:
             loss = trainer.callback_metrics["val/loss"].item()
             self.final = {"val/loss": loss, "val/perplexity": perplexity(loss), "val/bits_per_char": bits(loss)}
+            if trainer.state.fn == "fit" and trainer.global_step >= pl_module.total_steps:
+                # before the last step is saved: a run whose last step is saved is never run again
+                self._finish(trainer, pl_module)
 
     @rank_zero_only
     def on_train_end(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
+        if not self.finished:  # ended early, or not validated
+            self._finish(trainer, pl_module)
+
+    def _finish(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
+        self.finished = True
         folder = run_folder(trainer)
         if folder is None:
             return
         best: Any = next((c for c in trainer.checkpoint_callbacks if isinstance(c, BestCheckpoint)), None)
-        score = None if best is None or best.best_model_score is None else best.best_model_score.item()
+        losses = [] if best is None else [self.final.get("val/loss"), best.best_model_score]
+        score = min((float(loss) for loss in losses if loss is not None), default=None)
         samples = next((c for c in trainer.callbacks if isinstance(c, Samples)), None)  # type: ignore[attr-defined]
         counts = isinstance(pl_module.network, CountingNetwork)
         seconds = time.perf_counter() - self.started
@@ -322,7 +377,7 @@ class RunRecord(Callback):
             final = {name.removeprefix("val/"): value for name, value in self.final.items()}
             final |= {"parameters": parameters(pl_module.network), "seconds": seconds}
             for name, value in final.items():
-                board.add_scalar(f"final/{name}", value, trainer.global_step)
+                board.add_scalar(f"final/{name}", value, trainer.global_step - 1)  # where val/loss is
             _, _, end = hparams({}, {})
             board._get_file_writer().add_summary(end)
 

@@ -81,7 +81,7 @@ class MixerMaps(Callback):
             tokens = torch.from_numpy(pl_module.tokenizer.encode(self.sentence)).long()
         maps = mixer_maps(pl_module.network, tokens.to(pl_module.device))
         labels = [_label(pl_module.tokenizer.decode([token])) for token in tokens.tolist()]
-        board.add_figure("maps/mixers", maps_figure(maps, labels), trainer.global_step)
+        board.add_figure("maps/mixers", maps_figure(maps, labels), trainer.global_step - 1)  # where val/loss is
 
 
 def mixer_maps(network: Network, tokens: Tensor) -> list[MixerMap]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import lightning.pytorch as pl
 import numpy as np
@@ -196,22 +196,36 @@ class LanguageModel(pl.LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # the x axis of every curve; after resuming a finished run Lightning's own count is one behind
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
+        # what dropout draws is a function of seed, step and slot, as the windows are: nothing to save and restore, and
+        # no two processes draw the same
+        slot = batch_idx % self.trainer.accumulate_grad_batches * self.trainer.world_size + self.trainer.global_rank
+        entropy = np.random.SeedSequence((self._seed, self.trainer.global_step, slot))
+        torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         losses, auxiliary = self.losses(batch.inputs, batch.targets)
         loss = losses.sum() * batch.share
+        mean = loss.detach()
+        if self.trainer.world_size > 1:
+            mean = self.trainer.strategy.reduce(mean.clone(), reduce_op="mean")
         # off the CPU every look at the loss waits for the device
         look = loss.device.type == "cpu" or batch_idx % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
-        if look and not loss.isfinite():
-            raise UserError(
-                f"train/loss is {loss.item()} at step {self.trainer.global_step}: training has diverged. "
-                f"A lower model.optimizer lr or trainer.gradient_clip_val may help. {self._last_good()}"
-            )
+        if look and not mean.isfinite():
+            self._diverged(f"train/loss is {mean.item()}")
         # the mean over the micro-batches so far: that of the last one is the loss of the step
         micro = batch_idx % self.trainer.accumulate_grad_batches
-        self.step_loss = loss.detach() + (self.step_loss if micro else 0)
-        self.log("train/loss", self.step_loss / (micro + 1), prog_bar=True, sync_dist=self.trainer.world_size > 1)
+        self.step_loss = mean + (self.step_loss if micro else 0)
+        self.log("train/loss", self.step_loss / (micro + 1), prog_bar=True)
         return loss + auxiliary
+
+    def _diverged(self, what: str) -> NoReturn:
+        """All processes come here together: the first one says it, the others leave quietly."""
+        if not self.trainer.is_global_zero:
+            raise SystemExit(0)  # another code, and Lightning would kill the first process while it ends
+        raise UserError(
+            f"{what} at step {self.trainer.global_step}: training has diverged. "
+            f"A lower model.optimizer lr or trainer.gradient_clip_val may help. {self._last_good()}"
+        )
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         if loss.requires_grad:  # a network that counts has nothing to differentiate
@@ -246,6 +260,7 @@ class LanguageModel(pl.LightningModule):
         }
 
     def on_train_start(self) -> None:
+        self._seed = torch.initial_seed()
         if isinstance(self.network, CountingNetwork):
             return
         # a restored optimizer brings its old rates along; the run's configuration has the last word
@@ -347,6 +362,10 @@ class LanguageModel(pl.LightningModule):
 
     # ------------------------------------------------------------------------------------------------- checkpoints
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.trainer.training or self.trainer.validating:
+            for name, parameter in self.network.named_parameters():
+                if not parameter.isfinite().all():  # it would take the place of the last good one
+                    self._diverged(f"{name} holds a number that is not finite")
         checkpoint["llmx"] = {
             "leaking": self.leaking,
             "accumulate": self.trainer.accumulate_grad_batches,
@@ -407,11 +426,12 @@ class LanguageModel(pl.LightningModule):
             raise UserError(f"model.warm_start: {path} holds another network: {_first_lines(error)}") from error
 
     def _last_good(self) -> str:
-        callback: Any = self.trainer.checkpoint_callback
-        path = getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", "")
-        return (
-            f"The last good checkpoint is {path}." if path and Path(path).exists() else "No checkpoint was written yet."
-        )
+        callbacks = self.trainer.checkpoint_callbacks
+        paths = [
+            getattr(callback, name, "") for name in ("last_model_path", "best_model_path") for callback in callbacks
+        ]
+        path = next((path for path in paths if path and Path(path).exists()), None)
+        return f"The last good checkpoint is {path}." if path else "No checkpoint was written yet."
 
 
 def _sampling(prefix: str, values: Config) -> Sampling:
