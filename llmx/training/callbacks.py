@@ -111,6 +111,7 @@ class LastCheckpoint(RunCheckpoint):
 
 class StopOnSignal(Callback):
     """SIGINT and SIGTERM end a run after the step at hand, saved, with exit code 128 + signal; a second one at once.
+    A run whose last step is done only validates, and ends by itself.
 
     So does the signal by which SLURM announces the end of a job's time (SIGUSR1, unless SLURMEnvironment is told
     another), and the job is queued again. Lightning by itself would save within the step, which nothing can continue.
@@ -139,12 +140,12 @@ class StopOnSignal(Callback):
         assert batches is not None
         if loop._should_accumulate() or loop._should_check_val_fx(batches):
             return  # not a whole step, or one whose validation begins next: that is where it is left then
-        if self._told(trainer):
+        if self._told(trainer, pl_module):
             trainer._logger_connector.update_train_step_metrics()  # the step's own point
             self._leave(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and self._told(trainer):
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and self._told(trainer, pl_module):
             # a validation that has begun and counted nothing: resuming runs it from its first batch
             progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
             progress.reset()
@@ -155,8 +156,10 @@ class StopOnSignal(Callback):
     def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         self.on_validation_start(trainer, pl_module)
 
-    def _told(self, trainer: pl.Trainer) -> bool:
-        """Whether any process was signalled: all leave together."""
+    def _told(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+        """Whether any process was signalled, before the last step was done: all leave together."""
+        if trainer.global_step >= pl_module.total_steps:  # type: ignore[operator]
+            return False
         if trainer.world_size > 1:
             told = torch.tensor(self.signal, device=trainer.strategy.root_device)
             self.signal = int(trainer.strategy.reduce(told, reduce_op="max"))

@@ -179,6 +179,11 @@ class LanguageModel(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         self.audit_causality()
+        if self.trainer.max_steps < 0 < (self.trainer.max_epochs or 0) and not isinstance(
+            self.network, CountingNetwork
+        ):
+            # a checkpoint of the last step is within its epoch: Lightning would train on from it
+            self.trainer.fit_loop.epoch_loop.max_steps = self.total_steps
 
     def audit_causality(self) -> CausalityReport | None:
         """Audits the network once, unless `audit` is off.
