@@ -10,6 +10,7 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import sys
@@ -117,7 +118,15 @@ def differences(run: Path, other: Path) -> str:
 
 def _checkpoint(run: Path, *parts: str) -> Any:
     checkpoint = read_checkpoint(run / "checkpoints/last.ckpt")
-    return {part: _without(checkpoint[part], str(run)) for part in parts}
+    return {part: _placeless(checkpoint[part]) for part in parts}
+
+
+def _progress(run: Path) -> Any:
+    progress = _checkpoint(run, "global_step", "epoch", "loops")
+    # without what Lightning has counted since the beginning, and the epochs begun: both count what was begun in vain
+    loops = progress["loops"]["fit_loop"]
+    progress["loops"] = {name: loop["current"] for name, loop in loops.items() if name.endswith("batch_progress")}
+    return progress
 
 
 def _curves(run: Path) -> Any:
@@ -138,7 +147,7 @@ def _metrics(run: Path) -> Any:
 _PARTS: dict[str, Callable[[Path], Any]] = {
     "weights": lambda run: _checkpoint(run, "state_dict"),
     "optimizer and schedule": lambda run: _checkpoint(run, "optimizer_states", "lr_schedulers"),
-    "progress": lambda run: _checkpoint(run, "global_step", "epoch", "loops"),
+    "progress": _progress,
     "callbacks": lambda run: _checkpoint(run, "callbacks"),
     "curves": _curves,
     "metrics.json": _metrics,
@@ -147,13 +156,13 @@ _PARTS: dict[str, Callable[[Path], Any]] = {
 }
 
 
-def _without(value: Any, folder: str) -> Any:
-    """The value, with no mention of where the run is."""
+def _placeless(value: Any) -> Any:
+    """The value, with paths from the run's folder on."""
     if isinstance(value, str):
-        return value.replace(folder, "")
+        return re.sub(r"^\S*/version_\d+/", "", value)
     if isinstance(value, dict):
-        return {_without(key, folder): _without(item, folder) for key, item in value.items()}
-    return [_without(item, folder) for item in value] if isinstance(value, list | tuple) else value
+        return {_placeless(key): _placeless(item) for key, item in value.items()}
+    return [_placeless(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _where(name: str, one: Any, other: Any) -> str:
