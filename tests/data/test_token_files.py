@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -223,3 +224,15 @@ def test_training_on_twenty_gigabytes_takes_one_of_memory_and_starts_at_once(tmp
     assert tokens == 10**10
     assert ready < 20  # seconds; a tenth of one on an idle machine, where a permutation would take minutes
     assert peak < 1e9  # bytes, of which libraries take half; the pages of all windows read are 1.3e9
+
+
+def test_of_two_processes_that_write_into_one_folder_the_second_stops(tmp_path: Path) -> None:
+    """The other one writes it all between this one's look at the folder and its first file."""
+
+    def pieces() -> Iterator[str]:
+        write_tokens(tmp_path, ["first"], ByteTokenizer())
+        yield "second, which is longer"
+
+    with pytest.raises(UserError, match="has token files already"):
+        write_tokens(tmp_path, pieces(), ByteTokenizer())
+    assert np.asarray(open_tokens(str(tmp_path)).tokens).tobytes() == b"first"

@@ -202,6 +202,17 @@ def test_damage_anywhere_is_one_message(lab, capsys, place):
     assert not Path("executed").exists()
 
 
+def test_a_bit_that_changed_in_a_weight_is_noticed(lab, capsys):
+    path = last(fit("--trainer.max_steps", 1))
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        weight = archive.read(next(name for name in archive.namelist() if name.endswith("/data/0")))
+    content[content.index(weight) + 5] ^= 16
+    Path("flipped.ckpt").write_bytes(content)
+    for verb in ("fit", "validate", "predict"):
+        assert "does not have the checksum it was written with" in refused(capsys, verb, "--ckpt_path", "flipped.ckpt")
+
+
 def test_a_resumed_run_deletes_nothing_outside_its_folder(lab):
     """The checkpoint itself says which file the next one replaces."""
     folder = fit("--trainer.max_steps", 4)
@@ -378,7 +389,7 @@ def test_last_leads_to_a_whole_checkpoint_at_every_moment(lab, monkeypatch):
     for name in ("replace", "remove", "unlink", "symlink"):
         watched(name)
     fit()
-    assert set(seen) == {"step=4.ckpt", "step=8.ckpt", "step=12.ckpt"}
+    assert set(seen) == {"step=0.ckpt", "step=4.ckpt", "step=8.ckpt", "step=12.ckpt"}
 
 
 # -------------------------------------------------------------------------------------------------------- signals, last
