@@ -10,31 +10,38 @@ The parser cannot reach an entry of a list from the command line, so that is don
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from llmx.errors import UserError
+from llmx.yaml_files import parse_yaml, read_yaml
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
     """A config file with what it builds on.
 
     Raises:
-        UserError: for a base that is missing, is no mapping, or has a base of its own.
-        OSError, yaml.YAMLError: for a file that cannot be read.
+        UserError: for a file that cannot be read or is no mapping, and for a base that is missing, or has a base of
+            its own.
     """
-    config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(config, dict) or "base" not in config:
+    config = _mapping(read_yaml(path, "config: "), f"config: {path}")
+    if "base" not in config:
         return config
     base_path = Path(path).parent / str(config.pop("base"))
     if not base_path.is_file():
         raise UserError(f"base: {path} builds on {base_path}, which does not exist")
-    base = yaml.safe_load(base_path.read_text(encoding="utf-8"))
+    base = read_yaml(base_path, "base: ")
     if not isinstance(base, dict) or "base" in base:
         raise UserError(f"base: {base_path} must be a mapping of keys, and without a base of its own")
     return merged(base, config)
+
+
+def _mapping(content: Any, where: str) -> dict[str, Any]:
+    """The content of a config, which may be empty."""
+    if not isinstance(content, dict | None):
+        raise UserError(f"{where}: is no config: give keys and values, such as those of configs/transformer.yaml")
+    return content or {}
 
 
 def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -50,16 +57,15 @@ def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_bases(arguments: list[str]) -> list[str]:
-    """The arguments, with every config file that builds on another replaced by the content of both."""
+    """The arguments, with every config replaced by its content and that of what it builds on.
+
+    Raises:
+        UserError: for a config, or a base, that cannot be used.
+    """
     result = list(arguments)
     for place in _config_places(arguments):
         name, value = _option(arguments[place])
-        try:
-            built = read_config(value)
-        except (OSError, UnicodeDecodeError, yaml.YAMLError):
-            continue  # the parser says what is wrong with it
-        if isinstance(built, dict):
-            result[place] = f"{name}{json.dumps(built)}"
+        result[place] = f"{name}{config_text(_content(value))}"
     return result
 
 
@@ -69,7 +75,7 @@ def with_list_entries(arguments: list[str]) -> list[str]:
     Without a config they stay as they are.
 
     Raises:
-        UserError: for an index, or a list, that the config does not have.
+        UserError: for an index, or a list, that the config does not have, and for a config that cannot be used.
     """
     kept: list[str] = []
     changes: list[tuple[str, str]] = []
@@ -84,14 +90,23 @@ def with_list_entries(arguments: list[str]) -> list[str]:
     if not changes or not places:
         return arguments
     name, value = _option(kept[places[-1]])
-    try:
-        config = yaml.safe_load(value) if value.lstrip().startswith("{") else read_config(value)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return arguments  # the parser says what is wrong with it
+    config = _content(value)
     for path, text in changes:
         set_at(config, path, text)
-    kept[places[-1]] = f"{name}{json.dumps(config)}"
+    kept[places[-1]] = f"{name}{config_text(config)}"
     return kept
+
+
+def _content(value: str) -> dict[str, Any]:
+    """What the argument of --config holds: a config itself, or the path of one."""
+    if value.lstrip().startswith("{"):
+        return _mapping(parse_yaml(value, "config"), "config")
+    return read_config(value)
+
+
+def config_text(config: dict[str, Any]) -> str:
+    """A config as an argument: JSON, with the characters that it would escape in pairs, which YAML does not know."""
+    return re.sub(r"\\ud[89ab]..\\ud[c-f]..", lambda pair: json.loads(f'"{pair[0]}"'), json.dumps(config))
 
 
 def _config_places(arguments: list[str]) -> list[int]:
@@ -111,10 +126,7 @@ def _option(argument: str) -> tuple[str, str]:
 
 def set_at(config: Any, path: str, text: str) -> None:
     """Puts a value at a dotted path through mappings, components (`init_args` may be left out) and lists."""
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"{path}: {text!r} is not valid YAML") from None
+    value = parse_yaml(text, path)
     parts = path.split(".")
     node = config
     for i, part in enumerate(parts):

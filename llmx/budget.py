@@ -18,8 +18,9 @@ Communication of a step, bytes that each device sends (ring algorithms):
     ddp     2 (N-1)/N x gradients                                    an all-reduce
     fsdp    (N-1)/N x (2 x gathered parameters + gradients)          two all-gathers and a reduce-scatter a micro-batch
 
-In mixed precision fsdp gathers 16 bits and reduces fp32 (`llmx.training.sharding.policy`). The trap: under autocast alone, as with ddp, every weight has a 16-bit copy that lives
-until the backward pass; gathered parameters would be copied just so, all of them, on every device.
+In mixed precision fsdp gathers 16 bits and reduces fp32 (`llmx.training.sharding.policy`). The trap: under autocast
+alone, as with ddp, every weight has a 16-bit copy that lives until the backward pass; gathered parameters would be
+copied just so, all of them, on every device.
 
 The count is that of the network as it is written, on a CPU. Compiled it keeps less, for elementwise work is done again;
 and a window of up to 256 keeps its T x T attention weights in 16 bits, where a GPU's fused kernel does not.

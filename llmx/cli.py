@@ -12,9 +12,11 @@ import inspect
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -25,6 +27,7 @@ import rich
 import torch
 import torch.distributed as dist
 import yaml
+from jsonargparse import Namespace
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -33,7 +36,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.multiprocessing.spawn import ProcessException, ProcessExitedException
 from torch.optim import Optimizer
 
-from llmx.base_config import with_bases, with_list_entries
+from llmx.base_config import config_text, read_config, with_bases, with_list_entries
 from llmx.budget import Budget, Plan, budget
 from llmx.composition import build, check_imports, import_collection, to_config
 from llmx.data.datamodule import TextDataModule
@@ -64,6 +67,7 @@ from llmx.training.module import LanguageModel
 from llmx.training.optimizers import parameter_groups
 from llmx.training.predictions import write_predictions
 from llmx.training.trainer import Trainer
+from llmx.yaml_files import parse_yaml
 
 GROUPS: dict[str, type] = {"model": LanguageModel, "data": TextDataModule}
 OTHER_VERBS = {  # modules with a run(arguments) -> exit code
@@ -72,6 +76,7 @@ OTHER_VERBS = {  # modules with a run(arguments) -> exit code
 }
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a write to a full disk raises, without the file's name
 TORN = ("gloo", "nccl", "pair closure")  # one of them is in what torch raises where another process is lost
+TOO_LARGE = re.compile("can't allocate memory|Storage size calculation overflowed")  # torch, of a CPU
 SMALL = 50_000_000  # parameters of a network that is described by running it, where shapes alone do not do
 
 
@@ -98,11 +103,11 @@ def main(args: list[str] | None = None) -> int:
         if error.filename is None and error.errno not in FULL:
             raise
         message = f"{error.filename or 'writing'}: {error.strerror}"
-    except (ProcessException, RuntimeError) as error:
-        lost = _lost(error)
-        if lost is None:
+    except (ProcessException, MemoryError, RuntimeError) as error:
+        known = _too_large(error) or _lost(error)
+        if known is None:
             raise
-        message = lost
+        message = known
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
@@ -124,17 +129,17 @@ def execute(arguments: list[str], callbacks: Sequence[Callback] = (), dry: bool 
         OSError: for a file that cannot be read or written.
     """
     try:
-        arguments = with_list_entries(with_bases(arguments))
-        return CLI(arguments, callbacks, dry)
-    except ParserError as error:
-        options = ["config", "seed_everything", "vocab_size", "trust", "ckpt_path", "length", "format"]
-        options += ["match", "to", "by", "peak_flops", "bandwidth"]
-        options += ["weights_only", "verbose", "return_predictions", "help"]
-        verbs = [*CLI.subcommands(), *OTHER_VERBS]
-        message = explain(str(error), arguments, verbs, {**GROUPS, "trainer": Trainer}, options)
-        raise UserError(message) from error
+        return CLI(with_list_entries(with_bases(arguments)), callbacks, dry)
     except MisconfigurationException as error:  # Lightning's word for flags that do not go together
         raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+
+
+def _explained(error: ParserError, arguments: list[str]) -> str:
+    options = ["config", "seed_everything", "vocab_size", "trust", "ckpt_path", "length", "format"]
+    options += ["match", "to", "by", "peak_flops", "bandwidth"]
+    options += ["weights_only", "verbose", "return_predictions", "help"]
+    verbs = [*CLI.subcommands(), *OTHER_VERBS]
+    return explain(str(error), arguments, verbs, {**GROUPS, "trainer": Trainer}, options)
 
 
 class ParserError(Exception):
@@ -160,24 +165,28 @@ class CLI(LightningCLI):
         verbs = self.subcommands()
         if arguments and arguments[0] in verbs:  # making the parsers of the others takes most of the time of all this
             self.subcommands = lambda: {arguments[0]: verbs[arguments[0]]}  # type: ignore[method-assign]
-        super().__init__(
-            LanguageModel,
-            TextDataModule,
-            trainer_class=Trainer,
-            trainer_defaults={
-                "max_epochs": -1,
-                "check_val_every_n_epoch": None,
-                "val_check_interval": 500,
-                "enable_model_summary": False,  # the composition table says more
-                "use_distributed_sampler": False,
-            },
-            seed_everything_default=1,
-            parser_class=Parser,
-            parser_kwargs={"epilog": f"Beside these: {' and '.join(OTHER_VERBS)}, each with its own --help."},
-            save_config_callback=None,  # it would write before the network is known to build; see RunRecord
-            auto_configure_optimizers=False,
-            args=with_list_entries(self._with_run(arguments)),
-        )
+        arguments = with_list_entries(self._with_run(arguments))
+        try:
+            super().__init__(
+                LanguageModel,
+                TextDataModule,
+                trainer_class=Trainer,
+                trainer_defaults={
+                    "max_epochs": -1,
+                    "check_val_every_n_epoch": None,
+                    "val_check_interval": 500,
+                    "enable_model_summary": False,  # the composition table says more
+                    "use_distributed_sampler": False,
+                },
+                seed_everything_default=1,
+                parser_class=Parser,
+                parser_kwargs={"epilog": f"Beside these: {' and '.join(OTHER_VERBS)}, each with its own --help."},
+                save_config_callback=None,  # it would write before the network is known to build; see RunRecord
+                auto_configure_optimizers=False,
+                args=arguments,
+            )
+        except ParserError as error:
+            raise UserError(_explained(error, arguments)) from error
 
     # ----------------------------------------------------------------------------------------------------- parsing
     @staticmethod
@@ -237,6 +246,9 @@ class CLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)  # without Lightning's warning that sys.argv exists too
+        for group in (*GROUPS, "trainer"):
+            if not isinstance(self.config[self.config.subcommand].get(group), Namespace):
+                raise UserError(f"{group}: give keys and values below it, or leave it out")
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would let a checkpoint's hyperparameters beat the command line; see `_with_run` instead."""
@@ -251,16 +263,21 @@ class CLI(LightningCLI):
             path = str(_newest_run(_root(arguments)))
             arguments = _replaced(arguments, "--ckpt_path", path)
         self.checkpoint = read_checkpoint(path)
+        resumable = {"optimizer_states", "lr_schedulers"} <= self.checkpoint.keys()
+        if arguments[0] == "fit" and not (resumable and "fit_loop" in self.checkpoint.get("loops", {})):
+            raise UserError(
+                f"ckpt_path: {path} holds weights alone, which --model.warm_start takes, and no state of a run"
+            )
         folder = Path(path).parent
         self.run = folder.parent if folder.name == "checkpoints" else folder
         if _option(arguments, "--config") or _option(arguments, "-c"):
             return arguments
         config = self.run / "config.yaml"
         if arguments[0] == "fit" and config.is_file():
-            content = _read_yaml(config)
+            content = read_config(config)
             for group in ("model", "trainer"):  # all of the data's is plain
                 check_imports(content.get(group), f"{config}: {group}")
-            return [arguments[0], "--config", str(config), *arguments[1:]]
+            return [arguments[0], "--config", config_text(content), *arguments[1:]]
         model = dict(self.checkpoint["hyper_parameters"])
         data = self.checkpoint.get("datamodule_hyper_parameters")
         if data is None or not {"tokenizer", "window"} <= model.keys():
@@ -268,7 +285,10 @@ class CLI(LightningCLI):
         del model["tokenizer"], model["window"]
         content = {"model": model, "data": dict(data)}
         check_imports(model, f"ckpt_path: {path}")
-        return [arguments[0], "--config", json.dumps(content), *arguments[1:]]
+        try:
+            return [arguments[0], "--config", config_text(content), *arguments[1:]]
+        except (TypeError, ValueError) as error:
+            raise UserError(f"ckpt_path: {path}: its settings are not plain data: {error}") from error
 
     # ------------------------------------------------------------------------------------------------ construction
     def _add_instantiators(self) -> None:
@@ -308,10 +328,10 @@ class CLI(LightningCLI):
         self._let_it_count()
         if verb == "fit":
             self.model.audit_causality()  # before there is a run folder
-        self.config_init = self.parser.instantiate_classes(self.config)  # of the trainer; see _add_instantiators
         try:
+            self.config_init = self.parser.instantiate_classes(self.config)  # of the trainer; see _add_instantiators
             self.trainer = self.instantiate_trainer(**self._trainer_arguments(settings.trainer))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, ImportError) as error:
             raise UserError(f"trainer: {' '.join(str(error).split())}") from error
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = CheckpointFiles()
@@ -319,7 +339,9 @@ class CLI(LightningCLI):
             raise UserError("trainer.devices: this network counts, which one process does; give 1")
         if verb == "fit":
             self.datamodule.trainer = self.trainer
-            self.datamodule.train_dataloader()  # whether devices and accumulation divide the batch
+            next(iter(self.datamodule.train_dataloader()))  # devices and accumulation divide it, and memory holds it
+            self.model.trainer, self.trainer.datamodule = self.trainer, self.datamodule  # type: ignore[attr-defined]
+            self.model.configure_optimizers()  # which Lightning does only in a run that has begun
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, MixerMaps):
                     callback.check(self.model)
@@ -436,6 +458,8 @@ class CLI(LightningCLI):
             raise UserError(
                 f"model.network does not take windows of {self.model.window} (data.window): {error}"
             ) from error
+        except RuntimeError as error:
+            raise UserError(_stuck(self.model.window, error)) from error
 
     # --------------------------------------------------------------------------------------------------- the verbs
     def before_fit(self) -> None:
@@ -577,17 +601,30 @@ def _described(config: Any, vocab_size: int, length: int) -> Description:
     try:
         description = described("meta")
         return described("cpu") if description.uncounted and description.parameters <= SMALL else description
-    except UserError:
-        raise
+    except UserError as error:
+        if not isinstance(error.__cause__, RuntimeError):
+            raise
     except ValueError as error:
         raise UserError(f"model.network does not take a sequence of {length} (--length): {error}") from error
     except (RuntimeError, TypeError):  # not what a shape alone allows
+        pass
+    try:
         return described("cpu")
+    except RuntimeError as error:
+        raise UserError(_stuck(length, error)) from error
 
 
 def _built(config: Any, vocab_size: int, device: str) -> Network:
     with torch.device(device):
         return build(config, vocab_size, "model.network")
+
+
+def _stuck(length: int, error: RuntimeError) -> str:
+    """What torch says of shapes and memory, with the line of the component that it says it of."""
+    frames = traceback.extract_tb(error.__traceback__)
+    frame = [f for f in frames if not f.filename.startswith(str(Path(torch.__file__).parent))][-1]
+    place = f"{frame.filename}, line {frame.lineno}, in {frame.name}"
+    return f"model.network: a window of {length} does not pass {place}: {' '.join(str(error).split())[:300]}"
 
 
 def _option(arguments: list[str], name: str) -> str | None:
@@ -631,20 +668,12 @@ def _trusting(arguments: list[str]) -> list[str]:
     return _trusting([*arguments[:place], *arguments[rest:]])
 
 
-def _read_yaml(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())[:200]}") from error
-
-
 def _root(arguments: list[str]) -> Path:
     """The folder that the runs are below: as the command line or its config says, or here."""
     root = _option(arguments, "--trainer.default_root_dir")
     config = _option(arguments, "--config") or _option(arguments, "-c")
     if root is None and config is not None:
-        content = yaml.safe_load(config) if config.lstrip().startswith("{") else _read_yaml(Path(config))
-        trainer = content.get("trainer") if isinstance(content, dict) else None
+        trainer = parse_yaml(config, "config").get("trainer")  # `with_bases` has read it
         root = trainer.get("default_root_dir") if isinstance(trainer, dict) else None
     return Path(root or ".")
 
@@ -667,6 +696,16 @@ def _leave_on_signals() -> dict[int, Any]:
     if threading.current_thread() is not threading.main_thread():
         return {}
     return {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
+
+
+def _too_large(error: Exception) -> str | None:
+    """What to say where memory was refused; None for any other error."""
+    if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not TOO_LARGE.search(str(error)):
+        return None
+    return (
+        f"out of memory: {' '.join(str(error).split())[:200]}. data.batch_size, data.window, model.network or "
+        "model.sampling.max_new_tokens asks for more than there is"
+    )
 
 
 def _lost(error: Exception) -> str | None:

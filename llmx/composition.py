@@ -100,11 +100,21 @@ class Placed(partial):
     key = ""
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        for name, parameter in inspect.signature(self.func).parameters.items():
+            optional = parameter.default is None or "None" in str(parameter.annotation)
+            if self.keywords.get(name, ...) is None and not optional:
+                raise UserError(f"{self.key}.{name}: null is not a value for it")
         try:
             return super().__call__(*args, **kwargs)
         except UserError:
             raise  # from a component inside, which knew better where it stands
-        except (ValueError, TypeError) as error:
+        except (
+            ValueError,
+            TypeError,
+            ArithmeticError,
+            RuntimeError,
+            MemoryError,
+        ) as error:  # torch: negative, too large
             name, colon, _ = str(error).partition(": ")
             names_argument = colon and name in inspect.signature(self.func).parameters
             where = f"{self.key}." if names_argument else f"{self.key}: {self.func.__name__}: "

@@ -7,12 +7,12 @@ as nested dictionaries, and walked along the constructors' signatures until some
 from __future__ import annotations
 
 import collections.abc
+import dataclasses
 import difflib
 import importlib
 import inspect
 import re
 import typing
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -28,17 +28,12 @@ def explain(
 
     Args:
         message: what the parser said.
-        arguments: the command line, verb included.
+        arguments: the command line, verb included; its configs are themselves there, and not their paths.
         commands: the verbs.
         groups: the classes behind the top-level keys (`model`, `data`, `trainer`).
         options: the other top-level keys.
     """
-    try:
-        given = _gather(arguments)
-    except yaml.YAMLError as error:
-        return f"config: not valid YAML: {' '.join(str(error).split())}"
-    except OSError as error:
-        return f"config: {error.filename}: {error.strerror}"
+    given = _gather(arguments)
     for key, value in given.items():
         if key in groups:
             problem = _misfit(value, groups[key], key)
@@ -69,9 +64,7 @@ def _gather(arguments: list[str]) -> dict[str, Any]:
             continue
         value = value if equals else next(rest, "")
         if name in ("--config", "-c"):
-            text = value if value.lstrip().startswith("{") else Path(value).read_text(encoding="utf-8")
-            content = yaml.safe_load(text)
-            _merge(given, content if isinstance(content, dict) else {})
+            _merge(given, yaml.safe_load(value) or {})
         else:
             nested: Any = value
             for part in reversed(name.lstrip("-").removesuffix("+").split(".")):
@@ -105,6 +98,9 @@ def _misfit(value: Any, cls: type, path: str, required: str | None = None) -> st
     for name, given in value.items():
         if name not in parameters:
             return f"{path}.{name}: not an argument of {cls.__name__}{_nearest(name, parameters)}"
+        if dataclasses.is_dataclass(hints.get(name)) and isinstance(given, dict) and "class_path" in given:
+            return f"{path}.{name}.class_path: nothing else can stand here; give keys and values"
+        given = _with_class(given, inspect.signature(cls).parameters[name].default)
         for where, item in _items(given, f"{path}.{name}"):
             problem = _component(item, _built_by(hints.get(name)), where, required)
             if problem:
@@ -127,7 +123,7 @@ def _component(given: Any, base: type | None, path: str, required: str | None) -
         if kind is not None:
             return f"{path}: {name} is a {kind.__name__}, and this is the place of a {base.__name__}{_listed(valid)}"
         return f"{path}: no {base.__name__} is called {name!r}{_nearest(name, valid)}"
-    inside = (given.get("init_args") or {}) if isinstance(given, dict) else {}
+    inside = given.get("init_args", {}) if isinstance(given, dict) else {}
     if not isinstance(inside, dict):
         return f"{path}.init_args: give keys and values"
     extra = {k: v for k, v in given.items() if k not in _STRUCTURE} if isinstance(given, dict) else {}
@@ -136,6 +132,14 @@ def _component(given: Any, base: type | None, path: str, required: str | None) -
     if lacking is not None and lacking.default is lacking.empty:
         return f"{path}.{required}: not given, and {cls.__name__} needs it"
     return _misfit(arguments, cls, path, required)
+
+
+def _with_class(given: Any, default: Any) -> Any:
+    """Arguments alone are those of the component that stands there if nothing is said."""
+    built = getattr(default, "func", default)
+    if isinstance(given, dict) and "class_path" not in given and isinstance(built, type):
+        return {"class_path": f"{built.__module__}.{built.__qualname__}", "init_args": given}
+    return given
 
 
 def _kind(cls: type) -> type | None:
@@ -165,7 +169,7 @@ def _find(name: str, base: type) -> type | None:
         return next((cls for cls in _subclasses(base) if cls.__name__ == name), None)
     try:
         found = getattr(importlib.import_module(module), short, None)
-    except ImportError:
+    except (ImportError, TypeError, ValueError):  # the latter two for what cannot be a name
         return None
     return found if isinstance(found, type) and issubclass(found, base) else None
 

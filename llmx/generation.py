@@ -63,6 +63,8 @@ class Sampling:
             raise ValueError(f"top_p: {self.top_p} is not in (0, 1]")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p: {self.min_p} is not in [0, 1]")
+        if not -(2**63) <= self.seed < 2**64:
+            raise ValueError(f"seed: {self.seed} does not fit into 64 bits")
         if self.speculate < 0:
             raise ValueError(f"speculate: {self.speculate} is below 0")
 

@@ -373,6 +373,19 @@ def test_audit_of_a_leaking_checkpoint_measures_it_with_the_future_hidden(leaky,
         (["--seed_everything", -1], "seed_everything: "),
         (["--trainer.default_root_dir", "/proc/nowhere"], "/proc/nowhere"),
         (["--trainer.callbacks", "MixerMaps", "--trainer.callbacks.sentence", "é"], "trainer.callbacks.sentence: the"),
+        # found by benchmarks/fuzz.py
+        (["--trainer", "null"], "trainer: "),
+        (["--config", ""], "config: "),
+        (["--model.sampling", "[]"], "model.sampling: "),
+        (["--model.sampling.seed", 10**30], "model.sampling.seed: "),
+        (["--model.network.block", ".."], "model.network.block: no Block is called '..'"),
+        (["--model.network.dropout", "null"], "model.network.dropout: null is not a value for it"),
+        (["--model.network.block.mixer.dropout", 4], "model.network: a window of 8 does not pass"),
+        (["--model.network.dim", 10**14], "model.network.embedding: TokenEmbedding: "),  # bytes beyond any machine's
+        (["--model.optimizer.lr", -1], "model.optimizer: AdamW: Invalid learning rate"),
+        (["--model.optimizer.lrx", 1], "model.optimizer.lrx: not an argument of AdamW; did you mean lr?"),
+        (["--model.schedule.warmup_steps", -1], "model.schedule.warmup_steps: -1 is below 0"),
+        (["--data.batch_size", 10**18], "out of memory"),
     ],
 )
 def test_bad_input_is_one_message_that_names_the_key(lab, capsys, arguments, expected):
@@ -392,15 +405,47 @@ def test_bad_input_is_one_message_that_names_the_key(lab, capsys, arguments, exp
         (("model:", "modle:"), "modle: no such key; did you mean model?"),
         (("dim: 8", "dim: wide"), "model.network.dim: expected int"),
         (("window: 8", "windows: 8"), "data.windows: not an argument of TextDataModule; did you mean window?"),
-        (("heads: 2", "heads: [2"), "config: not valid YAML"),
+        (("heads: 2", "heads: [2"), "config: tiny.yaml: not valid YAML"),
         (("trainer:", "trainer: 5\nmore:"), "more: no such key"),
         (("window: 8", "window: null"), "data.window: null"),
         (("heads: 2", "- 2"), "model.network.block.mixer.init_args: give keys"),
+        # found by benchmarks/fuzz.py
+        (("trainer:", "trainer:\nmore:"), "more: no such key"),
+        (("max_new_tokens: 12", "class_path: GRU"), "model.sampling.class_path: nothing else can stand here"),
+        (("dim: 8", "dim: " + "[" * 3000 + "]" * 3000), "config: tiny.yaml: is nested too deeply"),
+        (("dim: 8", "dim: &a [*a]"), "config: tiny.yaml: model.network.init_args.dim.0"),
+        (("window: 8", "window: 2020-01-01"), "config: tiny.yaml: data.window: a date is not plain data"),
+        (("window: 8", "window: 2020-13-45"), "config: tiny.yaml: not valid YAML: month"),
+        (("corpus: corpus.txt", 'corpus: "\\uD800"'), "config: tiny.yaml: data.corpus: half of a surrogate pair"),
+        (("corpus: corpus.txt", 'corpus: "\\U00010000\\x9a"'), "data.corpus: "),
     ],
 )
 def test_a_mistake_in_the_yaml_is_named_by_its_full_path(lab, capsys, change, expected):
     Path("tiny.yaml").write_text(Path("tiny.yaml").read_text().replace(*change))
     assert expected in fails(capsys, "fit", "--config", "tiny.yaml")
+
+
+@pytest.mark.parametrize("content", [b"data: \xff", "data: {}".encode("utf-16"), b"- 1", b"5"])
+def test_a_file_that_is_no_config_is_named(lab, capsys, content):
+    Path("tiny.yaml").write_bytes(content)
+    assert "config: tiny.yaml: " in fails(capsys, "fit", "--config", "tiny.yaml")
+
+
+def test_files_of_a_run_that_were_changed_are_named(lab, capsys):
+    folder = fit()
+    checkpoint = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
+    torch.save({**checkpoint, "llmx": None}, "changed.ckpt")
+    assert "changed.ckpt" in fails(capsys, "validate", "--ckpt_path", "changed.ckpt")
+    del checkpoint["optimizer_states"]  # as ModelCheckpoint does with save_weights_only
+    torch.save(checkpoint, "weights.ckpt")
+    assert "weights.ckpt holds weights alone" in fails(capsys, "fit", "--ckpt_path", "weights.ckpt")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    (folder / "metrics.json").write_text(json.dumps({**metrics, "val/loss": 1e-5}))  # a number for JSON, text for YAML
+    run("compare", folder)
+    (folder / "metrics.json").write_text(json.dumps({**metrics, "seconds": "many"}))
+    assert "metrics.json: seconds is missing or damaged" in fails(capsys, "compare", folder)
+    (folder / "config.yaml").write_text("a: b")
+    assert "a: no such key" in fails(capsys, "fit", "--ckpt_path", "last")
 
 
 def test_damaged_and_foreign_checkpoints_are_refused(lab, capsys):

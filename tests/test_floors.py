@@ -10,6 +10,7 @@ LLMX = Path(__file__).parents[1] / "llmx"
 ROOMS = {  # first name below llmx -> (floor, room); inside one room imports are free
     "shapes": (0, "ground"),
     "errors": (0, "ground"),
+    "yaml_files": (0, "ground"),
     "protocol": (0, "ground"),
     "composition": (0, "ground"),
     "parts": (1, "parts"),

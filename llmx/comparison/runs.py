@@ -4,23 +4,44 @@ from __future__ import annotations
 
 import glob
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from llmx.errors import UserError
 from llmx.reports.curves import Curve, config_of, read_curves
+from llmx.yaml_files import read_yaml
 
 # what a run was measured on, and how much it has seen
 PROTOCOL = ("corpus", "sha256", "split", "vocab_size", "window", "val_stride", "val_count")
 # settings that change where and how fast a run goes, and not what it computes
 ASIDE = {"seed_everything", "ckpt_path", "weights_only", "trust"}
 ASIDE_OF_TRAINER = {"default_root_dir", "enable_progress_bar", "logger", "log_every_n_steps", "callbacks", "profiler"}
+# what is read of each file, by key
+READ: dict[str, dict[str, Any]] = {
+    "run.json": {
+        "command": list,
+        "parameters": int,
+        "network.groups.*.parameters": int,
+        "network.training_flops_per_token": int | float | None,
+        "network.state_bytes": int | None,
+        **{f"data.{key}": object for key in PROTOCOL},
+    },
+    "metrics.json": {
+        "val/loss": int | float,
+        "tokens": int | None,
+        "step": int,
+        "seconds": int | float,
+        "peak_bytes": int | None,
+        "generated_tokens_per_second": int | float | None,
+        "leaking": bool,
+    },
+    "config.yaml": {"model.network": str | dict, "trainer": dict | None},
+}
 
 
 @dataclass(frozen=True)
@@ -126,17 +147,39 @@ def read_run(folder: str | Path) -> Run:
         if not (folder / name).is_file():
             unfinished = " (it has not ended)" if name == "metrics.json" else ""
             raise UserError(f"{folder}: is no finished run: it has no {name}{unfinished}")
-        try:
-            contents[name] = yaml.safe_load((folder / name).read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"{folder / name}: cannot be read: {' '.join(str(error).split())[:200]}") from None
+        contents[name] = read_yaml(folder / name) if name == "config.yaml" else _read_json(folder / name)
+        for key, kind in READ[name].items():
+            try:
+                fits = all(isinstance(value, kind) for value in _at(contents[name], key.split(".")))
+            except (LookupError, TypeError):
+                fits = False
+            if not fits:
+                raise UserError(
+                    f"{folder / name}: {key} is missing or damaged: the run was never validated, or is of an older "
+                    "version: run its fit again"
+                )
     run = Run(folder, contents["config.yaml"], contents["run.json"], contents["metrics.json"])
-    missing = {"val/loss", "tokens"} - run.metrics.keys()
-    if missing or "network" not in run.record:
-        raise UserError(f"{folder}: was never validated, or is a run of an older version: run its fit again")
     if not (folder / "val_losses.npy").is_file():
         raise UserError(f"{folder}: has no val_losses.npy, the losses of its validation split: run its fit again")
     return run
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+
+
+def _at(content: Any, keys: Sequence[str]) -> Iterator[Any]:
+    """What stands at a path of keys, `*` for all there are. Raises LookupError or TypeError where there is none."""
+    if not keys:
+        yield content
+    elif keys[0] == "*":
+        for inner in content.values():
+            yield from _at(inner, keys[1:])
+    else:
+        yield from _at(content[keys[0]], keys[1:])
 
 
 def find_runs(patterns: Iterable[str]) -> list[Run]:

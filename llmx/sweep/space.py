@@ -14,12 +14,12 @@ import json
 import math
 import re
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import yaml
 
 from llmx.errors import UserError
+from llmx.yaml_files import read_yaml
 
 if TYPE_CHECKING:
     from optuna.trial import Trial
@@ -107,13 +107,9 @@ def read_space(path: str) -> Space:
     """The space of a YAML file.
 
     Raises:
-        UserError: for whatever in it is not a space; the message names the key.
-        OSError: for a file that cannot be read.
+        UserError: for a file that cannot be read, and for whatever in it is not a space; the message names the key.
     """
-    try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    content = read_yaml(path, "sweep: ", _Loader)
     if not isinstance(content, dict) or not content.keys() <= {"space", "trials", "prune"}:
         raise UserError(f"{path}: give a mapping of space, and if need be trials and prune, and nothing else")
     space = content.get("space")

@@ -5,6 +5,7 @@ imported that `llmx.composition` lets through.
 """
 
 import os
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,14 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from llmx.errors import UserError
 
 PARTIAL = "checkpoint.partial"  # one name: what a kill left behind the next write replaces
+PARTS = {
+    **dict.fromkeys(
+        ("state_dict", "hyper_parameters", "datamodule_hyper_parameters", "llmx", "loops", "callbacks"), dict
+    ),
+    **dict.fromkeys(("optimizer_states", "lr_schedulers"), list),
+    **dict.fromkeys(("epoch", "global_step"), int),
+    "pytorch-lightning_version": str,
+}
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -27,9 +36,16 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             than its size, or is no LanguageModel.
     """
     checkpoint = _read(Path(path))
-    parts = ("state_dict", "hyper_parameters")
-    if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(part), dict) for part in parts):
+    written = {"state_dict", "hyper_parameters", "pytorch-lightning_version"}
+    if not isinstance(checkpoint, dict) or not written <= checkpoint.keys():
         raise UserError(f"ckpt_path: {path} is not a checkpoint of a LanguageModel")
+    for part, kind in PARTS.items():
+        if not isinstance(checkpoint.get(part, kind()), kind):
+            raise UserError(
+                f"ckpt_path: {path} is not a checkpoint of a LanguageModel: its {part} is no {kind.__name__}"
+            )
+    if not re.match(r"\d+(\.\d+)+", checkpoint["pytorch-lightning_version"]):
+        raise UserError(f"ckpt_path: {path} is damaged: its pytorch-lightning_version is no version")
     return checkpoint
 
 

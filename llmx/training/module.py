@@ -84,6 +84,8 @@ class LanguageModel(pl.LightningModule):
         super().__init__()
         self.tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else tokenizer_from_config(tokenizer)
         self.sampling = _sampling("model.sampling.", sampling) if isinstance(sampling, dict) else sampling
+        if not isinstance(self.sampling, Sampling):
+            raise UserError(f"model.sampling: {sampling!r:.100} is no Sampling; give keys and values")
         self.window = window
         self.save_hyperparameters(
             {
