@@ -601,9 +601,8 @@ def _described(config: Any, vocab_size: int, length: int) -> Description:
     try:
         description = described("meta")
         return described("cpu") if description.uncounted and description.parameters <= SMALL else description
-    except UserError as error:
-        if not isinstance(error.__cause__, RuntimeError):
-            raise
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"model.network does not take a sequence of {length} (--length): {error}") from error
     except (RuntimeError, TypeError):  # not what a shape alone allows
@@ -615,8 +614,14 @@ def _described(config: Any, vocab_size: int, length: int) -> Description:
 
 
 def _built(config: Any, vocab_size: int, device: str) -> Network:
-    with torch.device(device):
-        return build(config, vocab_size, "model.network")
+    """Raises UserError for a network that cannot be built, RuntimeError for one that needs numbers where none are."""
+    try:
+        with torch.device(device):
+            return build(config, vocab_size, "model.network")
+    except UserError as error:
+        if device == "meta" and isinstance(error.__cause__, RuntimeError):
+            raise error.__cause__ from None
+        raise
 
 
 def _stuck(length: int, error: RuntimeError) -> str:

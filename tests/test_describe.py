@@ -398,7 +398,7 @@ def cycle(*mixers):
         (
             cycle(ATTENTION, ATTENTION),
             ["--model.network.block.blocks.1.mixer", "[1"],
-            "blocks.1.mixer: '[1' is not valid",
+            "blocks.1.mixer: not valid YAML",
         ),
     ],
 )
