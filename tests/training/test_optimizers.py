@@ -148,7 +148,7 @@ def test_newton_schulz_keeps_directions_and_evens_out_their_sizes(shape):
 def lab(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("corpus.txt").write_text(TEXT)
-    Path("power_cut.py").write_text(POWER_CUT)
+    Path("interrupted.py").write_text(POWER_CUT)
 
     def write(choice: str) -> None:
         trainer = {"max_steps": 6, "val_check_interval": 3, "enable_progress_bar": False, "precision": "32-true"}
@@ -186,7 +186,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(lab, choice):
     run("fit", "--config", "tiny.yaml")
     whole = newest_run()
     with pytest.raises(RuntimeError, match="power cut"):
-        main(["fit", "--config", "tiny.yaml", "--trainer.callbacks+=power_cut.AtStepFive"])
+        main(["fit", "--config", "tiny.yaml", "--trainer.callbacks+=interrupted.AtStepFive"])
     run("fit", "--config", "tiny.yaml", "--ckpt_path", "last")
     for name, value in state(newest_run()).items():
         assert torch.equal(value, state(whole)[name]), name
@@ -213,7 +213,7 @@ def test_a_signal_saves_the_average(lab):
     run("fit", "--config", "tiny.yaml")
     whole = newest_run()
     with pytest.raises(SystemExit, match="143"):
-        main(["fit", "--config", "tiny.yaml", "--trainer.callbacks+=power_cut.Signal"])
+        main(["fit", "--config", "tiny.yaml", "--trainer.callbacks+=interrupted.Signal"])
     saved = torch.load(newest_run() / "checkpoints/last.ckpt", weights_only=True)
     assert saved["global_step"] == 4
     assert not any(group["train_mode"] for group in saved["optimizer_states"][0]["param_groups"])
