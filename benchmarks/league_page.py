@@ -278,7 +278,7 @@ def _rates(entries: Iterable[Entry]) -> str:
 def _stale(entry: Entry) -> bool:
     try:
         return fingerprint(entry.name) != entry.config
-    except OSError:  # the config is gone
+    except UserError:  # the config is gone
         return True
 
 

@@ -250,12 +250,12 @@ def test_every_config_sums_to_the_network_that_it_builds(capsys, monkeypatch, tm
         assert found["parameters"] == SCALE[name.removeprefix("scale/")]
         assert found["length"] == config["data"]["window"]
         return
-    assert found["length"] == 32
+    assert found["length"] == config["data"]["window"]
     network = build(*built[0])  # with numbers
     assert found["parameters"] == parameters(network)
     assert len(found["layers"]) == len(network.layers)
     if network.stateful:
-        leaves = torch.utils._pytree.tree_leaves(network.init_state(1, 32))
+        leaves = torch.utils._pytree.tree_leaves(network.init_state(1, found["length"]))
         assert found["state_bytes"] == sum(leaf.numel() * leaf.element_size() for leaf in leaves)
     else:
         assert found["state_bytes"] is None

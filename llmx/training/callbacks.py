@@ -78,6 +78,8 @@ class LastCheckpoint(RunCheckpoint):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
+        if pl_module.device_mesh is not None:
+            return  # torch asks a sharded optimizer for its state by making a step, which Adam counts
         if trainer.global_step == 0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._save(trainer)
 
