@@ -6,7 +6,7 @@
     y_t = W_o (norm(S_t^T q_t) * sigmoid(G_2 G_1 x_t))          norm: RMSNorm over the K channels of a head
 
 F_1 and G_1 are (R, D). B = 1; with B = 2 eigenvalues may be negative (arXiv 2411.12537). Start: exp(A_log) uniform in 1
-to 16, softplus(d) log-uniform in 0.001 to 0.1. Time O(T (c + K) D) a sequence in chunks of c = 32, see
+to 16, softplus(d) log-uniform in 0.001 to 0.1. Time O(T (c + K) D) a sequence in chunks of c = 16, see
 llmx/parts/delta.py; the state is S and the last 3 inputs of the convolution, K D + 9 D numbers a sequence, whatever its
 length. No positions: decays that differ by channel tell near from far. The traps: the decay comes before the erasure,
 and where it has a number a channel the two do not commute; exp(-sum of log a), which would make the scores of a chunk

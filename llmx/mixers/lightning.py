@@ -6,7 +6,7 @@
 
 The slopes are those of ALiBi, scaled down with the layer: the first layers see near, the last one forgets nothing. No
 normaliser z: the norm stands in for it. Time O(T (c + K) D) a sequence with K = D / H, memory O(T c) a head for
-chunks of c = 64; the state is S, K D numbers a sequence, whatever its length. No positions. The traps: the values go
+chunks of c = 32; the state is S, K D numbers a sequence, whatever its length. No positions. The traps: the values go
 through SiLU too; and code that builds the block's decays in advance as exp(s t) and exp(-s t) is limited to short
 blocks by the steepest head, while their differences are safe at any length.
 """

@@ -4,7 +4,7 @@
     y_t = W_o concat_h  S_t^T phi(q_t) / (z_t . phi(q_t))
 
 No positions: the sums know which tokens came before, not in which order, so the embedding has to say it. Time
-O(T K D) a sequence with K = D / H, memory O(T c) a head for chunks of c = 64; the state is S and z, K (K + 1) H numbers
+O(T K D) a sequence with K = D / H, memory O(T c) a head for chunks of c = 32; the state is S and z, K (K + 1) H numbers
 a sequence, whatever its length. Nothing is ever forgotten: what each token weighs shrinks as 1 / t. The traps: both
 sums include t itself, else the first token divides 0 by 0; and z has to be carried like S: a normaliser taken over the
 tokens at hand alone is right in training and wrong as soon as a text is continued.

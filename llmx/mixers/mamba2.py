@@ -6,7 +6,7 @@
     y_t = W_o norm((S_t^T C_t + E u_t) * silu(g_t))                       norm: RMSNorm over all F; E (H,)
 
 C is the query, B the key of linear attention, shared by all heads; dt u is the value. Start: exp(A_log) uniform in 1 to
-16, dt log-uniform in 0.001 to 0.1, E = 1. Time O(T (c + N) F) a sequence for chunks of c = 64, nearly all of it matrix
+16, dt log-uniform in 0.001 to 0.1, E = 1. Time O(T (c + N) F) a sequence for chunks of c = 32, nearly all of it matrix
 products; memory O(T c H) for the scores and N F for each chunk; the state is S and the last 3 inputs of the
 convolution, N F + 3 (F + 2 N) numbers a sequence, whatever its length. No positions. The traps: the norm comes after
 the gate, not before; B and C go through the convolution too; and differences of summed log decays are masked before the

@@ -10,7 +10,7 @@
 Turning the first 2 R numbers of B and C in pairs gives a complex decay alpha exp(i dt theta), which counts modulo n, as
 no decay in (0, 1] can; lambda = 1 is Mamba-2's step (Euler). No convolution: the term of t - 1 takes its place. MIMO is
 left out. At the start dt is log-uniform in 0.001 to 0.1; softplus(a) is at least 1e-4. Time O(T (c + N) F) a sequence
-for chunks of c = 64, memory O(T c H) for the scores and N F for each chunk; the state is S, k, x and phi,
+for chunks of c = 32, memory O(T c H) for the scores and N F for each chunk; the state is S, k, x and phi,
 N F + H N + F + H R numbers a sequence, whatever its length. No positions. The traps: one weight for x_t, of its own
 term and of what t + 1 adds, shows y_t the next token, so here the sum runs over inputs one token late; and phi grows
 without bound, until float32 cannot hold the angle: it is summed in float64, in whole turns, modulo 1.

@@ -5,7 +5,7 @@
 
 K = D / H, V = 2 D / H; R turns query and key by their position, which with the decay is the paper's xPos with one
 decay a head. norm_h is a LayerNorm over the V channels of one head and token. Time O(T K D) a sequence, memory O(T c)
-a head for chunks of c = 64; the state is S, K V H numbers a sequence, whatever its length. The paper's other scales,
+a head for chunks of c = 32; the state is S, K V H numbers a sequence, whatever its length. The paper's other scales,
 the root of the row sums of decays and max(|row sum|, 1), are left out: the norm divides by them anyway. The traps: a
 group norm on (B, H V, T) takes its statistics over time and shows each token its future; and the slowest head forgets
 half in 177 tokens at H = 4, so within a short window retention is almost undecayed.

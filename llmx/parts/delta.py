@@ -9,11 +9,12 @@ g_ts = sum of log a over s < r <= t,
 
     u_t + b_t sum_{s < t} (k_t . exp(g_ts) k_s) u_s = b_t (v_t - S_0^T exp(g_t0) k_t)
 
-is a triangular system with ones on its diagonal, solved once for v and once for the part in S_0; from chunk to chunk
-S -> M S + C then. Time O(T (c + K) (K + V)) a head in T / c dependent steps, memory O(T (c + K)) and K (K + V) numbers
-for each chunk; the state is S, K V numbers a head. The traps: the decay comes before the erasure, so what is taken out
-has faded; the triangle is strict; exp(-sum of log a) overflows, and the difference of two long sums has lost the short
-one: here every g_ts is summed by itself, of numbers with one sign. Sums are float32 at least, under autocast too.
+is a triangular system with ones on its diagonal, whose inverse is applied to v and to the part in S_0; from chunk to
+chunk S -> M S + C then. Time O(T (c + K) (K + V)) a head in T / c dependent steps, memory O(T (c + K)) and K (K + V)
+numbers for each chunk; the state is S, K V numbers a head. The traps: the decay comes before the erasure, so what is
+taken out has faded; the triangle is strict; exp(-sum of log a) overflows, and the difference of two long sums has lost
+the short one: here every g_ts is summed by itself, of numbers with one sign. Sums are float32 at least, under autocast
+too.
 """
 
 import torch

@@ -8,7 +8,7 @@ Inside a chunk of c tokens, with G the sums of log a and u_t = S_{t-1}^T r_t wha
 
     u_t = sum_{s < t} (r_t . exp(G_{t-1} - G_s) (b_s u_s^T + k_s v_s^T)) + (exp(G_{t-1}) r_t)^T S_0
 
-is a triangular system with ones on its diagonal, solved once for the part that is known and once for the part in S_0;
+is a triangular system with ones on its diagonal, whose inverse is applied to what is known and to the part in S_0;
 from chunk to chunk S -> M S + C then. Time O(T (c + K) (K + V)) a head in T / c dependent steps, memory O(T (c + K))
 and K (K + V) numbers for each chunk. The traps: u_t reads S_{t-1} before it has faded by a_t, the query after; and
 exp(-G_s) alone overflows. exp(G_t - m) and exp(m - G_s) do not where the decay has a floor: with log a > -0.61, as in

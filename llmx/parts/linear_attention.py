@@ -24,7 +24,7 @@ PAIRWISE = 4  # tokens up to which a vector decay is taken pair by pair
 
 
 def scalar_decay(
-    query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, state: Tensor | None = None, chunk: int = 64
+    query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, state: Tensor | None = None, chunk: int = 32
 ) -> tuple[Tensor, Tensor]:
     """One decay a head and token.
 
@@ -119,18 +119,39 @@ def carry(local: Tensor, decay: Tensor, state: Tensor | None) -> tuple[Tensor | 
         if local.shape[1] == 1:
             return None, local[:, 0]
         state = torch.zeros_like(local[:, 0])
-    before = []
-    for new, fade in zip(local.unbind(1), decay.unbind(1), strict=True):
-        before.append(state)
-        state = fade * state + new
-    return torch.stack(before, 1), state
+    return _Carry.apply(local, decay, state.to(local.dtype))
+
+
+class _Carry(torch.autograd.Function):
+    """C (B, N, ...), a, S_0 (B, ...) -> S_0 to S_{N-1}, (B, N, ...), and S_N, of S_{n+1} = a_n S_n + C_n.
+
+    What reaches S_n is g_n = dL/dS_n + a_n g_{n+1}; dC_n = g_{n+1} and da_n = g_{n+1} S_n.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        before = torch.empty(local.shape, dtype=local.dtype, device=local.device)
+        for n in range(local.shape[1]):
+            before[:, n] = state
+            state = torch.addcmul(local[:, n], decay[:, n], state)
+        ctx.save_for_backward(decay, before)
+        return before, state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_before: Tensor, of_last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        decay, before = ctx.saved_tensors
+        of_local = torch.empty_like(before)
+        for n in range(before.shape[1])[::-1]:
+            of_local[:, n] = of_last
+            of_last = torch.addcmul(of_before[:, n], decay[:, n], of_last)
+        return of_local, (of_local * before).sum_to_size(decay.shape), of_last
 
 
 def carry_moved(move: Tensor, add: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
     """The same where a chunk does to the memory what a matrix does, S -> M S + C: from M (B, N, ..., K, K) and
     C (B, N, ..., K, V) the memory before each chunk, (B, N, ..., K, V), and after the last."""
     state = torch.zeros_like(add[:, 0]) if state is None else state.to(add.dtype)
-
     before, last = _CarryMoved.apply(move.flatten(2, -3), add.flatten(2, -3), state.flatten(1, -3))
     return before.unflatten(2, state.shape[1:-2]), last.unflatten(1, state.shape[1:-2])
 
