@@ -131,21 +131,22 @@ class _Carry(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, local: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         before = torch.empty(local.shape, dtype=local.dtype, device=local.device)
-        for n in range(local.shape[1]):
-            before[:, n] = state
-            state = torch.addcmul(local[:, n], decay[:, n], state)
+        before[:, 0] = state
+        for n in range(local.shape[1] - 1):
+            torch.addcmul(local[:, n], decay[:, n], before[:, n], out=before[:, n + 1])
         ctx.save_for_backward(decay, before)
-        return before, state
+        return before, torch.addcmul(local[:, -1], decay[:, -1], before[:, -1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_before: Tensor, of_last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         decay, before = ctx.saved_tensors
-        of_local = torch.empty_like(before)
+        of_local, of_decay = torch.empty_like(before), torch.empty_like(decay)
         for n in range(before.shape[1])[::-1]:
             of_local[:, n] = of_last
+            of_decay[:, n] = (of_last * before[:, n]).sum_to_size(decay[:, n].shape)
             of_last = torch.addcmul(of_before[:, n], decay[:, n], of_last)
-        return of_local, (of_local * before).sum_to_size(decay.shape), of_last
+        return of_local, of_decay, of_last
 
 
 def carry_moved(move: Tensor, add: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
