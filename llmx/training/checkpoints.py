@@ -18,7 +18,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from llmx.errors import UserError
 
 PARTIAL = "checkpoint.partial"  # one name: what a kill left behind the next write replaces
-PARTS = {
+PARTS: dict[str, type] = {  # what is in a checkpoint of a fit, as far as it is read
     **dict.fromkeys(
         ("state_dict", "hyper_parameters", "datamodule_hyper_parameters", "llmx", "loops", "callbacks"), dict
     ),
