@@ -51,8 +51,8 @@ from llmx.data.token_files import open_tokens, write_tokens
 from llmx.data.tokenizers import ByteTokenizer
 from llmx.errors import UserError
 from llmx.training.checkpoints import read_checkpoint
+from tests.tiny import TEXT, network
 
-TEXT = "".join(f"{i * i % 97:02d} the quick brown fox, {i % 13} lazy dogs;\n" for i in range(120))
 SICK = '''
 import os
 import torch
@@ -86,10 +86,12 @@ def config(
     mixer: str = "Attention", embedding_dropout: float = 0, dropout: float = 0, data: Any = (), trainer: Any = ()
 ) -> dict[str, Any]:
     """Settings of a fit of 16 steps that validates every 4."""
-    attention = {"class_path": mixer, "init_args": {"heads": 2, **({"dropout": dropout} if dropout else {})}}
-    block = {"mixer": attention, "feed_forward": {"class_path": "SwiGLU", "init_args": {"hidden": 8}}}
-    network = {"dim": 8, "depth": 1, "dropout": embedding_dropout, "block": {"class_path": "PreNormBlock"}}
-    network["block"]["init_args"] = block  # type: ignore[index]
+    small = network(depth=1)
+    small["init_args"]["dropout"] = embedding_dropout
+    attention = small["init_args"]["block"]["init_args"]["mixer"]
+    attention["class_path"] = mixer
+    if dropout:
+        attention["init_args"]["dropout"] = dropout
     return {
         "seed_everything": 3,
         "trainer": {
@@ -97,7 +99,7 @@ def config(
             **{"accelerator": "cpu", "precision": "32-true", **dict(trainer)},
         },
         "data": {"corpus": "corpus.txt", "window": 8, "batch_size": 8, **dict(data)},
-        "model": {"audit": "off", "network": {"class_path": "Decoder", "init_args": network}},
+        "model": {"audit": "off", "network": small},
     }
 
 

@@ -100,13 +100,17 @@ def processes(
     folder: Path, arguments: Sequence[Any], environment: dict[str, str], count: int = 2, **named: Any
 ) -> list[Command]:
     """The same command in several processes that train together (`--trainer.devices`), the first one first."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count), "NODE_RANK": "0"}
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count), "NODE_RANK": "0"}
     return [
         Command(folder, arguments, {**environment, **common, "LOCAL_RANK": str(rank)}, **named) for rank in range(count)
     ]
+
+
+def free_port() -> int:
+    """Of this machine's own address, for now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def differences(run: Path, other: Path) -> str:

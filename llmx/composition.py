@@ -21,6 +21,8 @@ from llmx.errors import UserError
 from llmx.protocol import Schedule
 
 _PLAIN = (str, int, float, bool, type(None))
+# what a constructor finds wrong, and torch: sizes that are negative, or that no memory holds
+_WRONG = (ValueError, TypeError, ArithmeticError, RuntimeError, MemoryError)
 BUILT = (nn.Module, Optimizer, Schedule)  # what a configuration may have built, whatever else is imported
 
 
@@ -108,13 +110,7 @@ class Placed(partial):
             return super().__call__(*args, **kwargs)
         except UserError:
             raise  # from a component inside, which knew better where it stands
-        except (
-            ValueError,
-            TypeError,
-            ArithmeticError,
-            RuntimeError,
-            MemoryError,
-        ) as error:  # torch: negative, too large
+        except _WRONG as error:
             name, colon, _ = str(error).partition(": ")
             names_argument = colon and name in inspect.signature(self.func).parameters
             where = f"{self.key}." if names_argument else f"{self.key}: {self.func.__name__}: "

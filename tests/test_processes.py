@@ -1,10 +1,8 @@
 """One process or many, the same numbers: DDP over gloo on the CPU, through the command line."""
 
 import json
-import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +13,7 @@ import yaml
 from lightning.pytorch.callbacks import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from benchmarks.forked import processes
 from llmx.cli import main
 from tests.tiny import TEXT, network, newest_run
 
@@ -49,26 +48,10 @@ WAYS = {
 
 
 def ranks(command):
-    """The exit codes of two processes that are started from outside, as torchrun does, and that nobody watches over."""
-    fork = multiprocessing.get_context("fork")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [fork.Process(target=rank, args=(number, port, command)) for number in (0, 1)]
-    try:
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(60)
-        return [process.exitcode for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-
-
-def rank(number, port, command):
-    os.environ |= {"LOCAL_RANK": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    sys.exit(main(command))
+    """The exit codes of two processes that are started from outside, as torchrun does, and that nobody watches over;
+    and what the first one said."""
+    started = processes(Path.cwd(), command, {})
+    return [process.wait(60) for process in started], started[0].said
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +70,7 @@ def runs(tmp_path_factory):
             if "--trainer.strategy=ddp" in options:
                 subprocess.run([sys.executable, CHECKOUT / "main.py", *command], check=True, timeout=300)
             elif SHARDED[0] in options:
-                assert ranks(command) == [0, 0]
+                assert ranks(command)[0] == [0, 0]
             else:
                 assert main(command) == 0
             found[name] = newest_run().absolute()
@@ -140,18 +123,20 @@ class PowerCut(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_process_that_is_killed_ends_the_others_with_a_message(runs, capfd, monkeypatch):
+def test_a_process_that_is_killed_ends_the_others_with_a_message(runs, monkeypatch):
     monkeypatch.chdir(runs["1"].parents[1])
     options = [*WAYS["2"], "--trainer.callbacks+=tests.test_processes.PowerCut"]
-    assert ranks(["fit", "--config", "tiny.yaml", *options]) == [2, -signal.SIGKILL]
-    assert "error: trainer: another process of this run is gone" in capfd.readouterr().err
+    codes, said = ranks(["fit", "--config", "tiny.yaml", *options])
+    assert codes == [2, -signal.SIGKILL]
+    assert "error: trainer: another process of this run is gone" in said
 
 
-def test_a_sharded_network_says_what_it_does_not_do(runs, capfd, monkeypatch):
+def test_a_sharded_network_says_what_it_does_not_do(runs, monkeypatch):
     monkeypatch.chdir(runs["1"].parents[1])
     command = ["predict", "--ckpt_path", str(runs["2"] / "checkpoints/last.ckpt"), "--trainer.accelerator=cpu"]
-    assert ranks([*command, *WAYS["2 that share"]]) == [2, 2]
-    assert "error: trainer.strategy: a sharded network does not generate" in capfd.readouterr().err
+    codes, said = ranks([*command, *WAYS["2 that share"]])
+    assert codes == [2, 2]
+    assert "error: trainer.strategy: a sharded network does not generate" in said
 
 
 def test_a_process_that_finds_a_fault_is_quoted(runs, capsys, monkeypatch):

@@ -87,10 +87,7 @@ class Hybrid(Optimizer):
         self._share()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = _evaluated(closure)
         for part in self.parts:
             part.step()
         return loss
@@ -137,10 +134,7 @@ class BatchedMuon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = _evaluated(closure)
         for group in self.param_groups:
             of_shape: dict[torch.Size, list[Tensor]] = {}
             for parameter in group["params"]:
@@ -177,6 +171,14 @@ def orthogonalized(x: Tensor, coefficients: tuple[float, float, float], steps: i
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x if wide else x.mT
+
+
+def _evaluated(closure: Callable[[], Any] | None) -> Any:
+    """The loss that an optimizer's step returns, and first of all calls for."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
 
 
 def _adjustment(name: str | None, rows: int, columns: int) -> float:

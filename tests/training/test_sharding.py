@@ -1,7 +1,6 @@
 """Sharded networks: on two processes, the losses, gradients and weights of the whole one."""
 
 import os
-import socket
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.multiprocessing.spawn import start_processes
 
+from benchmarks.forked import free_port
 from llmx.cli import execute
 from llmx.composition import build, to_config
 from llmx.protocol import Block
@@ -89,10 +89,7 @@ def compare(rank, port, folder, configs):
 @pytest.fixture(scope="module")
 def found(configs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharding")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    start_processes(compare, (port, folder, configs), nprocs=2, start_method="fork")
+    start_processes(compare, (free_port(), folder, configs), nprocs=2, start_method="fork")
     return {"folder": folder, **torch.load(folder / "found.pt")}
 
 
