@@ -1,7 +1,7 @@
 """Generation with a cache: ours against transformers' `generate`, and the time to the first token of a long prompt.
 
 All in float32. Ours compiled, as a long generation is, and eager, as a short one; transformers' as by default. All draw
-from the plain softmax.
+from the plain softmax. On a CUDA device ours also replays either from a CUDA graph.
 
     python -m benchmarks.generate --out docs/results/generate.json
 """
@@ -9,18 +9,21 @@ from the plain softmax.
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
+from benchmarks.device import DEVICE, now
 from benchmarks.harness import Case, Contender, Measure, finish, measure_in_turns, parser, use_threads
 from benchmarks.peers import SETTINGS, hf_gpt2, hf_llama, ours
-from llmx.generation import Sampling, decode, generate
+from llmx.generation import Decode, Sampling, decode, generate
+from llmx.protocol import Network, State
+from llmx.shapes import Tokens
 from llmx.training.fastpath import compiled_decode
 
 WINDOWS = (32, 256)
@@ -54,22 +57,72 @@ def cases() -> list[Text]:
     return [*decoding, Text("first token, prompt 256", unit="s", window=256, prompt=256, new=1)]
 
 
-def prepare_ours(calls: int, compiled: bool) -> Measure:
-    network = ours(SETTINGS["founding"])
-    decode_at_once = compiled_decode() if compiled else decode
+class Replayed:
+    """`decode`, launched at once: a CUDA graph for every shape, on a state of its own that each replay advances.
+
+    The state that a call returns is this one, so that only a new text's state, or what a step in between has replaced,
+    is copied. One text at a time.
+    """
+
+    def __init__(self, decode_at_once: Decode):
+        self.decode = decode_at_once
+        self.graphs: dict[Any, tuple[torch.cuda.CUDAGraph, Any, Any]] = {}
+
+    def __call__(
+        self, network: Network, tokens: Tensor, state: State, sampling: Sampling, noises: Sequence[Tensor]
+    ) -> tuple[Tokens, State]:
+        given = (tokens, state, list(noises))
+        key = (sampling.temperature, *(leaf.shape for leaf in tree_leaves(given)))
+        if key not in self.graphs:
+            self.graphs[key] = self._capture(network, given, sampling)
+        graph, inputs, following = self.graphs[key]
+        _copy(inputs, given)
+        graph.replay()
+        return following.clone(), inputs[1]
+
+    def _capture(self, network: Network, given: Any, sampling: Sampling) -> tuple[torch.cuda.CUDAGraph, Any, Any]:
+        inputs = tree_map(torch.clone, given)
+        tokens, state, noises = inputs
+
+        def advance() -> Tensor:
+            following, after = self.decode(network, tokens, state, sampling, noises)
+            _copy(state, after)
+            return following
+
+        for _ in range(3):  # compiles, and lets libraries set themselves up
+            _copy(inputs, given)  # again from the same position
+            advance()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            following = advance()
+        return graph, inputs, following
+
+
+def _copy(into: Any, what: Any) -> None:
+    for target, source in zip(tree_leaves(into), tree_leaves(what), strict=True):
+        if target is not source:
+            target.copy_(source)
+
+
+def prepare_ours(calls: int, compiled: bool, replayed: bool = False) -> Measure:
+    network = ours(SETTINGS["founding"]).to(DEVICE)
+    decode_at_once: Decode = compiled_decode() if compiled else decode
+    if replayed:
+        decode_at_once = Replayed(decode_at_once)
 
     def continued(text: Text) -> Tensor:
-        prompts = torch.zeros(text.batch_size, text.prompt, dtype=torch.int64)
+        prompts = torch.zeros(text.batch_size, text.prompt, dtype=torch.int64, device=DEVICE)
         return generate(network, prompts, text.window, Sampling(text.new, text.temperature), decode_at_once)
 
     return partial(_measure, continued, calls)
 
 
 def prepare_transformers(build: Callable[..., Any], calls: int) -> Measure:
-    networks = {window: build(replace(SETTINGS["founding"], window=window)).eval() for window in WINDOWS}
+    networks = {window: build(replace(SETTINGS["founding"], window=window)).to(DEVICE).eval() for window in WINDOWS}
 
     def continued(text: Text) -> Tensor:
-        prompts = torch.zeros(text.batch_size, text.prompt, dtype=torch.int64)
+        prompts = torch.zeros(text.batch_size, text.prompt, dtype=torch.int64, device=DEVICE)
         draws = {"do_sample": True, "temperature": text.temperature, "top_k": 0} if text.temperature else {}
         options = {"do_sample": False, "use_cache": True, "max_new_tokens": text.new, **draws}
         tokens = networks[text.window].generate(prompts, attention_mask=torch.ones_like(prompts), **options)
@@ -80,10 +133,10 @@ def prepare_transformers(build: Callable[..., Any], calls: int) -> Measure:
 
 def _measure(continued: Generate, calls: int, text: Text) -> float:
     """Tokens per second over all rows, or seconds a call. Raises RuntimeError for a continuation that stops early."""
-    start = time.perf_counter()
+    start = now()
     for _ in range(calls):
         tokens = continued(text)
-    seconds = (time.perf_counter() - start) / calls
+    seconds = (now() - start) / calls
     if tokens.shape != (text.batch_size, text.new):
         raise RuntimeError(f"generated {tuple(tokens.shape)} tokens instead of {(text.batch_size, text.new)}")
     return seconds if text.unit == "s" else tokens.numel() / seconds
@@ -103,6 +156,11 @@ def main() -> int:
         Contender("transformers Llama", partial(prepare_transformers, hf_llama, calls), {**flags, "attention": "sdpa"}),
         Contender("transformers GPT-2", partial(prepare_transformers, hf_gpt2, calls), {**flags, "attention": "sdpa"}),
     ]
+    if DEVICE.type == "cuda":
+        contenders[2:2] = [
+            Contender("llmx, compiled, CUDA graph", partial(prepare_ours, calls, True, True), contenders[0].flags),
+            Contender("llmx, eager, CUDA graph", partial(prepare_ours, calls, False, True), written_out),
+        ]
     return finish("generation", measure_in_turns(contenders, cases(), chosen.repeats), chosen)
 
 

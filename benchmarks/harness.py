@@ -8,6 +8,7 @@ and ratios are taken within a round, between numbers that are neighbours in time
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import multiprocessing
 import os
@@ -31,7 +32,7 @@ from rich.table import Table
 from rich.text import Text
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-PEER_PACKAGES = ("transformers", "litgpt", "x-transformers")
+PEER_PACKAGES = ("transformers", "litgpt", "x-transformers", "flash-linear-attention")
 WIDTH = 160  # of the table, at least: a narrower one would cut names and numbers
 _SPAWN = multiprocessing.get_context("spawn")
 
@@ -64,7 +65,9 @@ class Result:
     contender: str
     flags: Mapping[str, Any]
     values: list[float]
-    peak_bytes: int = 0  # of the largest process of the contender so far
+    peak_bytes: int = (
+        0  # of the largest process of the contender so far; on a CUDA device what the case allocated there
+    )
     error: str | None = None
     roof_fraction: list[float] | None = None  # share of the machine's measured matrix product rate
 
@@ -143,7 +146,7 @@ class _Worker:
         except (EOFError, ConnectionResetError):
             self.process.join()
             value, peak_bytes, self.error = None, 0, f"its process ended with exit code {self.process.exitcode}"
-        self.peak_bytes = max(self.peak_bytes, peak_bytes)
+        self.peak_bytes = peak_bytes
         return value
 
 
@@ -152,7 +155,11 @@ def _serve(prepare: Callable[[], Measure], connection: Connection) -> None:
     try:
         measure = prepare()
         connection.send((None, _peak_bytes(), None))
+        before = None
         while (case := connection.recv()) is not None:
+            if case != before:
+                _forget_peak()
+            before = case
             value = measure(case)
             connection.send((value, _peak_bytes(), None))
     except ModuleNotFoundError as error:
@@ -162,9 +169,25 @@ def _serve(prepare: Callable[[], Measure], connection: Connection) -> None:
 
 
 def _peak_bytes() -> int:
-    """Peak resident memory of this process, or of the largest of its children that have ended."""
+    """Peak memory of this process on its CUDA device, 0 for a contender that computes in a process of its own; without
+    a device peak resident memory of this process, or of the largest of its children that have ended."""
+    if cuda := _cuda():
+        return cuda.max_memory_allocated()
     largest = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return largest if sys.platform == "darwin" else largest * 1024
+
+
+def _forget_peak() -> None:
+    """What the case before has left would count towards the next one's peak."""
+    if cuda := _cuda():
+        gc.collect()
+        cuda.reset_peak_memory_stats()
+
+
+def _cuda() -> Any:
+    """torch.cuda where this process has imported torch and there is a device, else None."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_available() else None
 
 
 def run(command: Sequence[str]) -> None:
@@ -217,7 +240,7 @@ def table(title: str, results: Sequence[Result]) -> Table:
                 f"{_span(result.values)} {unit}",
                 "" if ratio is None or result is group[0] else _span(ratio),
                 "" if result.roof_fraction is None else f"{median(result.roof_fraction):.1%}",
-                f"{result.peak_bytes / 2**20:,.0f} MiB",
+                f"{result.peak_bytes / 2**20:,.0f} MiB" if result.peak_bytes else "",
             )
         rows.add_section()
     return rows

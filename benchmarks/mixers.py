@@ -1,9 +1,9 @@
 """The collection side by side: training at three lengths, memory, decoding early and late, and what the state takes.
 
 Every contender is the network of a config as it stands (dim 128, depth 4, about 0.80 M parameters), without its
-window, and with a `max_length` that all lengths fit into. Training goes through the loop of benchmarks.train with 4,096
-tokens a step, so what rises with the length is what is not linear in it. Peers are transformers' PyTorch paths at the
-same dimensions.
+window, and with a `max_length` that all lengths fit into. Training goes through the loop of benchmarks.train with
+equally many tokens a step, so what rises with the length is what is not linear in it. Peers are transformers' PyTorch
+paths and, on a CUDA device, the kernels of flash-linear-attention, at the same dimensions.
 
     python -m benchmarks.mixers                          # all configs that have a parallel form
     python -m benchmarks.mixers llama mamba gru --out docs/results/speed/mixers.json
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import median
@@ -26,6 +25,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.collection import CONFIGS, collection
+from benchmarks.device import DEVICE, now
 from benchmarks.harness import Case, Contender, Measure, Result, finish, measure_in_turns, parser, use_threads
 from benchmarks.peers import RECURRENT, Shape
 from benchmarks.train import Mode, prepare_loop
@@ -34,7 +34,6 @@ from llmx.composition import components_by_name, from_config
 from llmx.protocol import Network
 from llmx.training.fastpath import fast_precision
 
-TOKENS = 4096  # a training step
 LENGTHS = (256, 1024, 4096)
 EARLY, LATE, FAR = 100, 20_000, 100_000  # tokens before the ones that are timed; the state is only counted at FAR
 CHUNK = 500  # tokens of a prefill on the way there
@@ -65,26 +64,26 @@ def _path(name: str, known: dict[str, type]) -> str:
     return f"{known[name].__module__}.{name}" if name in known else name
 
 
-def prepare(name: str, steps: int) -> Measure:
+def prepare(name: str, steps: int, tokens: int) -> Measure:
     """Answers the cases `train N`, `decode N` and `state N`."""
     build = network_of(name)
 
     def measure(case: Case) -> float:
         what, length = case.name.split()
         if what == "train":
-            return prepare_training(build, steps)(case)
-        network = build(Shape(4, 128, 4, 341, window=0, batch_size=1)).eval()
+            return prepare_training(build, steps, tokens)(case)
+        network = build(Shape(4, 128, 4, 341, window=0, batch_size=1)).to(DEVICE).eval()
         return state_bytes(network, int(length)) if what == "state" else seconds_a_token(network, int(length))
 
     return measure
 
 
-def prepare_training(build: Callable[[Shape], Any], steps: int) -> Measure:
+def prepare_training(build: Callable[[Shape], Any], steps: int, tokens: int) -> Measure:
     mode = Mode(fast_precision("auto"), compile=False)
 
     def measure(case: Case) -> float:
         window = int(case.name.split()[1])
-        shape = Shape(4, 128, 4, 341, window, TOKENS // window)
+        shape = Shape(4, 128, 4, 341, window, tokens // window)
         return prepare_loop(build, shape, mode, steps)(case)
 
     return measure
@@ -99,14 +98,14 @@ def state_bytes(network: Network, length: int) -> float:
 def seconds_a_token(network: Network, length: int) -> float:
     """One row, eager, after `length` tokens: the median of DECODED steps."""
     state = network.init_state(1, length + DECODED)
-    for chunk in torch.zeros(1, length, dtype=torch.int64).split(CHUNK, 1):
+    for chunk in torch.zeros(1, length, dtype=torch.int64, device=DEVICE).split(CHUNK, 1):
         _, state = network.prefill(chunk, state)
-    token = torch.zeros(1, dtype=torch.int64)
+    token = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     seconds = []
     for _ in range(DECODED):
-        start = time.perf_counter()
+        start = now()
         _, state = network.step(token, state)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(now() - start)
     return median(seconds)
 
 
@@ -156,25 +155,32 @@ def _cells(name: str, group: Sequence[Result]) -> list[str]:
 def measured(names: Sequence[str], options: argparse.Namespace) -> list[Result]:
     """Training, decoding and state of a few contenders side by side."""
     peers = [
-        Contender(RECURRENT[name].name, partial(prepare_training, RECURRENT[name].build, options.steps))
+        Contender(RECURRENT[name].name, partial(prepare_training, RECURRENT[name].build, options.steps, options.tokens))
         for name in names
         if name in RECURRENT
     ]
-    ours = [Contender(name, partial(prepare, name, options.steps)) for name in names if name not in RECURRENT]
+    ours = [
+        Contender(name, partial(prepare, name, options.steps, options.tokens))
+        for name in names
+        if name not in RECURRENT
+    ]
     training = measure_in_turns([*ours, *peers], [Case(f"train {length}") for length in LENGTHS], options.repeats)
     stateful = [contender for contender in ours if network_of(contender.name)(Shape(4, 128, 4, 341, 0, 1)).stateful]
     late = [Case(f"decode {length}", "s") for length in (EARLY, LATE)] if options.decode else []
     states = [Case(f"state {length}", "bytes") for length in (EARLY, FAR)]
-    return training + measure_in_turns(stateful, late, 1) + measure_in_turns(stateful, states, 1)
+    return training + measure_in_turns(stateful, [*late, *states], 1)
 
 
 def main() -> int:
     options = parser(__doc__)
     options.add_argument("names", nargs="*", help="configs and peers; all of them if none is named")
     options.add_argument("--steps", type=int, default=2, help="training steps a round")
+    options.add_argument("--tokens", type=int, default=4096, help=f"a training step; a multiple of {LENGTHS[-1]}")
     options.add_argument("--decode", action=argparse.BooleanOptionalAction, default=True, help="measure decoding too")
     chosen = options.parse_args()
     configs = [name for name in collection() if name != "ngram"]
+    if chosen.tokens < LENGTHS[-1] or chosen.tokens % LENGTHS[-1]:
+        options.error(f"--tokens: {chosen.tokens} is not a multiple of {LENGTHS[-1]}")
     if unknown := [name for name in chosen.names if name not in configs and name not in RECURRENT]:
         options.error(f"names: there is no {unknown[0]!r}; choose from {', '.join([*configs, *RECURRENT])}")
     names = [name for name in chosen.names or [*configs, *RECURRENT] if name != BASELINE]

@@ -11,6 +11,7 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -162,9 +163,9 @@ PEERS = {
 }
 
 
-def _recurrent(kind: str, settings: dict[str, Any], shape: Shape) -> nn.Module:
-    """A transformers model of a recurrent kind, without the CUDA kernels that it takes where they are installed."""
-    library = import_module("transformers")
+def _recurrent(kind: str, settings: dict[str, Any], shape: Shape, package: str = "transformers") -> nn.Module:
+    """A model of a recurrent kind; transformers' takes CUDA kernels of other packages where they are installed."""
+    library = import_module(package)
     special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     common = {"vocab_size": shape.vocab_size, "hidden_size": shape.dim, "num_hidden_layers": shape.depth}
     config = getattr(library, f"{kind}Config")(**{**common, **special, **settings})
@@ -194,6 +195,36 @@ RECURRENT = {
     "hf_rg_lru": Peer("transformers RG-LRU", "none", partial(_recurrent, "RecurrentGemma", _RECURRENT_GEMMA)),
     "hf_gated_deltanet": Peer("transformers Gated DeltaNet", "none", partial(_recurrent, "Qwen3Next", _QWEN3_NEXT)),
     "hf_mlstm": Peer("transformers mLSTM", "none", partial(_recurrent, "xLSTM", _XLSTM)),
+}
+
+
+def _fla(kind: str, settings: dict[str, Any], shape: Shape) -> nn.Module:
+    """A model of flash-linear-attention, whose kernels are written in Triton and run on a CUDA device alone."""
+    if not torch.cuda.is_available():
+        raise ModuleNotFoundError(name="a CUDA device")
+    # what comes out is logits: the loss is that of all contenders
+    return _recurrent(kind, {"fuse_cross_entropy": False, **settings}, shape, "fla.models")
+
+
+# RetNet's feed-forward is gated: two thirds of the width of ours
+_FLA_LINEAR = {"num_heads": 4, "feature_map": "elu", "norm_feature_map": True, "intermediate_size": 341}
+_FLA_RETNET = {"num_heads": 4, "intermediate_size": 171}
+_FLA_GLA = {"num_heads": 4, "intermediate_size": 331}
+_FLA_HGRN2 = {"num_heads": 4, "expand_ratio": None, "intermediate_size": 340}
+_FLA_DELTANET = {"num_heads": 4, "intermediate_size": 336}
+_FLA_GATED_DELTANET = {"num_heads": 4, "head_dim": 32, "expand_v": 1, "intermediate_size": 291}
+_FLA_KDA = {"num_heads": 4, "head_dim": 32, "intermediate_size": 292}
+_FLA_RANKS = {"decay_low_rank_dim": 16, "a_low_rank_dim": 16, "v_low_rank_dim": 16, "gate_low_rank_dim": 32}
+_FLA_RWKV7 = {"head_dim": 32, "intermediate_size": 427, "use_l2warp": False, **_FLA_RANKS}
+RECURRENT |= {
+    "fla_linear_attention": Peer("fla linear attention", "none", partial(_fla, "LinearAttention", _FLA_LINEAR)),
+    "fla_retnet": Peer("fla RetNet", "none", partial(_fla, "RetNet", _FLA_RETNET)),
+    "fla_gla": Peer("fla GLA", "none", partial(_fla, "GLA", _FLA_GLA)),
+    "fla_hgrn2": Peer("fla HGRN2", "none", partial(_fla, "HGRN2", _FLA_HGRN2)),
+    "fla_deltanet": Peer("fla DeltaNet", "none", partial(_fla, "DeltaNet", _FLA_DELTANET)),
+    "fla_gated_deltanet": Peer("fla Gated DeltaNet", "none", partial(_fla, "GatedDeltaNet", _FLA_GATED_DELTANET)),
+    "fla_kda": Peer("fla KDA", "none", partial(_fla, "KDA", _FLA_KDA)),
+    "fla_rwkv7": Peer("fla RWKV-7", "none", partial(_fla, "RWKV7", _FLA_RWKV7)),
 }
 
 

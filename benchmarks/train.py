@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import AdamW
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.device import DEVICE, now
 from benchmarks.harness import (
     Case,
     Contender,
@@ -39,7 +39,7 @@ from benchmarks.peers import PEERS, SETTINGS, Peer, Shape, mean_loss, ours
 from llmx.training.fastpath import fast_precision, keep_freed_memory
 
 UNTIMED_STEPS = 2  # at the start of every turn: the caches still hold the previous contender's data
-GEMM_SIZE = 2048
+GEMM_SIZE, GEMMS = (8192, 10) if DEVICE.type == "cuda" else (2048, 1)  # products between two looks at the clock
 DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16}
 
 
@@ -57,20 +57,20 @@ def prepare_loop(build: Callable[[Shape], nn.Module], shape: Shape, mode: Mode, 
     if build is ours:
         keep_freed_memory()  # as `fit` does; peers run as their users run them
     torch.manual_seed(0)
-    network = build(shape).train()
+    network = build(shape).to(DEVICE).train()
     parameters = list(network.parameters())
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.ndim >= 2]},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     optimizer = AdamW(groups, lr=3e-3, weight_decay=0.01, fused=True)
-    tokens = torch.randint(shape.vocab_size, (shape.batch_size, shape.window + 1))
+    tokens = torch.randint(shape.vocab_size, (shape.batch_size, shape.window + 1), device=DEVICE)
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     loss_of = torch.compile(mean_loss, dynamic=False) if mode.compile else mean_loss
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cpu", torch.bfloat16, enabled=mode.precision == "bf16-mixed"):
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=mode.precision == "bf16-mixed"):
             loss = loss_of(network, inputs, targets)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -79,10 +79,10 @@ def prepare_loop(build: Callable[[Shape], nn.Module], shape: Shape, mode: Mode, 
     def measure(case: Case) -> float:
         for _ in range(UNTIMED_STEPS):
             step()
-        start = time.perf_counter()
+        start = now()
         for _ in range(steps):
             step()
-        return steps * inputs.numel() / (time.perf_counter() - start)
+        return steps * inputs.numel() / (now() - start)
 
     return measure
 
@@ -121,21 +121,22 @@ def _fit(shape: Shape, mode: Mode, steps: int, case: Case) -> float:
 
 def prepare_gemm(precision: str) -> Measure:
     """Large square matrix products, FLOP/s: what the machine can do at best."""
-    left, right = (torch.randn(GEMM_SIZE, GEMM_SIZE).to(DTYPES[precision]) for _ in range(2))
+    left, right = (torch.randn(GEMM_SIZE, GEMM_SIZE, device=DEVICE).to(DTYPES[precision]) for _ in range(2))
 
     def measure(case: Case) -> float:
         seconds = []
         for _ in range(5):
-            start = time.perf_counter()
-            left @ right
-            seconds.append(time.perf_counter() - start)
+            start = now()
+            for _ in range(GEMMS):
+                left @ right
+            seconds.append((now() - start) / GEMMS)
         return 2 * GEMM_SIZE**3 / median(seconds)
 
     return measure
 
 
 def flops_per_token(build: Callable[[Shape], nn.Module], shape: Shape) -> float:
-    """Matrix product FLOPs of one forward and backward pass; attention counts over the full square."""
+    """Matrix product FLOPs of one forward and backward pass, on the CPU; attention counts over the full square."""
     network = build(shape)
     tokens = torch.zeros(1, shape.window, dtype=torch.int64)
     # the counter knows no attention kernel of the CPU; on the meta device transformers cannot look at its positions
