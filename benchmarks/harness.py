@@ -251,7 +251,7 @@ def record(title: str, results: Sequence[Result], options: Mapping[str, Any]) ->
     from llmx.training.provenance import provenance
 
     where = provenance()
-    where["versions"] |= {package: _version(package) for package in PEER_PACKAGES}
+    where["versions"] |= {package: installed(package) for package in PEER_PACKAGES}
     where["hardware"]["threads"] = options["threads"]
     rows = []
     for group in _by_case(results):
@@ -284,7 +284,7 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
 
 
-def _version(package: str) -> str | None:
+def installed(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:
