@@ -65,9 +65,7 @@ class Result:
     contender: str
     flags: Mapping[str, Any]
     values: list[float]
-    peak_bytes: int = (
-        0  # of the largest process of the contender so far; on a CUDA device what the case allocated there
-    )
+    peak_bytes: int = 0  # of the largest process of the contender so far; of the last round on a CUDA device
     error: str | None = None
     roof_fraction: list[float] | None = None  # share of the machine's measured matrix product rate
 
@@ -155,11 +153,8 @@ def _serve(prepare: Callable[[], Measure], connection: Connection) -> None:
     try:
         measure = prepare()
         connection.send((None, _peak_bytes(), None))
-        before = None
         while (case := connection.recv()) is not None:
-            if case != before:
-                _forget_peak()
-            before = case
+            _forget_peak()
             value = measure(case)
             connection.send((value, _peak_bytes(), None))
     except ModuleNotFoundError as error:
@@ -178,8 +173,8 @@ def _peak_bytes() -> int:
 
 
 def _forget_peak() -> None:
-    """What the case before has left would count towards the next one's peak."""
-    if cuda := _cuda():
+    """On a CUDA device the peak is that of one round: the first ones also hold what compiling and tuning take."""
+    if (cuda := _cuda()) and cuda.is_initialized():
         gc.collect()
         cuda.reset_peak_memory_stats()
 
