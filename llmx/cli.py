@@ -116,20 +116,23 @@ def main(args: list[str] | None = None) -> int:
     return 2
 
 
-def execute(arguments: list[str], callbacks: Sequence[Callback] = (), dry: bool = False) -> CLI:
+def execute(
+    arguments: list[str], callbacks: Sequence[Callback] = (), dry: bool = False, command: list[str] | None = None
+) -> CLI:
     """Runs one of the trainer's verbs.
 
     Args:
         arguments: the command line, verb first.
         callbacks: what the trainer of a fit has besides its own.
         dry: reads the arguments and nothing more.
+        command: what the run says it comes from; if not given, the command of this process.
 
     Raises:
         UserError: for whatever is wrong with the arguments.
         OSError: for a file that cannot be read or written.
     """
     try:
-        return CLI(with_list_entries(with_bases(arguments)), callbacks, dry)
+        return CLI(with_list_entries(with_bases(arguments)), callbacks, dry, command)
     except MisconfigurationException as error:  # Lightning's word for flags that do not go together
         raise UserError(f"trainer: {' '.join(str(error).split())}") from error
 
@@ -156,8 +159,11 @@ class Parser(LightningArgumentParser):
 class CLI(LightningCLI):
     """fit, validate, test, predict, audit, describe."""
 
-    def __init__(self, arguments: list[str], callbacks: Sequence[Callback] = (), dry: bool = False):
+    def __init__(
+        self, arguments: list[str], callbacks: Sequence[Callback] = (), dry: bool = False, command: list[str] | None = None
+    ):
         self.exit_code = 0
+        self.command = command
         self.callbacks = callbacks
         self.dry = dry
         self.run: Path | None = None  # the run that --ckpt_path belongs to
@@ -417,7 +423,7 @@ class CLI(LightningCLI):
             EndWithValidation(),
             StopOnSignal(),
             ValidationLosses(),
-            RunRecord(config),
+            RunRecord(config, self.command),
             *self.callbacks,
         ]
         return callbacks + ([] if trainer.enable_checkpointing is False else [BestCheckpoint(), LastCheckpoint()])

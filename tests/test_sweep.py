@@ -94,6 +94,24 @@ def study(name="tiny-space"):
 
 
 # --------------------------------------------------------------------------------------------------------------- runs
+def test_a_space_of_configs_leaves_the_last_word_to_flags_and_its_runs_tell_their_own_command(lab, capsys):
+    Path("wide.yaml").write_text("base: tiny.yaml\ntrainer: {max_steps: 9}\nmodel: {network: {init_args: {dim: 16}}}\n")
+    inline = json.dumps({"model": {"network": {"init_args": {"dim": 24}}}})
+    write_space({"config": {"values": ["wide.yaml", json.loads(inline)]}})
+    result = sweep(capsys, "--sweep", "space.yaml", "--seeds", "2", "--trainer.max_steps", "1")
+    assert len(result["trials"]) == 2
+    for trial in result["trials"]:
+        config = trial["parameters"]["config"]
+        for run in trial["runs"]:
+            held = yaml.safe_load((Path(run["folder"]) / "config.yaml").read_text())
+            assert held["model"]["network"]["init_args"]["dim"] == (16 if config == "wide.yaml" else 24)
+            assert json.loads((Path(run["folder"]) / "metrics.json").read_text())["step"] == 1
+            words = json.loads((Path(run["folder"]) / "run.json").read_text())["command"]
+            assert words[:6] == ["python", "main.py", "fit", "--config", "tiny.yaml", "--config"]
+            assert words[6] == config and words[-1] == f"--seed_everything={run['seed']}"
+    assert main(shlex.split(result["best"]["command"])[2:]) == 0
+
+
 def test_a_grid_is_run_whole_once_and_its_best_trial_is_the_run_that_its_command_makes(lab, capsys, monkeypatch):
     write_space({RATE: {"values": [0.1, 0.0]}})
     result = sweep(capsys, "--sweep", "space.yaml")

@@ -18,12 +18,13 @@ class SwiGLU(Stateless):
     Args:
         site: where the feed-forward stands.
         hidden: width inside; 8/3 dim, rounded, if not given.
+        out_std: of the initialisation of W_down; 0.02 / sqrt(2 depth) if not given.
 
     Raises:
         ValueError: for a hidden width below 1.
     """
 
-    def __init__(self, site: Site, hidden: int | None = None):
+    def __init__(self, site: Site, hidden: int | None = None, out_std: float | None = None):
         super().__init__()
         hidden = round(8 * site.dim / 3) if hidden is None else hidden
         if hidden < 1:
@@ -31,7 +32,7 @@ class SwiGLU(Stateless):
         self.gate_up = nn.Linear(site.dim, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, site.dim, bias=False)
         normal_(self.gate_up)
-        normal_(self.down, residual_std(site.depth))
+        normal_(self.down, residual_std(site.depth) if out_std is None else out_std)
 
     def forward(self, x: Hidden, context: Context) -> Hidden:
         gate, up = self.gate_up(x).chunk(2, -1)

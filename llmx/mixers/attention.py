@@ -26,6 +26,7 @@ class Attention(StatefulMixer):
         kv_heads: key/value heads; must divide `heads`. As many as `heads` if not given.
         rotary_base: base of the rotary frequencies.
         dropout: probability of dropping an attention weight in training.
+        out_std: of the initialisation of W_o; 0.02 / sqrt(2 depth) if not given.
 
     Raises:
         ValueError: for head counts that do not divide.
@@ -38,6 +39,7 @@ class Attention(StatefulMixer):
         kv_heads: int | None = None,
         rotary_base: float = 10000.0,
         dropout: float = 0.0,
+        out_std: float | None = None,
     ):
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
@@ -53,7 +55,7 @@ class Attention(StatefulMixer):
         self.qkv = nn.Linear(site.dim, (heads + 2 * kv_heads) * self.head_dim, bias=False)
         self.out = nn.Linear(site.dim, site.dim, bias=False)
         normal_(self.qkv)
-        normal_(self.out, residual_std(site.depth))
+        normal_(self.out, residual_std(site.depth) if out_std is None else out_std)
 
     def forward(self, x: Hidden, context: Context) -> Hidden:
         query, key, value = (heads.transpose(1, 2) for heads in self._project(x, context))

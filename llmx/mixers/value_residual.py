@@ -11,11 +11,14 @@ kept. The trap: the term has to be there in every form. A step that does not han
 token to the layers above generates from another network than the one that was trained, with no error to show it.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from llmx.parts.attention import KeyValues, attend_cache, causal_attention, empty_cache
 from llmx.parts.init import normal_, residual_std
+from llmx.parts.norm import NoNorm, Norm
 from llmx.parts.rotary import rotate, shared_table
 from llmx.protocol import Context, Site, StatefulMixer
 from llmx.shapes import Hidden
@@ -34,6 +37,8 @@ class ValueResidualAttention(StatefulMixer):
         kv_heads: key/value heads; must divide `heads`. As many as `heads` if not given.
         rotary_base: base of the rotary frequencies.
         dropout: probability of dropping an attention weight in training.
+        norm: factory of a norm for each head's query and key, from K, before the rotation; none if not given.
+        out_std: of the initialisation of W_o; 0.02 / sqrt(2 depth) if not given.
 
     Raises:
         ValueError: for head counts that do not divide.
@@ -46,6 +51,8 @@ class ValueResidualAttention(StatefulMixer):
         kv_heads: int | None = None,
         rotary_base: float = 10000.0,
         dropout: float = 0.0,
+        norm: Callable[[int], Norm] = NoNorm,
+        out_std: float | None = None,
     ):
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
@@ -59,10 +66,11 @@ class ValueResidualAttention(StatefulMixer):
         self.rotary_base = rotary_base
         self.dropout = dropout
         self.qkv = nn.Linear(site.dim, (heads + 2 * kv_heads) * self.head_dim, bias=False)
+        self.query_norm, self.key_norm = norm(self.head_dim), norm(self.head_dim)
         self.out = nn.Linear(site.dim, site.dim, bias=False)
         self.shares = None if site.occurrence == 0 else nn.Parameter(torch.full((2,), 0.5))  # l_1, l_2
         normal_(self.qkv)
-        normal_(self.out, residual_std(site.depth))
+        normal_(self.out, residual_std(site.depth) if out_std is None else out_std)
 
     def forward(self, x: Hidden, context: Context) -> Hidden:
         query, key, value = (heads.transpose(1, 2) for heads in self._project(x, context))
@@ -91,4 +99,4 @@ class ValueResidualAttention(StatefulMixer):
             own, first = self.shares.to(value.dtype).unbind()
             value = own * value + first * context.store[FIRST_VALUE].unflatten(-1, (-1, self.head_dim))
         table = shared_table(context, self.head_dim, self.rotary_base, x.dtype)
-        return rotate(query, table), rotate(key, table), value
+        return rotate(self.query_norm(query), table), rotate(self.key_norm(key), table), value

@@ -12,7 +12,7 @@ from llmx.base_config import with_bases
 from llmx.cli import execute
 from llmx.errors import ArgumentParser, UserError
 from llmx.sweep.report import Report
-from llmx.sweep.space import Space, Values, flags, read_space
+from llmx.sweep.space import Space, Values, read_space, with_point
 
 
 def run(arguments: list[str]) -> int:
@@ -94,7 +94,7 @@ def _trainer_settings(fit: list[str], space: Space) -> Any:
         UserError: for keys that do not exist, and for what a sweep cannot do.
     """
     first = {key: d.values[0] if isinstance(d, Values) else d.low for key, d in space.dimensions.items()}
-    arguments = ["fit", *fit, *flags(first)]
+    arguments = with_point(["fit", *fit], first)
     if any(argument.split("=")[0] == "--ckpt_path" for argument in arguments):
         raise UserError("ckpt_path: a sweep's runs are new ones; --model.warm_start begins them with a run's weights")
     trainer = execute(arguments, dry=True).config["fit"].trainer

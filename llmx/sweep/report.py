@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from llmx.sweep.space import Space, flags
+from llmx.sweep.space import Space, with_point
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -93,7 +93,7 @@ class Report:
         seed = self.best.user_attrs["runs"][0]["seed"]
         seeding = [] if seed is None else [f"--seed_everything={seed}"]
         point = {key: self.best.params[key] for key in self.space.dimensions}
-        return shlex.join([*self.command, *flags(point), *seeding])
+        return shlex.join([*with_point(self.command, point), *seeding])
 
     def _edges(self) -> list[dict[str, Any]]:
         """Of each range of numbers, which end the best trial lies at, or none."""

@@ -3,6 +3,7 @@
 space:
   model.optimizer.init_args.lr: {low: 1e-4, high: 1e-2, log: true}    # a range; of integers if both ends are
   model.network.block.mixer.heads: {values: [2, 4, 8]}                # values of any kind
+  config: {values: [configs/llama.yaml, {data: {window: 64}}]}        # files, or what differs from --config
 trials: 20      # left out where every key has values: all combinations are run
 prune: true     # stops what is worse than the median of the others so far; off for all combinations
 """
@@ -97,6 +98,15 @@ class Space:
 def flags(point: Point) -> list[str]:
     """A point as flags of `fit`."""
     return [f"--{key}={_text(value)}" for key, value in point.items()]
+
+
+def with_point(command: list[str], point: Point) -> list[str]:
+    """A command of `fit` for a point. A config of the point comes after those of the command and before all its other
+    flags, so that these have the last word."""
+    chosen = flags(point)
+    place = max((i + 2 for i, word in enumerate(command) if word == "--config"), default=command.index("fit") + 1)
+    configs = [word for flag in chosen if flag.startswith("--config=") for word in flag.split("=", 1)]
+    return [*command[:place], *configs, *command[place:], *(x for x in chosen if not x.startswith("--config="))]
 
 
 def _text(value: Plain) -> str:

@@ -32,7 +32,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from llmx.cli import CLI, execute
 from llmx.errors import UserError
 from llmx.sweep.report import DIED
-from llmx.sweep.space import Point, Space, flags
+from llmx.sweep.space import Point, Space, flags, with_point
 from llmx.training.watch import Watch
 
 HEARTBEAT = 15  # seconds
@@ -170,7 +170,7 @@ class Sweep:
         shown = f"trial {trial.number}: {' '.join(flags(point))}"
         trial.set_user_attr("parameters", point)
         try:
-            loss = self._loss(trial, flags(point))
+            loss = self._loss(trial, with_point(["fit", *self.fit], point))
         except optuna.TrialPruned:
             self.say(f"{shown}: pruned")
             raise
@@ -189,6 +189,7 @@ class Sweep:
     def _loss(self, trial: Trial, arguments: list[str]) -> float:
         """The final validation loss, its mean over the seeds. Every run is kept among the trial's user attributes."""
         runs = [run for run in trial.user_attrs.get("runs", []) if "val/loss" in run]  # of an earlier attempt
+        torch.compiler.reset()  # the graphs of other networks count towards a limit, beyond which nothing is compiled
         seeds: list[int] | list[None] = self.seeds or [None]
         for seed in seeds:
             if any(run["seed"] == seed for run in runs):
@@ -208,7 +209,7 @@ class Sweep:
                     raise optuna.TrialPruned
 
             seeding = [] if seed is None else [f"--seed_everything={seed}"]
-            cli = _fit([*self.fit, *arguments, *seeding], Watch(started, validated))
+            cli = _fit([*arguments, *seeding], Watch(started, validated))
             loss = cli.trainer.callback_metrics.get("val/loss")
             if loss is None or not math.isfinite(loss):
                 raise UserError(f"val/loss is {'not measured' if loss is None else loss.item()}: nothing to compare by")
@@ -251,12 +252,11 @@ def open_storage(url: str) -> RDBStorage:
 def _fit(arguments: list[str], watch: Watch) -> CLI:
     """`fit` as if in a process of its own; what it prints goes to stderr."""
     gc.collect()
-    torch.compiler.reset()  # the graphs of other networks count towards a limit, beyond which nothing is compiled
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     with redirect_stdout(sys.stderr):
-        return execute(["fit", *arguments], [watch])
+        return execute(arguments, [watch], command=["python", "main.py", *arguments])
 
 
 def _current(trials: list[FrozenTrial]) -> list[FrozenTrial]:

@@ -307,10 +307,12 @@ class RunRecord(Callback):
 
     Args:
         config: the run's full configuration as YAML; where there is none (a notebook), the hyperparameters are kept.
+        command: what the run comes from, where it is not the command of this process.
     """
 
-    def __init__(self, config: str | None = None):
+    def __init__(self, config: str | None = None, command: list[str] | None = None):
         self.config = config
+        self.command = command
         self.final: dict[str, float] = {}
 
     @rank_zero_only
@@ -409,6 +411,7 @@ class RunRecord(Callback):
         assert pl_module.description is not None
         return {
             **provenance(),
+            **({} if self.command is None else {"command": self.command}),
             "data": _data(trainer).protocol,
             "parameters": parameters(pl_module.network),
             "network": {key: value for key, value in pl_module.description.to_dict().items() if key != "layers"},
