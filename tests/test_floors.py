@@ -11,6 +11,7 @@ ROOMS = {  # first name below llmx -> (floor, room); inside one room imports are
     "shapes": (0, "ground"),
     "errors": (0, "ground"),
     "yaml_files": (0, "ground"),
+    "archives": (0, "ground"),
     "protocol": (0, "ground"),
     "composition": (0, "ground"),
     "parts": (1, "parts"),
@@ -32,7 +33,7 @@ ROOMS = {  # first name below llmx -> (floor, room); inside one room imports are
     "budget": (7, "top"),
     "sweep": (8, "sweep"),
 }
-DATA_MAY_IMPORT = ("llmx.data", "llmx.errors", "llmx.protocol")
+DATA_MAY_IMPORT = ("llmx.data", "llmx.archives", "llmx.errors", "llmx.protocol")
 MODULES = {
     ".".join(path.relative_to(LLMX.parent).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(LLMX.rglob("*.py"))

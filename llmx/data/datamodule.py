@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -18,6 +17,7 @@ from rich.panel import Panel
 from rich.text import Text
 from torch import Tensor
 
+from llmx.archives import read_archive
 from llmx.data.corpora import NAMED, Corpus, load_corpus
 from llmx.data.token_files import TokenCorpus, TokenStream, is_token_folder, open_tokens
 from llmx.data.tokenizers import ByteTokenizer, CharacterTokenizer, Tokenizer, cached_tokens, tokenizer_from_config
@@ -152,14 +152,13 @@ class TextDataModule(LightningDataModule):
         """The data that a checkpoint's run was trained on; nothing in the file is executed.
 
         Raises:
-            UserError: The file holds more than tensors and plain data, or is none of a TextDataModule.
+            UserError: The file is damaged, holds more than tensors and plain data, or is none of a TextDataModule.
         """
+        checkpoint = read_archive(Path(checkpoint_path))
         try:
-            return super().load_from_checkpoint(checkpoint_path, weights_only=True, **changes)
-        except UnpicklingError as error:
-            raise UserError(f"{checkpoint_path} is no checkpoint, or was refused without executing it") from error
+            return cls(**{**checkpoint["datamodule_hyper_parameters"], **changes})
         except (KeyError, TypeError) as error:
-            raise UserError(f"{checkpoint_path}: does not fit {cls.__name__}: {error}") from error
+            raise UserError(f"ckpt_path: {checkpoint_path} does not fit {cls.__name__}: {error}") from error
 
     @cached_property
     def source(self) -> Corpus | TokenCorpus:

@@ -1,20 +1,18 @@
 """Checkpoints on disk: read as plain data alone, written whole or not at all, one readable message for what is wrong.
 
-Nothing in a file is executed: torch's restricted unpickler reads it, and of the classes that it names only those are
-imported that `llmx.composition` lets through.
+Of the classes that a file names only those are imported that `llmx.composition` lets through.
 """
 
 import os
 import re
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
+from llmx.archives import read_archive
 from llmx.errors import UserError
 
 PARTIAL = "checkpoint.partial"  # one name: what a kill left behind the next write replaces
@@ -35,7 +33,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         UserError: for a file that is missing, damaged, holds more than plain data and tensors, would unpack to more
             than its size, or is no LanguageModel.
     """
-    checkpoint = _read(Path(path))
+    checkpoint = read_archive(Path(path))
     written = {"state_dict", "hyper_parameters", "pytorch-lightning_version"}
     if not isinstance(checkpoint, dict) or not written <= checkpoint.keys():
         raise UserError(f"ckpt_path: {path} is not a checkpoint of a LanguageModel")
@@ -47,55 +45,6 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not re.match(r"\d+(\.\d+)+", checkpoint["pytorch-lightning_version"]):
         raise UserError(f"ckpt_path: {path} is damaged: its pytorch-lightning_version is no version")
     return checkpoint
-
-
-def _read(path: Path) -> Any:
-    if (path / ".metadata").is_file():
-        raise UserError(
-            f"ckpt_path: {path} is a folder of shards; python -m lightning.fabric.utilities.consolidate_checkpoint "
-            f"{path} makes one file of it (and executes what it holds)"
-        )
-    if not path.is_file():
-        raise UserError(f"ckpt_path: no checkpoint at {path}")
-    try:
-        _check_archive(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
-    except UnpicklingError as error:
-        if "Unsupported" in str(error) or "weights_only" in str(error):
-            raise UserError(
-                f"ckpt_path: {path} holds more than tensors and plain data, and was refused without executing it"
-            ) from error
-        raise UserError(f"ckpt_path: {path} is damaged or no checkpoint") from error
-    except Exception as error:  # the unpickler meets damaged bytes with whatever they lead to
-        raise UserError(
-            f"ckpt_path: {path} is damaged or no checkpoint ({' '.join(str(error).split())[:120]})"
-        ) from error
-
-
-def _check_archive(path: Path) -> None:
-    """torch stores the members of its archive as they are; a small file that unpacks to a large one is not torch's.
-    It writes checksums, too, and does not look at them: a changed weight would be read like any other.
-
-    Raises:
-        UserError: for compressed members, for names that lead out of the archive, and for a wrong checksum.
-        OSError, zipfile.BadZipFile: for what cannot be read.
-    """
-    if not zipfile.is_zipfile(path):
-        return  # torch says what is wrong with it
-    with zipfile.ZipFile(path) as archive:
-        _check_members(path, archive.infolist())
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise UserError(f"ckpt_path: {path} is damaged: {damaged} does not have the checksum it was written with")
-
-
-def _check_members(path: Path, members: list[zipfile.ZipInfo]) -> None:
-    if any(m.compress_type != zipfile.ZIP_STORED or m.file_size > path.stat().st_size for m in members):
-        raise UserError(f"ckpt_path: {path} would unpack to more than its size, and was refused")
-    if any(m.filename.startswith("/") or ".." in m.filename.replace("\\", "/").split("/") for m in members):
-        raise UserError(f"ckpt_path: {path} has members outside its own folder, and was refused")
 
 
 class CheckpointFiles(TorchCheckpointIO):
@@ -128,7 +77,7 @@ class CheckpointFiles(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Callable | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        return _read(Path(path))
+        return read_archive(Path(path))
 
 
 def _sync_folder(folder: Path) -> None:

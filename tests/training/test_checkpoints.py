@@ -167,7 +167,9 @@ def test_the_exploit_is_real(lab):
 
 def test_an_archive_that_unpacks_to_more_than_its_size_is_refused(lab, capsys):
     """A megabyte that would fill a gigabyte, before torch reads a byte of it."""
-    held = zipfile.ZipFile(last(fit("--trainer.max_steps", 1)))
+    path = last(fit("--trainer.max_steps", 1))
+    assert TextDataModule.load_from_checkpoint(path).window == 8
+    held = zipfile.ZipFile(path)
     with zipfile.ZipFile("bomb.ckpt", "w") as bomb:
         for member in held.infolist():
             bomb.writestr(member, held.read(member))
@@ -178,6 +180,8 @@ def test_an_archive_that_unpacks_to_more_than_its_size_is_refused(lab, capsys):
                 file.write(bytes(2**20))
     assert Path("bomb.ckpt").stat().st_size < 2**20
     assert "unpack to more than its size" in refused(capsys, "validate", "--ckpt_path", "bomb.ckpt")
+    with pytest.raises(UserError, match="unpack to more than its size"):
+        TextDataModule.load_from_checkpoint("bomb.ckpt")
 
 
 def test_an_archive_with_a_path_that_leaves_it_is_refused(lab, capsys):
