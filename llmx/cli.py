@@ -29,7 +29,7 @@ import torch.distributed as dist
 import yaml
 from jsonargparse import Namespace
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -160,7 +160,11 @@ class CLI(LightningCLI):
     """fit, validate, test, predict, audit, describe."""
 
     def __init__(
-        self, arguments: list[str], callbacks: Sequence[Callback] = (), dry: bool = False, command: list[str] | None = None
+        self,
+        arguments: list[str],
+        callbacks: Sequence[Callback] = (),
+        dry: bool = False,
+        command: list[str] | None = None,
     ):
         self.exit_code = 0
         self.command = command
@@ -327,6 +331,8 @@ class CLI(LightningCLI):
             self.model = LanguageModel(
                 **_plain(settings.model), tokenizer=self.datamodule.tokenizer, window=self.datamodule.hparams["window"]
             )
+        if _sharding(settings.trainer.strategy):
+            self._check_shards()
         if self.run is not None:
             self._check_same_network()
         if not never_whole:
@@ -351,6 +357,14 @@ class CLI(LightningCLI):
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, MixerMaps):
                     callback.check(self.model)
+                if isinstance(callback, WeightAveraging) and _sharding(settings.trainer.strategy):
+                    raise UserError("trainer.callbacks: a sharded network is not averaged, for its average is whole")
+
+    def _check_shards(self) -> None:
+        """Before other processes are started, and before there is a run folder."""
+        whole = next((name for name, value in self.model.network.named_parameters() if not value.ndim), None)
+        if whole is not None:
+            raise UserError(f"trainer.strategy: this network cannot be sharded: {whole} has no dimensions")
 
     @property
     def _counts(self) -> bool:
@@ -405,6 +419,8 @@ class CLI(LightningCLI):
         # Lightning counts batches here; a run should validate at the same steps however they are accumulated
         if fit and isinstance(trainer.val_check_interval, int) and trainer.check_val_every_n_epoch is None:
             changes["val_check_interval"] = trainer.val_check_interval * trainer.accumulate_grad_batches
+        if trainer.strategy == ModelParallelStrategy.__name__:  # Lightning has no short name for it
+            changes["strategy"] = ModelParallelStrategy(save_distributed_checkpoint=False)
         if fit and self._counts and trainer.devices == "auto":
             changes["devices"] = 1
         return changes
@@ -767,6 +783,7 @@ def _quiet() -> None:
     # the metric synchronises itself
     warnings.filterwarnings("ignore", message=r"It is recommended to use `self.log\('(val|test)/")
     warnings.filterwarnings("ignore", message="torch.distributed.nn.functional.all_gather is deprecated")
+    warnings.filterwarnings("ignore", message="You're using the WeightAveraging callback")  # refused where it matters
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # which nobody writes to
     warnings.filterwarnings("ignore", message=".*configure_optimizers` returned `None`")  # a network that counts
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(

@@ -42,7 +42,7 @@ WAYS = {
         "--trainer.strategy=ddp_fork",
         "--trainer.accumulate_grad_batches=4",
     ],
-    "2 that share": ["--trainer.devices=2", *SHARDED],
+    "2 that share": ["--trainer.devices=2", SHARDED[0]],  # the name alone
     "2 of which none is whole": ["--trainer.devices=2", *SHARDED, "--model.audit=off"],
 }
 
@@ -146,3 +146,16 @@ def test_a_process_that_finds_a_fault_is_quoted(runs, capsys, monkeypatch):
     error = capsys.readouterr().err
     assert "error: trainer: process " in error
     assert "training has diverged" in error.splitlines()[-1]
+
+
+def test_what_cannot_be_shared_is_refused_before_anything_is_started(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("corpus.txt").write_text(TEXT)
+    config = {"trainer": TRAINER | {"devices": 2}, "model": {"network": network(2)}, "data": DATA}
+    Path("tiny.yaml").write_text(yaml.safe_dump(config))
+    scalars = "--model.network.init_args.block=ReZeroBlock"
+    average = ["--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.decay=0.9"]
+    for options, said in ([scalars], "mixer_gain has no dimensions"), (average, "trainer.callbacks: "):
+        assert main(["fit", "--config", "tiny.yaml", SHARDED[0], *options]) == 2
+        assert said in capsys.readouterr().err
+    assert not Path("lightning_logs").exists()

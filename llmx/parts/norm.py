@@ -15,16 +15,6 @@ class Norm(nn.Module, ABC):
     def forward(self, x: Tensor) -> Tensor: ...
 
 
-class NoNorm(Norm):
-    """x as it is."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x
-
-
 class RMSNorm(Norm):
     """x / sqrt(mean(x^2) + eps) * weight, the mean over the last dimension (arXiv 1910.07467), in float32 at least.
 

@@ -148,7 +148,7 @@ class LanguageModel(pl.LightningModule):
             UserError: for what a sharded network cannot do.
         """
         fn = self.trainer.state.fn
-        if fn == "fit" and self.trainer.is_global_zero:
+        if fn == "fit" and self.trainer.is_global_zero and self.description is None:  # averaging callbacks come first
             try:
                 self.description = describe(self.network, self.window)
             except ValueError as error:
