@@ -108,7 +108,7 @@ def test_a_space_of_configs_leaves_the_last_word_to_flags_and_its_runs_tell_thei
             assert json.loads((Path(run["folder"]) / "metrics.json").read_text())["step"] == 1
             words = json.loads((Path(run["folder"]) / "run.json").read_text())["command"]
             assert words[:6] == ["python", "main.py", "fit", "--config", "tiny.yaml", "--config"]
-            assert words[6] == config and words[-1] == f"--seed_everything={run['seed']}"
+            assert (words[6], words[-1]) == (config, f"--seed_everything={run['seed']}")
     assert main(shlex.split(result["best"]["command"])[2:]) == 0
 
 

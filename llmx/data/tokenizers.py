@@ -16,6 +16,7 @@ from llmx.data.corpora import Corpus, cache_folder
 from llmx.errors import UserError
 
 Ids = Iterable[int] | np.ndarray | torch.Tensor
+PIECE = 2**22  # characters encoded at once: one takes 20 bytes meanwhile
 
 
 class Tokenizer(ABC):
@@ -66,16 +67,19 @@ class CharacterTokenizer(Tokenizer):
         return cls("".join(sorted(set(text))))
 
     def encode(self, text: str) -> np.ndarray:
-        codes = _code_points(text)
-        ids = self._ids[np.minimum(codes, len(self._ids) - 1)]
-        unknown = np.flatnonzero(ids < 0)
-        if unknown.size:
-            position = int(unknown[0])
-            raise UserError(
-                f"the character {text[position]!r} at position {position} is not among the {self.vocab_size} of the "
-                "tokenizer's vocabulary"
-            )
-        return ids.astype(self.dtype)
+        ids = np.empty(len(text), self.dtype)
+        for start in range(0, len(text), PIECE):
+            codes = _code_points(text[start : start + PIECE])
+            piece = self._ids[np.minimum(codes, len(self._ids) - 1)]
+            unknown = np.flatnonzero(piece < 0)
+            if unknown.size:
+                position = start + int(unknown[0])
+                raise UserError(
+                    f"the character {text[position]!r} at position {position} is not among the {self.vocab_size} of "
+                    "the tokenizer's vocabulary"
+                )
+            ids[start : start + len(piece)] = piece
+        return ids
 
     def decode(self, ids: Ids) -> str:
         return self._codes[_array(ids)].tobytes().decode("utf-32-le", "surrogatepass")

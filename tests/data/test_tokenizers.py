@@ -149,3 +149,12 @@ def test_two_processes_build_the_same_cache_at_once(cache: Path) -> None:
     for process in processes:
         process.join()
     assert len(list(cache.iterdir())) == ROUNDS  # and no temporary files
+
+
+def test_a_long_text_is_encoded_piece_by_piece_as_if_at_once(monkeypatch):
+    monkeypatch.setattr("llmx.data.tokenizers.PIECE", 7)
+    tokenizer = CharacterTokenizer("abcé\U0001f600")
+    text = "abcé\U0001f600" * 9
+    np.testing.assert_array_equal(tokenizer.encode(text), np.tile(np.arange(5), 9))
+    with pytest.raises(UserError, match="'x' at position 45"):
+        tokenizer.encode(text + "x")
