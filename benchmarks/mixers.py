@@ -32,7 +32,7 @@ from benchmarks.train import Mode, prepare_loop
 from llmx.base_config import read_config
 from llmx.composition import components_by_name, from_config
 from llmx.protocol import Network
-from llmx.training.fastpath import fast_precision
+from llmx.training.fastpath import fast_precision, keep_freed_memory
 
 LENGTHS = (256, 1024, 4096)
 EARLY, LATE, FAR = 100, 20_000, 100_000  # tokens before the ones that are timed; the state is only counted at FAR
@@ -66,6 +66,7 @@ def _path(name: str, known: dict[str, type]) -> str:
 
 def prepare(name: str, steps: int, tokens: int) -> Measure:
     """Answers the cases `train N`, `decode N` and `state N`."""
+    keep_freed_memory()  # as `fit` does; peers run as their users run them
     build = network_of(name)
 
     def measure(case: Case) -> float:

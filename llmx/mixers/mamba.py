@@ -6,11 +6,11 @@
     y_t = W_o ((h_t C_t + E * u_t) * silu(g_t))
 
 A large dt forgets and writes, a small one passes the token by. Start: A = -1 .. -N in each channel, dt log-uniform in
-0.001 to 0.1, E = 1. Time O(T D F + T F N), memory O(T F N) for the scan in PyTorch (the paper's kernel keeps T F); the
-state is h and the last 3 inputs of the convolution, (N + 3) F numbers a sequence, whatever its length. No positions.
-The traps: A is discretised exactly, B by Euler, dt B and not (exp(dt A) - 1) / A B; the convolution has a state too,
-without which a step is another function than training; and the bias of dt is the inverse of softplus of the step that
-is meant.
+0.001 to 0.1, E = 1. Time O(T D F + T F N), memory O(T F) and the states of a piece of the text, much as in the paper's
+kernel; the state is h and the last 3 inputs of the convolution, (N + 3) F numbers a sequence, whatever its length. No
+positions. The traps: A is discretised exactly, B by Euler, dt B and not (exp(dt A) - 1) / A B; the convolution has a
+state too, without which a step is another function than training; and the bias of dt is the inverse of softplus of the
+step that is meant.
 """
 
 import math
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmx.parts.init import normal_, residual_std
-from llmx.parts.scan import scan
+from llmx.parts.selective_scan import selective_scan
 from llmx.parts.short_convolution import ShortConvolution
 from llmx.protocol import Context, Site, StatefulMixer
 from llmx.shapes import Hidden
@@ -77,9 +77,7 @@ class Mamba(StatefulMixer):
 
     def forward(self, x: Hidden, context: Context) -> Hidden:
         u, gate = self.project(x).chunk(2, -1)
-        u = F.silu(self.convolution(u))
-        decay, write, read = self._recurrence(u)
-        return self._read(scan(decay, write), read, u, gate)
+        return self._mix(F.silu(self.convolution(u)), gate, None)[0]
 
     def init_state(self, batch_size: int, max_length: int) -> MambaState:
         exact = torch.promote_types(self.decay_log.dtype, torch.float32)
@@ -90,29 +88,29 @@ class Mamba(StatefulMixer):
         u, gate = self.project(x).chunk(2, -1)
         u, convolution = self.convolution.step(u, state.convolution)
         u = F.silu(u)
-        decay, write, read = self._recurrence(u)
-        memory = decay * state.memory + write
-        return self._read(memory, read, u, gate), MambaState(convolution, memory)
+        size, rate, write, read = self._select(u)
+        memory = torch.exp(size[..., None] * rate) * state.memory + (size * u)[..., None] * write[:, None]
+        return self._read((memory * read[:, None]).sum(-1), u, gate), MambaState(convolution, memory)
 
     def prefill(self, x: Hidden, state: MambaState, context: Context) -> tuple[Hidden, MambaState]:  # type: ignore[override]
         u, gate = self.project(x).chunk(2, -1)
         u, convolution = self.convolution.prefill(u, state.convolution)
-        u = F.silu(u)
-        decay, write, read = self._recurrence(u)
-        memory = scan(decay, write, state.memory)
-        return self._read(memory, read, u, gate), MambaState(convolution, memory[:, -1])
+        mixed, memory = self._mix(F.silu(u), gate, state.memory)
+        return mixed, MambaState(convolution, memory)
 
-    def _recurrence(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """exp(dt A) and dt u B^T (B, T, F, N), and C (B, T, N), in float32 at least, without T in `step`."""
+    def _mix(self, u: Tensor, gate: Tensor, memory: Tensor | None) -> tuple[Hidden, Tensor]:
+        """u and g (B, T, F), h before them (B, F, N) -> (B, T, D), and h after them."""
+        size, rate, write, read = self._select(u)
+        mixed, memory = selective_scan(size, u, rate, write, read, memory)
+        return self._read(mixed, u, gate), memory
+
+    def _select(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """dt (B, T, F), A (F, N), B and C (B, T, N), in float32 at least, without T in `step`."""
         exact = torch.promote_types(u.dtype, torch.float32)
         low, write, read = self.select(u).split(self.widths, -1)
         size = F.softplus(self.step_size(low).to(exact))
-        decay = torch.exp(size[..., None] * -self.decay_log.to(exact).exp())
-        with torch.autocast(u.device.type, enabled=False):  # a product of matrices, for the sake of its gradient
-            written = (size * u)[..., None] @ write.to(exact)[..., None, :]
-        return decay, written, read.to(exact)
+        return size, -self.decay_log.to(exact).exp(), write.to(exact), read.to(exact)
 
-    def _read(self, memory: Tensor, read: Tensor, u: Tensor, gate: Tensor) -> Tensor:
-        """memory (B, T, F, N), read (B, T, N) -> (B, T, D), without T in `step`."""
-        mixed = (memory * read[..., None, :]).sum(-1)  # on a CPU faster than so many small products of matrices
+    def _read(self, mixed: Tensor, u: Tensor, gate: Tensor) -> Tensor:
+        """h C, u and g (B, T, F) -> (B, T, D), without T in `step`."""
         return self.out((mixed + self.skip * u).to(gate.dtype) * F.silu(gate))

@@ -5,7 +5,7 @@
     K_l = 2 Re sum_n C_n (exp(dt A_n) - 1) / A_n exp(l dt A_n),   v = K * u + E u,   y_t = GLU(W gelu(v_t) + b)
 
 Start (S4D-Lin): A_n = -1/2 + i pi n; dt log-uniform over channels in 0.001 to 0.1; C normal; B is 1, absorbed by C.
-Time O(T (log T + N) D) by transforms padded to 2 T, memory O(T N D) for the powers; the state is h, N D numbers a
+Time O(T (log T + N) D) by transforms padded to 2 T, memory O(T D + T^0.5 N D); the state is h, N D numbers a
 sequence, whatever its length. No positions. The traps: unpadded transforms wrap the end of the text round to its
 beginning; exp(dt A) - 1 loses its digits where dt is small, so it is expm1; and half of the modes stand for their
 conjugates, hence the 2. The authors train A and dt at a smaller rate; here all share one.
@@ -58,7 +58,7 @@ class S4D(StatefulMixer):
 
     def forward(self, x: Hidden, context: Context) -> Hidden:
         exponent, write, read = self._discrete()
-        return self._mix(x, self._convolve(x, read * write, _powers(exponent, x.shape[1])))
+        return self._mix(x, self._convolve(x, read * write, exponent))
 
     def init_state(self, batch_size: int, max_length: int) -> S4DState:
         dtype = torch.promote_types(self.log_decay.dtype, torch.complex64)
@@ -72,7 +72,7 @@ class S4D(StatefulMixer):
     def prefill(self, x: Hidden, state: S4DState, context: Context) -> tuple[Hidden, S4DState]:  # type: ignore[override]
         exponent, write, read = self._discrete()
         powers = _powers(exponent, x.shape[1])
-        mixed = self._convolve(x, read * write, powers)
+        mixed = self._convolve(x, read * write, exponent)
         kept = exponent.exp() * state.modes  # what the first token finds
         mixed = mixed + 2 * torch.einsum("bdn,dnt->btd", read * kept, powers).real
         written = write * torch.einsum("btd,dnt->bdn", x.to(powers.dtype), powers.flip(-1))
@@ -85,14 +85,27 @@ class S4D(StatefulMixer):
         exponent = rate * self.log_step.to(exact).exp()[:, None]
         return exponent, exponent.expm1() / rate, torch.view_as_complex(self.read.to(exact))
 
-    def _convolve(self, x: Hidden, weights: Tensor, powers: Tensor) -> Tensor:
-        """From no state: weights (D, N / 2), powers (D, N / 2, T) -> (B, T, D)."""
-        return long_convolution(x, 2 * torch.einsum("dn,dnt->td", weights, powers).real)
+    def _convolve(self, x: Hidden, weights: Tensor, exponent: Tensor) -> Tensor:
+        """From no state: weights and exponent (D, N / 2) -> (B, T, D)."""
+        return long_convolution(x, _kernel(weights, exponent, x.shape[1]))
 
     def _mix(self, x: Tensor, v: Tensor) -> Tensor:
         return F.glu(self.out(F.gelu(v + self.skip * x).to(x.dtype)))
 
 
-def _powers(exponent: Tensor, time: int) -> Tensor:
-    """exp(l exponent) for lags l below T, (..., T)."""
-    return torch.exp(exponent[..., None] * torch.arange(time, device=exponent.device))
+def _kernel(weights: Tensor, exponent: Tensor, time: int) -> Tensor:
+    """2 Re sum_n weights_n exp(l exponent_n), (T, D), from (D, N / 2) each.
+
+    Lags are l = c i + j, and exp(l e) = exp(c i e) exp(j e): 2 sqrt(T) powers a mode and a product of real matrices.
+    """
+    size = math.isqrt(max(time - 1, 0)) + 1  # c, and as many i
+    near = torch.view_as_real(_powers(exponent.conj(), size))  # (D, N / 2, c, 2): Re(a b) is a . conj(b)
+    far = torch.view_as_real(weights[..., None] * _powers(size * exponent, size))
+    with torch.autocast(weights.device.type, enabled=False):
+        kernel = 2 * torch.einsum("dnir,dnjr->ijd", far, near)
+    return kernel.flatten(0, 1)[:time]
+
+
+def _powers(exponent: Tensor, count: int) -> Tensor:
+    """exp(l exponent) for l below a count, (..., count)."""
+    return torch.exp(exponent[..., None] * torch.arange(count, device=exponent.device))

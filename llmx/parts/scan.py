@@ -50,7 +50,7 @@ def scan(a: Tensor, b: Tensor, start: Tensor | None = None) -> Tensor:
 @torch.library.custom_op("llmx::scan", mutates_args=())
 def _scan(a: Tensor, b: Tensor, start: Tensor) -> Tensor:
     h = torch.empty(b.shape, dtype=b.dtype, device=b.device)
-    _run(a, b, start, h, False)
+    run(a, b, start, h, False)
     return h
 
 
@@ -60,7 +60,7 @@ def _scan_backward(a: Tensor, h: Tensor, start: Tensor, gradient: Tensor) -> tup
     a, h, start = a.conj(), h.conj(), start.conj()
     g = torch.empty(h.shape, dtype=h.dtype, device=h.device)
     g[:, -1] = gradient[:, -1]
-    _run(a[:, 1:], gradient[:, :-1], gradient[:, -1], g[:, :-1], True)
+    run(a[:, 1:], gradient[:, :-1], gradient[:, -1], g[:, :-1], True)
     d = torch.empty_like(g)
     torch.mul(g[:, 1:], h[:, :-1], out=d[:, 1:])
     torch.mul(g[:, 0], start, out=d[:, 0])
@@ -90,8 +90,9 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 _scan.register_autograd(_backward, setup_context=_keep)
 
 
-def _run(a: Tensor, b: Tensor, h: Tensor, out: Tensor, backwards: bool) -> None:
-    """Writes the scan from h to out, from the first step to the last, or backwards from the last to the first."""
+def run(a: Tensor, b: Tensor, h: Tensor, out: Tensor, backwards: bool) -> None:
+    """The scan without gradients, from h to out: from the first step to the last, or backwards from the last to the
+    first."""
     time = b.shape[1]
     if time <= SHORT or (b.device.type == "cpu" and b.numel() >= WIDE * time):
         _sweep(a.unbind(1), b.unbind(1), h, out.unbind(1), backwards)
