@@ -12,15 +12,19 @@ from llmx import LanguageModel
 from llmx.audits.forms import audit_forms
 from llmx.audits.parameters import audit_parameters
 from llmx.base_config import read_config
-from llmx.cli import main
+from llmx.cli import execute, main
+from llmx.composition import build
+from llmx.sweep.space import read_space
 from llmx.training.callbacks import Samples
+from llmx.training.optimizers import parameter_groups
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 NAMES = sorted(
     str(path.relative_to(CONFIGS).with_suffix(""))
     for path in CONFIGS.rglob("*.yaml")
-    if "network" in (read_config(path).get("model") or {}) and path.parent.name != "scale"
+    if "network" in (read_config(path).get("model") or {}) and path.parent.name not in ("scale", "record")
 )
+VARIANTS = sorted(f"record/{path.stem}" for path in (CONFIGS / "record").glob("*.yaml"))
 PARAMETERS = {"transformer": 803_712, "seed/transformer": 1_112_781, "seed/differential": 1_113_421}
 RUNS = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in NAMES]  # a run, made once, serves them all
 LEAKING = ("expert_choice", "seed/transformer", "seed/differential")
@@ -92,7 +96,7 @@ def test_the_audit_names_the_norm_of_the_founding_networks(corpus, capsys, name)
     assert not Path("lightning_logs").exists()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *VARIANTS])
 def test_a_config_says_its_command(name):
     assert f"python main.py fit --config configs/{name}.yaml" in (CONFIGS / f"{name}.yaml").read_text()
 
@@ -102,6 +106,19 @@ def test_a_config_shares_corpus_window_batch_and_validation(name):
     base, config = read_config(CONFIGS / "base.yaml"), read_config(CONFIGS / f"{name}.yaml")
     assert config["data"] == base["data"]
     assert config["seed_everything"] == base["seed_everything"]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_of_the_record_is_as_large_trains_all_of_it_and_is_in_the_sweep(name):
+    """Their components have tests of their own; a run of each would take a minute."""
+    model = execute(["fit", "--config", str(CONFIGS / f"{name}.yaml")], dry=True).config["fit"].model.as_dict()
+    network = build(model["network"], 65, "model.network")
+    assert sum(p.numel() for p in network.parameters()) == pytest.approx(4_752_652, rel=0.002)
+    optimizer = build(model["optimizer"], parameter_groups(network, "matrices"), "model.optimizer")
+    assert {p for group in optimizer.param_groups for p in group["params"]} == set(network.parameters())
+    space = read_space(str(CONFIGS / "sweeps" / "record.yaml")).dimensions["config"]
+    # other batches have other numbers of steps, which a sweep cannot give them
+    assert (f"configs/{name}.yaml" in space.values) == ("_batch_" not in name)
 
 
 def test_the_founding_protocol_is_one_epoch_and_shared_by_all_three():

@@ -11,8 +11,10 @@ from llmx.blocks.cycle import Cycle
 from llmx.blocks.prenorm import PreNormBlock
 from llmx.feedforward.swiglu import SwiGLU
 from llmx.mixers.attention import Attention
+from llmx.mixers.qk_norm import QKNormAttention
 from llmx.mixers.value_residual import ValueResidualAttention
 from llmx.networks.decoder import Decoder
+from llmx.parts.norm import RMSNorm
 from llmx.protocol import Context, Site
 
 VOCAB, DIM, TIME = 13, 16, 7
@@ -125,8 +127,11 @@ def test_the_first_layers_values_reach_the_layers_above_in_every_form(form):
 
 
 @pytest.mark.parametrize("form", [forward, step, prefill])
-def test_without_the_share_of_the_first_layer_it_is_attention(form):
-    mixed, plain = decoder(), decoder(block(Attention))
+@pytest.mark.parametrize(
+    ("arguments", "other"), [({}, Attention), ({"norm": partial(RMSNorm, eps=1e-6)}, QKNormAttention)]
+)
+def test_without_the_share_of_the_first_layer_it_is_attention(form, arguments, other):
+    mixed, plain = decoder(block(**arguments)), decoder(block(other))
     for layer in mixed.layers[1:]:
         layer.mixer.shares.data = torch.tensor([1.0, 0.0], dtype=torch.float64)
     plain.load_state_dict({name: value for name, value in mixed.state_dict().items() if "shares" not in name})
