@@ -25,6 +25,7 @@ from torch import Tensor
 
 WIDE = 4096  # numbers a step, from which on a CPU the arithmetic of a step outweighs its overhead
 SHORT = 16  # steps that are not worth cutting
+FEW = 128  # steps that are not worth cutting where there is a quarter of WIDE: a view of a step costs what it does
 
 
 def scan(a: Tensor, b: Tensor, start: Tensor | None = None) -> Tensor:
@@ -94,7 +95,8 @@ def run(a: Tensor, b: Tensor, h: Tensor, out: Tensor, backwards: bool) -> None:
     """The scan without gradients, from h to out: from the first step to the last, or backwards from the last to the
     first."""
     time = b.shape[1]
-    if time <= SHORT or (b.device.type == "cpu" and b.numel() >= WIDE * time):
+    wide = WIDE if time > FEW else WIDE // 4
+    if time <= SHORT or (b.device.type == "cpu" and b.numel() >= wide * time):
         _sweep(a.unbind(1), b.unbind(1), h, out.unbind(1), backwards)
         return
     size = math.isqrt(time - 1) + 1
