@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,10 @@ class RunLogger(TensorBoardLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        if self._experiment is not None or self.purge_step is None or self.tokens_per_step is None:
+        if self._experiment is not None or self.purge_step is None:
+            return super().experiment
+        self._wait_for_a_later_name()
+        if self.tokens_per_step is None:
             return super().experiment
         # TensorBoard drops what comes after purge_step by the step of each curve: of those by tokens, nearly all
         kept = self._losses(self.purge_step)
@@ -69,6 +73,12 @@ class RunLogger(TensorBoardLogger):
             return
         for tag in BY_TOKENS.keys() & metrics.keys():
             self.experiment.add_scalar(BY_TOKENS[tag], metrics[tag], self._tokens(step))
+
+    def _wait_for_a_later_name(self) -> None:
+        """TensorBoard reads a run's files in the order of their names, which begin with the second they are opened in,
+        and process and count after it sort as text: 10 before 9."""
+        while any(Path(self.log_dir).glob(f"events.out.tfevents.{int(time.time()):010d}.*")):
+            time.sleep(0.05)
 
     def _tokens(self, step: int) -> int:
         """Tokens seen with the batch of that step; steps are counted from 0."""
