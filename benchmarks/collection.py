@@ -61,8 +61,12 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def state_bytes(model: LanguageModel, length: int) -> int:
-    leaves = tree_leaves(model.network.init_state(1, length))
+def state_bytes(model: LanguageModel, length: int) -> int | None:
+    """None where the network is for fewer tokens."""
+    try:
+        leaves = tree_leaves(model.network.init_state(1, length))
+    except ValueError:
+        return None
     return sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, Tensor))
 
 

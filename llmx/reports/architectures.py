@@ -64,7 +64,8 @@ class Entry:
         state, parameters, loss = ["", ""], "", ""
         if self.row:
             sizes = self.row["state_bytes"]
-            state = [f"{size:,}" for size in sizes.values()] if sizes else ["recomputes"] * 2
+            told = [f"{size:,}" if size else "too long" for size in sizes.values()] if sizes else []
+            state = told or ["recomputes"] * 2
             parameters = f"{self.row['parameters']:,}"
             loss = "LEAKING" if self.row["leaking"] else f"{self.row['loss']:.3f}"
         cells = (f"[{self.name}](#{self.name})", links, time, *state, parameters, loss)
