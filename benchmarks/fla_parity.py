@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.device import DEVICE
+from benchmarks.harness import conditions
 from llmx.mixers.rwkv7 import FASTEST
 from llmx.parts.delta import delta_rule, l2_norm, vector_delta_rule
 from llmx.parts.dplr import dplr
@@ -189,13 +190,10 @@ def main() -> int:
             print(f"{name}, {row['dtype']}: {line}", flush=True)
             rows.append(row)
     if chosen.out is not None:
-        from benchmarks.harness import PEER_PACKAGES, installed
-        from llmx.training.provenance import provenance
-
-        where = provenance()
-        where["versions"] |= {package: installed(package) for package in PEER_PACKAGES}
         chosen.out.parent.mkdir(parents=True, exist_ok=True)
-        chosen.out.write_text(json.dumps({"benchmark": "parity with fla", **where, "results": rows}, indent=2) + "\n")
+        chosen.out.write_text(
+            json.dumps({"benchmark": "parity with fla", **conditions(), "results": rows}, indent=2) + "\n"
+        )
     return int(all("error" in row for row in rows))
 
 

@@ -243,10 +243,7 @@ def table(title: str, results: Sequence[Result]) -> Table:
 
 def record(title: str, results: Sequence[Result], options: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that was measured and under what conditions, as plain data."""
-    from llmx.training.provenance import provenance
-
-    where = provenance()
-    where["versions"] |= {package: installed(package) for package in PEER_PACKAGES}
+    where = conditions()
     where["hardware"]["threads"] = options["threads"]
     rows = []
     for group in _by_case(results):
@@ -258,6 +255,15 @@ def record(title: str, results: Sequence[Result], options: Mapping[str, Any]) ->
             rows.append(row)
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
     return {"benchmark": title, **where, "options": settings, "results": rows}
+
+
+def conditions() -> dict[str, Any]:
+    """Where, and with which versions of ours and of the peers, something was measured; as plain data."""
+    from llmx.training.provenance import provenance
+
+    where = provenance()
+    where["versions"] |= {package: _version(package) for package in PEER_PACKAGES}
+    return where
 
 
 def _by_case(results: Sequence[Result]) -> list[list[Result]]:
@@ -279,7 +285,7 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
 
 
-def installed(package: str) -> str | None:
+def _version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:

@@ -119,17 +119,9 @@ def _(size: Tensor, x: Tensor, rate: Tensor, write: Tensor, read: Tensor, start:
 
 
 @_scan_backward.register_fake
-def _(
-    size: Tensor,
-    x: Tensor,
-    rate: Tensor,
-    write: Tensor,
-    read: Tensor,
-    states: Tensor,
-    of_mixed: Tensor,
-    of_states: Tensor | None,
-) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(tensor) for tensor in (size, x, rate, write, read, states[0]))
+def _(*given: Tensor | None) -> tuple[Tensor, ...]:
+    *tensors, states, _, _ = given
+    return tuple(torch.empty_like(tensor) for tensor in (*tensors, states[0]))  # type: ignore[arg-type,index]
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
