@@ -4,8 +4,8 @@
     n_t = tanh(W_n x_t + b_n + r_t * (U_n h_{t-1} + u_n))
     y_t = h_t = (1 - z_t) * n_t + z_t * h_{t-1}
 
-Sequential like the LSTM: `forward` is a loop over time, after one matrix product for W x_t + b at all positions. Time
-O(T D^2) in T dependent steps, memory O(T D) for training; the state is h, D numbers a sequence, whatever its length.
+Sequential like the LSTM, in the kernel of torch.nn.GRU. Time O(T D^2) in T dependent steps, memory O(T D) for training;
+the state is h, D numbers a sequence, whatever its length.
 The trap: the paper's first version resets before the product, U_n (r_t * h_{t-1}), which is another function and costs
 a second product that waits for the first; here the reset comes after it, hence the bias u_n of its own inside. And the
 papers disagree whether z keeps the old state or takes the new one: here z = 1 keeps.
@@ -60,21 +60,15 @@ class GRU(StatefulMixer):
         return hidden, GRUState(hidden)
 
     def prefill(self, x: Hidden, state: GRUState, context: Context) -> tuple[Hidden, GRUState]:  # type: ignore[override]
-        return self._run(x, state)
+        with torch.autocast(x.device.type, enabled=False):
+            return self._run(x.to(state.hidden.dtype), state)
 
+    @torch.compiler.disable  # compilation would unroll it
     def _run(self, x: Hidden, state: GRUState) -> tuple[Hidden, GRUState]:
-        """The loop over time, from any state."""
-        hidden = state.hidden
-        dim = hidden.shape[-1]
-        inputs = self.input(x.transpose(0, 1))  # (T, B, 3 D): time in front, so that a step reads one piece of memory
-        recurrent = self.recurrent.weight.t().to(inputs.dtype)  # under autocast cast once, not at every step
-        bias = torch.cat((self.reset_bias.new_zeros(2 * dim), self.reset_bias)).to(inputs.dtype)
-        outputs = []
-        for step in inputs.unbind(0):
-            gates, new = step.split((2 * dim, dim), -1)
-            past_gates, past_new = torch.addmm(bias, hidden.to(step.dtype), recurrent).split((2 * dim, dim), -1)
-            reset, keep = (gates + past_gates).sigmoid().chunk(2, -1)
-            new = (new + reset * past_new).tanh()
-            hidden = torch.lerp(new.to(hidden.dtype), hidden, keep.to(hidden.dtype))
-            outputs.append(hidden)
-        return torch.stack(outputs, 1), GRUState(hidden)
+        """All positions, from any state."""
+        bias = torch.cat((self.reset_bias.new_zeros(2 * len(self.reset_bias)), self.reset_bias))
+        weights = [self.input.weight, self.recurrent.weight, self.input.bias, bias]
+        outputs, hidden = torch.gru(
+            x, state.hidden[None], weights, True, 1, 0.0, self.training, False, True
+        )  # with biases, one layer, no dropout, one direction, batch first
+        return outputs, GRUState(hidden[0])

@@ -5,12 +5,13 @@
     c_t = f_t * c_{t-1} + i_t * g_t
     y_t = h_t = o_t * tanh(c_t)
 
-Sequential: h_{t-1} goes through a matrix and a nonlinearity before anything of step t is known, so `forward` is a loop
-over time. What does not depend on h, W x_t + b, is one matrix product for all positions before it. Time O(T D^2) in T
-dependent steps, memory O(T D) for training; the state is h and c, 2 D numbers a sequence, whatever its length.
-The trap: a forget gate with bias 0 starts by halving the cell at every step, and a gradient does not survive 32 of
-them; it starts at 1 here (Jozefowicz et al. 2015). torch.nn.LSTM orders its gates i, f, g, o and has two biases that
-only ever occur as their sum.
+Sequential: h_{t-1} goes through a matrix and a nonlinearity before anything of step t is known, so `forward` takes one
+step after the other, in the kernel of torch.nn.LSTM (oneDNN, cuDNN). Time O(T D^2) in T dependent steps, memory O(T D)
+for training; the state is h and c, 2 D numbers a sequence, whatever its length.
+The traps: a forget gate with bias 0 starts by halving the cell at every step, and a gradient does not survive 32 of
+them; it starts at 1 here (Jozefowicz et al. 2015). The kernel takes two biases that only ever occur as their sum. Under
+bf16 autocast it keeps the cell in bf16, too, where a cell that counts by hundredths is stuck at 4: a network that is to
+count needs `32-true`. `prefill` and `step` keep the cell as the weights are.
 """
 
 from typing import NamedTuple
@@ -40,7 +41,7 @@ class LSTM(StatefulMixer):
     def __init__(self, site: Site, forget_bias: float = 1.0):
         super().__init__()
         dim = site.dim
-        self.input = nn.Linear(dim, 4 * dim)  # rows: the gates i, f, o, and g
+        self.input = nn.Linear(dim, 4 * dim)  # rows: the gates i, f, g and o
         self.recurrent = nn.Linear(dim, 4 * dim, bias=False)
         nn.init.uniform_(self.input.weight, -(dim**-0.5), dim**-0.5)
         nn.init.zeros_(self.input.bias)
@@ -57,25 +58,21 @@ class LSTM(StatefulMixer):
         return LSTMState(zeros, zeros.clone())
 
     def step(self, x: Tensor, state: LSTMState, context: Context) -> tuple[Tensor, LSTMState]:  # type: ignore[override]
-        i, f, o, g = (self.input(x) + self.recurrent(state.hidden)).chunk(4, -1)
+        i, f, g, o = (self.input(x) + self.recurrent(state.hidden)).chunk(4, -1)
         cell = f.sigmoid() * state.cell + i.sigmoid() * g.tanh()
         hidden = o.sigmoid() * cell.tanh()
         return hidden, LSTMState(hidden, cell)
 
     def prefill(self, x: Hidden, state: LSTMState, context: Context) -> tuple[Hidden, LSTMState]:  # type: ignore[override]
-        return self._run(x, state)
+        with torch.autocast(x.device.type, enabled=False):
+            return self._run(x.to(state.hidden.dtype), state)
 
+    @torch.compiler.disable  # compilation would unroll it
     def _run(self, x: Hidden, state: LSTMState) -> tuple[Hidden, LSTMState]:
-        """The loop over time, from any state."""
-        hidden, cell = state
-        dim = hidden.shape[-1]
-        inputs = self.input(x.transpose(0, 1))  # (T, B, 4 D): time in front, so that a step reads one piece of memory
-        recurrent = self.recurrent.weight.t().to(inputs.dtype)  # under autocast cast once, not at every step
-        outputs = []
-        for step in inputs.unbind(0):
-            gates, g = torch.addmm(step, hidden.to(step.dtype), recurrent).split((3 * dim, dim), -1)
-            i, f, o = gates.sigmoid().chunk(3, -1)
-            cell = f * cell + i * g.tanh()
-            hidden = o * cell.tanh()
-            outputs.append(hidden)
-        return torch.stack(outputs, 1), LSTMState(hidden, cell)
+        """All positions, from any state."""
+        bias = self.input.bias
+        weights = [self.input.weight, self.recurrent.weight, bias, torch.zeros_like(bias)]
+        outputs, hidden, cell = torch.lstm(
+            x, [part[None] for part in state], weights, True, 1, 0.0, self.training, False, True
+        )  # with biases, one layer, no dropout, one direction, batch first
+        return outputs, LSTMState(hidden[0], cell[0])

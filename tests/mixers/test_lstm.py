@@ -16,21 +16,15 @@ def context(x: Tensor) -> Context:
     return Context(torch.zeros(x.shape[:2], dtype=torch.int64), torch.arange(x.shape[1])[None], x)
 
 
-def as_torch(tensor: Tensor) -> Tensor:
-    """Rows in the order i, f, o, g, in the order i, f, g, o."""
-    i, f, o, g = tensor.chunk(4)
-    return torch.cat((i, f, g, o))
-
-
 def pair(dim: int) -> tuple[LSTM, nn.LSTM]:
     torch.manual_seed(0)
     ours, theirs = LSTM(Site(dim=dim)).double(), nn.LSTM(dim, dim, batch_first=True).double()
     for parameter in ours.parameters():
         nn.init.normal_(parameter, std=0.5)
     with torch.no_grad():
-        theirs.weight_ih_l0.copy_(as_torch(ours.input.weight))
-        theirs.weight_hh_l0.copy_(as_torch(ours.recurrent.weight))
-        theirs.bias_hh_l0.copy_(as_torch(ours.input.bias) - theirs.bias_ih_l0)  # only the sum of the two matters
+        theirs.weight_ih_l0.copy_(ours.input.weight)
+        theirs.weight_hh_l0.copy_(ours.recurrent.weight)
+        theirs.bias_hh_l0.copy_(ours.input.bias - theirs.bias_ih_l0)  # only the sum of the two matters
     return ours, theirs
 
 
@@ -46,9 +40,9 @@ def test_outputs_states_and_gradients_are_those_of_torch(batch: int, time: int, 
     weights = torch.randn(expected.shape).double()
     (expected * weights).sum().backward()
     (output * weights).sum().backward()
-    assert_close(as_torch(ours.input.weight.grad), theirs.weight_ih_l0.grad, **CLOSE)
-    assert_close(as_torch(ours.recurrent.weight.grad), theirs.weight_hh_l0.grad, **CLOSE)
-    assert_close(as_torch(ours.input.bias.grad), theirs.bias_ih_l0.grad, **CLOSE)
+    assert_close(ours.input.weight.grad, theirs.weight_ih_l0.grad, **CLOSE)
+    assert_close(ours.recurrent.weight.grad, theirs.weight_hh_l0.grad, **CLOSE)
+    assert_close(ours.input.bias.grad, theirs.bias_ih_l0.grad, **CLOSE)
 
 
 def test_step_gives_the_outputs_of_torch():
