@@ -26,9 +26,8 @@ Made by `python -m llmx.reports.architectures` from the configs, the modules the
 
 Every config shares corpus, window (32 characters), batch and the once-only validation
 ([base.yaml](../configs/base.yaml)) and, where its header does not say otherwise, 1,000 steps, optimizer and schedule
-(but [record](#record) and [fast](#fast), which are out for a low loss and a short time). The losses are one run each, one
-seed: they say what to expect, not which architecture is better. State is what one sequence keeps while generating, in
-bytes.
+(but [record](#record) and [fast](#fast), out for a low loss and a short time). The losses are one run each, one seed:
+they say what to expect, not which architecture is better. State is what one sequence keeps while generating, in bytes.
 """
 
 

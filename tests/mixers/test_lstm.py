@@ -1,10 +1,15 @@
 """The LSTM against torch.nn.LSTM, on the same weights."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.testing import assert_close
 
+from llmx.mixers.gru import GRU
 from llmx.mixers.lstm import LSTM, LSTMState
 from llmx.protocol import Context, Site
 
@@ -69,3 +74,16 @@ def test_the_cell_stays_exact_under_autocast():
         output, state = mixer.prefill(x, mixer.init_state(2, 4), context(x))
     assert state.cell.dtype == torch.float32
     assert_close(output, mixer(x, context(x)), rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("cls", [LSTM, GRU])
+def test_compilation_leaves_the_loop_over_time_to_the_kernel(cls: type):
+    mixer, x, sizes = cls(Site(dim=4)), torch.randn(1, 60, 4), []
+
+    def compiler(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
+        sizes.append(len(graph.graph.nodes))
+        return make_boxed_func(graph.forward)
+
+    compiled = torch.compile(lambda x: mixer(2 * x, context(x)) + 1, backend=aot_autograd(fw_compiler=compiler))
+    assert_close(compiled(x), mixer(2 * x, context(x)) + 1)
+    assert 0 < sum(sizes) < x.shape[1]
