@@ -148,6 +148,7 @@ def count_and_step(rank: int, path: str, tokens: list[int], biases: str) -> None
     module.train()(x, context(x))
     module.after_optimizer_step()
     torch.save(module.bias, f"{biases}-{rank}")
+    dist.barrier()  # who leaves first may take the other with it
     dist.destroy_process_group()
 
 
