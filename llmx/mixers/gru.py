@@ -14,6 +14,7 @@ papers disagree whether z keeps the old state or takes the new one: here z = 1 k
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmx.protocol import Context, Site, StatefulMixer
@@ -66,7 +67,7 @@ class GRU(StatefulMixer):
     @torch.compiler.disable  # compilation would unroll it
     def _run(self, x: Hidden, state: GRUState) -> tuple[Hidden, GRUState]:
         """All positions, from any state."""
-        bias = torch.cat((self.reset_bias.new_zeros(2 * len(self.reset_bias)), self.reset_bias))
+        bias = F.pad(self.reset_bias, (2 * len(self.reset_bias), 0))
         weights = [self.input.weight, self.recurrent.weight, self.input.bias, bias]
         outputs, hidden = torch.gru(
             x, state.hidden[None], weights, True, 1, 0.0, self.training, False, True
