@@ -207,7 +207,9 @@ class LanguageModel(pl.LightningModule):
         # no two processes draw the same
         slot = batch_idx % self.trainer.accumulate_grad_batches * self.trainer.world_size + self.trainer.global_rank
         entropy = np.random.SeedSequence((self._seed, self.trainer.global_step, slot))
-        torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> np.uint64(1)))
+        seed = int(entropy.generate_state(1, np.uint64)[0] >> np.uint64(1))
+        # torch.manual_seed keeps a formatted stack for the GPUs to come where none is in use
+        (torch.default_generator if self.device.type == "cpu" else torch).manual_seed(seed)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         losses, auxiliary = self.losses(batch.inputs, batch.targets)
