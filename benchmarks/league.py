@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from benchmarks.collection import CONFIGS
+from benchmarks.collection import CONFIGS, collection
 from benchmarks.harness import CHECKOUT, use_threads
 from llmx.base_config import read_config
 from llmx.cli import execute
@@ -75,10 +75,17 @@ PRECISION_NOTE = (
     "thread of an AMD EPYC with AVX512-BF16 mixed bf16 would be 1.8 times as fast for the transformer and minLSTM, 1.5 "
     "for GRU, 1.1 to 1.3 for GLA, Mamba and Titans, and no faster for RWKV-7."
 )
-# what some configs say of a window of 32
-AT_WINDOW = {
+# what the protocol has some configs say otherwise: of the window, and of the width of experts, so that those of a layer
+# together are as large as a feed-forward part (as `describe --match parameters` has it)
+ADAPTED = {
     "gpt2": {"model.network.embedding.max_length": str(WINDOW)},
     "hyena": {"model.network.block.mixer.max_length": str(WINDOW)},
+    "moe": {"model.network.block.feed_forward.hidden": "42"},
+    "deepseek_moe": {"model.network.block.feed_forward.hidden": "20"},
+    "jamba": {
+        f"model.network.block.blocks.{layer}.feed_forward.hidden": hidden
+        for layer, hidden in enumerate(("97", "48", "97", "48"))
+    },
 }
 # its optimizer and schedule are those of an experiment of its own; here it has the same as all others
 RETRAINED = (BASELINE,)
@@ -196,8 +203,7 @@ def _rounded(rate: float) -> float:
 # ------------------------------------------------------------------------------------------------------------- entries
 def names() -> list[str]:
     """All architectures, the baseline first."""
-    found = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "base")
-    return sorted(found, key=lambda name: name != BASELINE)
+    return [BASELINE, *collection()]
 
 
 def recipe(name: str) -> dict[str, Any]:
@@ -209,7 +215,7 @@ def recipe(name: str) -> dict[str, Any]:
 def fingerprint(name: str) -> str:
     """Changes with whatever of a config, and of the protocol, has a say in the runs."""
     network = read_config(CONFIGS / f"{name}.yaml")["model"]["network"]
-    said = json.dumps([network, recipe(name), AT_WINDOW.get(name), PROTOCOL], sort_keys=True)
+    said = json.dumps([network, recipe(name), ADAPTED.get(name), PROTOCOL], sort_keys=True)
     return hashlib.sha256(said.encode()).hexdigest()[:12]
 
 
@@ -224,7 +230,7 @@ def new_entry(name: str) -> Entry:
         raise UserError(f"names: there is no {path}")
     optimizer = recipe(name)["optimizer"]
     entry = Entry(name, fingerprint(name), optimizer["init_args"]["lr"], None, None, False, None, [])
-    arguments = ["--config", str(path), *_flags({"data.window": str(WINDOW)} | AT_WINDOW.get(name, {}))]
+    arguments = ["--config", str(path), *_flags({"data.window": str(WINDOW)} | ADAPTED.get(name, {}))]
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said):
@@ -341,7 +347,7 @@ def fit_command(trial: Trial, place: Path) -> list[str]:
     arguments = settings["optimizer"]["init_args"] | {"lr": trial.rate}
     flags = {f"model.optimizer.init_args.{key}": json.dumps(value) for key, value in arguments.items()}
     flags |= {f"model.schedule.init_args.{k}": json.dumps(v) for k, v in settings["schedule"]["init_args"].items()}
-    flags |= PROTOCOL | AT_WINDOW.get(trial.name, {})
+    flags |= PROTOCOL | ADAPTED.get(trial.name, {})
     flags |= {"seed_everything": str(trial.seed), "trainer.max_steps": str(trial.stage.steps)}
     flags |= {"trainer.default_root_dir": str(place)}
     config = str(CONFIGS / f"{trial.name}.yaml")

@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.league import (
+    ADAPTED,
     BASELINE,
     BEST,
     BLOCK,
@@ -162,7 +163,8 @@ def _protocol(tables: list[Table]) -> str:
 {recipe["optimizer"]}, betas {recipe["betas"]}, weight decay {recipe["weight_decay"]} on matrices; the rate rises over
 {recipe["warmup_steps"]} steps and falls by half a cosine to {recipe["minimum_ratio"]:g} of its highest. The loss is
 over the whole validation split, each character predicted once, after the last step. Everything else, also the width of
-a sliding window of attention, is as the configs have it.
+a sliding window of attention, is as the configs have it, except, for the window or for the number of
+parameters, of which those of all experts count: {_adapted()}.
 {PRECISION_NOTE}
 
 Learning rates {SPACING:g} apart, three around that of the config and one more beyond the best where that is at an edge,
@@ -176,6 +178,14 @@ Run on: {_listed(sorted({run["device"] for run in runs}))}, threads {_listed(sor
 torch {_listed(sorted({run["torch"] for run in runs}))}; seconds are of one run, beside others.
 """
     return said + "".join(f"\n{line}\n" for line in own if line)
+
+
+def _adapted() -> str:
+    """What the protocol has configs say otherwise."""
+    last = {name: [(key.rsplit(".", 1)[-1], value) for key, value in keys.items()] for name, keys in ADAPTED.items()}
+    return "; ".join(
+        f"{name} with {_listed(dict(said))} {_listed(value for _, value in said)}" for name, said in last.items()
+    )
 
 
 def _usual_recipe(found: Table) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from benchmarks import league, league_page
-from benchmarks.league import AT_WINDOW, BASELINE, LONG, SELECTING, SHORT, Entry, Stage, Trial, names, new_entry
+from benchmarks.league import ADAPTED, BASELINE, LONG, SELECTING, SHORT, Entry, Stage, Trial, names, new_entry
 from benchmarks.league_page import FIGURE, PAGE, figure, page, render, table
 from llmx.errors import UserError
 
@@ -110,18 +110,20 @@ def test_the_best_and_the_classics_go_on():
     assert league.finalists(entries) == [f"n{i:02d}" for i in range(11, 1, -1)] + [BASELINE]
 
 
-def test_of_the_collection_what_leaks_or_has_another_size_stands_apart_and_all_others_take_the_window():
-    found = {name: new_entry(name) for name in ("expert_choice", "moe", "ngram", BASELINE, *AT_WINDOW)}
+def test_of_the_collection_what_leaks_or_has_another_size_stands_apart_and_all_others_take_the_window(monkeypatch):
+    found = {name: new_entry(name) for name in ("expert_choice", "ngram", BASELINE, *ADAPTED)}
     assert "LEAKING" in found["expert_choice"].apart
-    assert "parameters" in found["moe"].apart
     assert found["ngram"].counts
-    for name in (BASELINE, *AT_WINDOW):
+    for name in (BASELINE, *ADAPTED):
         assert found[name].apart is None
         assert 760_000 <= found[name].parameters <= 840_000
     assert names()[0] == BASELINE
-    assert not {"base"} & set(names())
+    assert not {"base", "record", "fast"} & set(names())
+    assert "ngram" in names()
     with pytest.raises(UserError, match="nonesuch"):
         new_entry("nonesuch")
+    monkeypatch.setattr(league, "ADAPTED", {})
+    assert "parameters" in new_entry("moe").apart
 
 
 # --------------------------------------------------------------------------------------------------- how it is kept
