@@ -22,7 +22,8 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 NAMES = sorted(
     str(path.relative_to(CONFIGS).with_suffix(""))
     for path in CONFIGS.rglob("*.yaml")
-    if "network" in (read_config(path).get("model") or {}) and path.parent.name not in ("scale", "record")
+    if "network" in (read_config(path).get("model") or {})
+    and path.parent.name not in ("scale", "record", "ingredients")
 )
 VARIANTS = sorted(f"record/{path.stem}" for path in (CONFIGS / "record").glob("*.yaml"))
 PARAMETERS = {"transformer": 803_712, "seed/transformer": 1_112_781, "seed/differential": 1_113_421}
@@ -119,6 +120,24 @@ def test_a_variant_of_the_record_is_as_large_trains_all_of_it_and_is_in_the_swee
     space = read_space(str(CONFIGS / "sweeps" / "record.yaml")).dimensions["config"]
     # other batches have other numbers of steps, which a sweep cannot give them
     assert (f"configs/{name}.yaml" in space.values) == ("_batch_" not in name)
+
+
+@pytest.mark.parametrize(
+    ("name", "sweep"), [("lstm", "ingredients"), ("minlstm", "ingredients"), ("minlstm", "feed_forward")]
+)
+def test_an_ingredient_changes_a_network_of_the_collection_and_hardly_its_size(name, sweep):
+    def configured(*configs):
+        words = [word for config in configs for word in ("--config", str(config))]
+        return {**execute(["fit", *words], dry=True).config["fit"].as_dict(), "config": None}
+
+    def size(config):
+        return sum(p.numel() for p in build(config["model"]["network"], 65, "model.network").parameters())
+
+    plain = configured(CONFIGS / f"{name}.yaml")
+    for value in read_space(str(CONFIGS / "sweeps" / f"{sweep}.yaml")).dimensions["config"].values:
+        config = configured(CONFIGS / f"{name}.yaml", value)
+        assert (config == plain) == (value == "{}")
+        assert size(config) == pytest.approx(size(plain), rel=0.001)
 
 
 def test_the_founding_protocol_is_one_epoch_and_shared_by_all_three():

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from llmx.errors import UserError
-from llmx.reports.curves import Curve, config_of, read_curves
+from llmx.reports.curves import Curve, name_of, read_curves
 from llmx.yaml_files import read_yaml
 
 # what a run was measured on, and how much it has seen
@@ -55,11 +55,10 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The configuration's name where the command line tells it, else that of the network's class."""
-        config = config_of(self.record["command"])
-        if config is not None:
-            path = Path(config).with_suffix("")
-            return path.as_posix().rpartition("configs/")[2] if "configs" in path.parts else path.name
+        """The names of the configurations that the command line gives, else that of the network's class."""
+        name = name_of(self.record["command"])
+        if name is not None:
+            return name
         network = self.config["model"]["network"]
         return (network["class_path"] if isinstance(network, dict) else network).rsplit(".", 1)[-1]
 

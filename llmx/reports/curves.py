@@ -50,10 +50,12 @@ def read_curves(folder: Path) -> dict[str, Curve]:
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-def config_of(command: list[str]) -> str | None:
-    """The config file that a command line names, the last one of several."""
-    configs = [value for flag, value in pairwise(command) if flag in ("--config", "-c")]
-    return configs[-1] if configs else None
+def name_of(command: list[str]) -> str | None:
+    """The names of the config files of a command line, as in `lstm + ingredients/muon`; inline ones have none."""
+    named = [value for flag, value in pairwise(command) if flag in ("--config", "-c")]
+    files = [Path(value).with_suffix("") for value in named if value.endswith((".yaml", ".yml", ".json"))]
+    short = [x.as_posix().rpartition("configs/")[2] if "configs" in x.parts else x.name for x in files]
+    return " + ".join(short) or None
 
 
 def loss_figure(runs: list[dict[str, Any]]) -> Figure:
@@ -106,9 +108,9 @@ def main() -> None:
 
 def _name(folder: Path) -> str:
     """The configuration's name where the command line tells it, else the folder's."""
-    config = config_of(json.loads((folder / "run.json").read_text())["command"])
-    if config is not None:
-        return str(Path(config).with_suffix("")).removeprefix("configs/")
+    name = name_of(json.loads((folder / "run.json").read_text())["command"])
+    if name is not None:
+        return name
     network = yaml.safe_load((folder / "config.yaml").read_text())["model"]["network"]["class_path"]
     return f"{network.rsplit('.', 1)[-1]} ({folder.name})"
 

@@ -19,7 +19,7 @@ CHARACTERS = 400
 
 
 def make_run(folder, config="configs/llama.yaml", seed=1, loss=1.5, **changes):
-    """The folder of a finished run; changes: lr, window, tokens, characters, leaking, parameters, flops."""
+    """The folder of a finished run; changes: command, lr, window, tokens, characters, leaking, parameters, flops."""
     folder = Path(folder)
     folder.mkdir(parents=True)
     settings = {
@@ -34,7 +34,11 @@ def make_run(folder, config="configs/llama.yaml", seed=1, loss=1.5, **changes):
     parameters = changes.get("parameters", 1000)
     flops = changes.get("flops", 6000)
     network = {"groups": {"mixers": {"parameters": parameters}}, "state_bytes": 64, "training_flops_per_token": flops}
-    record = {"command": ["main.py", "fit", "--config", config], "data": data, "parameters": parameters}
+    record = {
+        "command": changes.get("command", ["main.py", "fit", "--config", config]),
+        "data": data,
+        "parameters": parameters,
+    }
     (folder / "run.json").write_text(json.dumps(record | {"network": network}))
     metrics = {"val/loss": loss, "step": 10, "seconds": 4.0, "leaking": changes.get("leaking", False)}
     metrics |= {"tokens": changes.get("tokens", 640), "peak_bytes": 5, "generated_tokens_per_second": 9.0}
@@ -73,6 +77,15 @@ def test_groups_of_one_name_say_what_tells_them_apart(here):
     make_run("lightning_logs/version_0", lr=0.001)
     make_run("lightning_logs/version_1", lr=0.003)
     assert [group.name for group in groups_of()] == ["llama (optimizer.lr=0.001)", "llama (optimizer.lr=0.003)"]
+
+
+def test_a_run_of_several_configs_has_the_names_of_those_that_are_files(here):
+    added = ["--config", "configs/ingredients/muon.yaml"]
+    plain = ["main.py", "fit", "--config", "/some/configs/lstm.yaml", "--config", "{}"]
+    make_run("lightning_logs/a", loss=1.5, command=plain)
+    make_run("lightning_logs/b", loss=1.4, command=[*plain, *added])
+    make_run("lightning_logs/c", loss=1.3, command=["main.py", "fit", "-c", "{model: {audit: warn}}"])
+    assert {group.name for group in groups_of()} == {"lstm", "lstm + ingredients/muon", "Decoder"}
 
 
 def test_runs_are_found_by_folder_glob_and_root_and_each_once(here):
