@@ -20,257 +20,43 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
-import hashlib
-import io
 import json
-import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import yaml
 
-from benchmarks.collection import CONFIGS, collection
+from benchmarks import league_entries, league_page
 from benchmarks.harness import CHECKOUT, use_threads
-from llmx.base_config import read_config
-from llmx.cli import execute
+from benchmarks.league_entries import (
+    BLOCK,
+    LONG,
+    SHORT,
+    Entry,
+    Stage,
+    Trial,
+    finalists,
+    fingerprint,
+    flags_of,
+    names,
+    new_entry,
+    read_entries,
+    read_entry,
+    recipe,
+    write_entry,
+)
 from llmx.errors import UserError
 
-RESULTS = CHECKOUT / "docs" / "results" / "league"
 RUNS = CHECKOUT / "lightning_logs" / "league"  # what a run keeps while it goes on
-BASELINE = "transformer"
-CLASSICS = (BASELINE, "transformer_2017", "gpt2", "llama", "lstm", "gru", "mamba")
-BEST = 10  # go on to the long stage, with the classics
-
-PARAMETERS = 800_000
-WITHIN = 0.05
-VOCABULARY = 65  # of the corpus
-WINDOW = 128
-SPACING = 3.0  # from one learning rate to the next
-SELECTING = 1  # the seed that chooses the rate
-VALIDATE_EVERY = 1000  # steps; what is stopped goes on from there
-BLOCK = 500  # characters whose losses are kept as one mean
-PROTOCOL = {
-    "data.corpus": "tinyshakespeare",
-    "data.offline_corpus": "null",
-    "data.window": str(WINDOW),
-    "data.batch_size": "16",
-    "data.sampling": "random",
-    "trainer.gradient_clip_val": "1.0",
-    "trainer.precision": "32-true",
-    "trainer.val_check_interval": str(VALIDATE_EVERY),
-    "trainer.enable_progress_bar": "false",
-    "model.compile": "false",
-}
-# why this precision, for the page
-PRECISION_NOTE = (
-    "fp32, so that any processor can add rows: one without bf16 arithmetic is many times slower in mixed bf16. On one "
-    "thread of an AMD EPYC with AVX512-BF16 mixed bf16 would be 1.8 times as fast for the transformer and minLSTM, 1.5 "
-    "for GRU, 1.1 to 1.3 for GLA, Mamba and Titans, and no faster for RWKV-7."
-)
-# what the protocol has some configs say otherwise: of the window, and of the width of experts, so that those of a layer
-# together are as large as a feed-forward part (as `describe --match parameters` has it)
-ADAPTED = {
-    "gpt2": {"model.network.embedding.max_length": str(WINDOW)},
-    "hyena": {"model.network.block.mixer.max_length": str(WINDOW)},
-    "moe": {"model.network.block.feed_forward.hidden": "42"},
-    "deepseek_moe": {"model.network.block.feed_forward.hidden": "20"},
-    "jamba": {
-        f"model.network.block.blocks.{layer}.feed_forward.hidden": hidden
-        for layer, hidden in enumerate(("97", "48", "97", "48"))
-    },
-}
-# its optimizer and schedule are those of an experiment of its own; here it has the same as all others
-RETRAINED = (BASELINE,)
 
 
-@dataclass(frozen=True)
-class Stage:
-    """How long, and over which seeds, none of which has chosen anything before."""
-
-    name: str
-    steps: int
-    seeds: tuple[int, ...]
-
-
-SHORT = Stage("short", 1000, (2, 3, 4))
-LONG = Stage("long", 5000, (5, 6, 7))
-STAGES = (SHORT, LONG)
-
-
-class Trial(NamedTuple):
-    """One run: of an architecture in a stage, at a learning rate, from a seed."""
-
-    name: str
-    stage: Stage
-    rate: float
-    seed: int
-
-
-@dataclass
-class Entry:
-    """An architecture's file.
-
-    config: what stands for the network and its recipe; the runs of another one are of no use
-    rate:   the learning rate of the config, the middle of those that are tried
-    counts: nothing is trained and nothing drawn, so that one run says all
-    apart:  why it has no place in the table, where that is known before any run
-    runs:   with stage, rate and seed; `loss` is None where training diverged
-    """
-
-    name: str
-    config: str
-    rate: float
-    parameters: int | None
-    training_flops_per_token: float | None
-    counts: bool
-    apart: str | None
-    runs: list[dict[str, Any]]
-
-    def losses(self, stage: Stage, rate: float, seeds: tuple[int, ...]) -> dict[int, float]:
-        """By seed, infinite where training diverged; of the seeds that have been run."""
-        return {
-            run["seed"]: math.inf if run["loss"] is None else run["loss"]
-            for run in self.runs
-            if (run["stage"], run["rate"]) == (stage.name, rate) and run["seed"] in seeds
-        }
-
-    def tried(self) -> dict[float, float]:
-        """The loss of each learning rate that was tried to choose one, from the lowest rate on."""
-        found = {r: self.losses(SHORT, r, (SELECTING,)) for r in sorted({run["rate"] for run in self.runs})}
-        return {rate: losses[SELECTING] for rate, losses in found.items() if losses}
-
-    def best_rate(self) -> float | None:
-        """None as long as one is still to be tried, and where training diverged at all."""
-        tried = self.tried()
-        if self.counts or _rate_to_try(self.rate, tried) is not None or min(tried.values()) == math.inf:
-            return None
-        return min(tried, key=lambda rate: tried[rate])
-
-    def at_edge(self) -> bool:
-        """Whether the best rate is the lowest or the highest that was tried: there may be a better one beyond."""
-        return self.best_rate() in (min(self.tried()), max(self.tried()))
-
-    def reported(self, stage: Stage) -> list[dict[str, Any]]:
-        """The runs of fresh seeds at the best rate, by seed."""
-        rate = self.best_rate()
-        runs = [run for run in self.runs if (run["stage"], run["rate"]) == (stage.name, rate)]
-        return sorted((run for run in runs if run["seed"] in stage.seeds), key=lambda run: run["seed"])
-
-    def complete(self, stage: Stage) -> bool:
-        """Whether the stage has a mean to report."""
-        runs = self.reported(stage)
-        return len(runs) == len(stage.seeds) and all(run["loss"] is not None for run in runs)
-
-    def next_trial(self, stage: Stage) -> Trial | None:
-        """What is to be run next; None where nothing is left, or nothing can be."""
-        if self.apart is not None:
-            return None
-        if self.counts:
-            return None if self.runs or stage is not SHORT else Trial(self.name, stage, self.rate, SELECTING)
-        if stage is SHORT and (rate := _rate_to_try(self.rate, self.tried())) is not None:
-            return Trial(self.name, stage, rate, SELECTING)
-        best = self.best_rate()
-        if best is None:
-            return None
-        done = self.losses(stage, best, stage.seeds)
-        return next((Trial(self.name, stage, best, seed) for seed in stage.seeds if seed not in done), None)
-
-
-def _rate_to_try(middle: float, tried: dict[float, float]) -> float | None:
-    """Three around the middle; then, where the best is at an edge of the three, one more beyond it."""
-    first = [_rounded(middle * SPACING**power) for power in (0, -1, 1)]
-    for rate in first:
-        if rate not in tried:
-            return rate
-    best = min(tried, key=lambda rate: tried[rate])
-    if len(tried) > len(first) or best == first[0] or tried[best] == math.inf:
-        return None
-    return _rounded(best * (SPACING if best > first[0] else 1 / SPACING))
-
-
-def _rounded(rate: float) -> float:
-    return float(f"{rate:.3g}")
-
-
-# ------------------------------------------------------------------------------------------------------------- entries
-def names() -> list[str]:
-    """All architectures, the baseline first."""
-    return [BASELINE, *collection()]
-
-
-def recipe(name: str) -> dict[str, Any]:
-    """Optimizer and schedule of a config, which are base.yaml's but for what belongs to a method."""
-    model = read_config(CONFIGS / f"{'base' if name in RETRAINED else name}.yaml")["model"]
-    return {key: model[key] for key in ("optimizer", "schedule")}
-
-
-def fingerprint(name: str) -> str:
-    """Changes with whatever of a config, and of the protocol, has a say in the runs."""
-    network = read_config(CONFIGS / f"{name}.yaml")["model"]["network"]
-    said = json.dumps([network, recipe(name), ADAPTED.get(name), PROTOCOL], sort_keys=True)
-    return hashlib.sha256(said.encode()).hexdigest()[:12]
-
-
-def new_entry(name: str) -> Entry:
-    """What is known of an architecture before any run.
-
-    Raises:
-        UserError: where there is no such config.
-    """
-    path = CONFIGS / f"{name}.yaml"
-    if not path.is_file():
-        raise UserError(f"names: there is no {path}")
-    optimizer = recipe(name)["optimizer"]
-    entry = Entry(name, fingerprint(name), optimizer["init_args"]["lr"], None, None, False, None, [])
-    arguments = ["--config", str(path), *_flags({"data.window": str(WINDOW)} | ADAPTED.get(name, {}))]
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(said):
-            execute(["describe", *arguments, "--format", "json", "--vocab_size", str(VOCABULARY)])
-    except UserError as error:
-        entry.apart = str(error)
-        return entry
-    network = json.loads(said.getvalue())
-    entry.parameters, entry.training_flops_per_token = network["parameters"], network["training_flops_per_token"]
-    entry.counts = entry.parameters == 0
-    if read_config(path)["model"].get("audit") == "warn":
-        entry.apart = "LEAKING: it sees the future"
-    elif not entry.counts and abs(entry.parameters / PARAMETERS - 1) > WITHIN:
-        entry.apart = f"not within {WITHIN:.0%} of {PARAMETERS:,} parameters"
-    elif optimizer["class_path"] != "torch.optim.AdamW":
-        entry.apart = f"trained by {optimizer['class_path']} instead of AdamW"
-    return entry
-
-
-def read_entry(path: Path) -> Entry:
-    return Entry(**json.loads(path.read_text(encoding="utf-8")))
-
-
-def read_entries() -> list[Entry]:
-    """All that have been begun, by name."""
-    return [read_entry(path) for path in sorted(RESULTS.glob("*.json"))]
-
-
-def write_entry(entry: Entry) -> None:
-    """Whole or not at all; a line a run."""
-    head = json.dumps(asdict(entry) | {"runs": []}, indent=1)
-    runs = ",\n".join(f"  {json.dumps(run)}" for run in entry.runs)
-    text = head.replace('"runs": []', f'"runs": [\n{runs}\n ]') if runs else head
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    unfinished = RESULTS / f".{entry.name}.{os.getpid()}"
-    unfinished.write_text(f"{text}\n", encoding="utf-8")
-    unfinished.replace(RESULTS / f"{entry.name}.json")
-
-
-# ------------------------------------------------------------------------------------------------------------- running
 def run_architecture(name: str, stage: Stage) -> Entry | None:
     """Runs what the stage still lacks of an architecture; None where another instance is at it.
 
@@ -283,7 +69,7 @@ def run_architecture(name: str, stage: Stage) -> Entry | None:
     with locked(RUNS / f"{name}.lock") as lock:
         if lock is None:
             return None
-        path = RESULTS / f"{name}.json"
+        path = league_entries.RESULTS / f"{name}.json"
         entry = read_entry(path) if path.is_file() else None
         if entry is None or entry.apart is not None or entry.config != fingerprint(name):
             entry = new_entry(name)
@@ -347,15 +133,11 @@ def fit_command(trial: Trial, place: Path) -> list[str]:
     arguments = settings["optimizer"]["init_args"] | {"lr": trial.rate}
     flags = {f"model.optimizer.init_args.{key}": json.dumps(value) for key, value in arguments.items()}
     flags |= {f"model.schedule.init_args.{k}": json.dumps(v) for k, v in settings["schedule"]["init_args"].items()}
-    flags |= PROTOCOL | ADAPTED.get(trial.name, {})
+    flags |= league_entries.PROTOCOL | league_entries.ADAPTED.get(trial.name, {})
     flags |= {"seed_everything": str(trial.seed), "trainer.max_steps": str(trial.stage.steps)}
     flags |= {"trainer.default_root_dir": str(place)}
-    config = str(CONFIGS / f"{trial.name}.yaml")
-    return [sys.executable, str(CHECKOUT / "main.py"), "fit", "--config", config, *_flags(flags)]
-
-
-def _flags(settings: dict[str, str]) -> list[str]:
-    return [word for key, value in settings.items() for word in (f"--{key}", value)]
+    config = str(league_entries.CONFIGS / f"{trial.name}.yaml")
+    return [sys.executable, str(CHECKOUT / "main.py"), "fit", "--config", config, *flags_of(flags)]
 
 
 def _kept(run: Path, trial: Trial) -> dict[str, Any]:
@@ -399,15 +181,6 @@ def _changed() -> bool:
     return bool(subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True).stdout)
 
 
-# ---------------------------------------------------------------------------------------------------------------- main
-def finalists(entries: list[Entry]) -> list[str]:
-    """The best of the short stage, and the classics, as far as they are through with it."""
-    done = [entry for entry in entries if entry.apart is None and entry.complete(SHORT)]
-    ranked = sorted(done, key=lambda entry: float(np.mean([run["loss"] for run in entry.reported(SHORT)])))
-    chosen = [entry.name for entry in ranked[:BEST]]
-    return chosen + [name for name in CLASSICS if name not in chosen and name in {entry.name for entry in done}]
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="architectures; if none is named all, or those that go on to --long")
@@ -416,9 +189,7 @@ def main() -> int:
     parser.add_argument("--page", action="store_true", help="write the page and run nothing")
     options = parser.parse_args()
     if options.page:
-        from benchmarks.league_page import write_page
-
-        write_page()
+        league_page.write_page()
         return 0
     use_threads(options.threads)
     os.nice(10)

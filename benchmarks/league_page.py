@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.league import (
+from benchmarks.league_entries import (
     ADAPTED,
     BASELINE,
     BEST,
