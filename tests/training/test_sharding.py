@@ -83,6 +83,7 @@ def compare(rank, port, folder, configs):
         dcp.save(get_model_state_dict(built), checkpoint_id=folder / name)
     if rank == 0:
         torch.save(found, folder / "found.pt")
+    dist.barrier()  # who leaves first may take the other with it
     dist.destroy_process_group()
 
 
