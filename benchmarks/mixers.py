@@ -165,11 +165,12 @@ def measured(names: Sequence[str], options: argparse.Namespace) -> list[Result]:
         for name in names
         if name not in RECURRENT
     ]
-    training = measure_in_turns([*ours, *peers], [Case(f"train {length}") for length in LENGTHS], options.repeats)
+    lengths = [Case(f"train {length}") for length in LENGTHS] if options.train else []
+    training = measure_in_turns([*ours, *peers], lengths, options.repeats)
     stateful = [contender for contender in ours if network_of(contender.name)(Shape(4, 128, 4, 341, 0, 1)).stateful]
     late = [Case(f"decode {length}", "s") for length in (EARLY, LATE)] if options.decode else []
     states = [Case(f"state {length}", "bytes") for length in (EARLY, FAR)]
-    return training + measure_in_turns(stateful, [*late, *states], 1)
+    return training + measure_in_turns(stateful, [*late, *states], 1 if options.train else options.repeats)
 
 
 def main() -> int:
@@ -177,6 +178,7 @@ def main() -> int:
     options.add_argument("names", nargs="*", help="configs and peers; all of them if none is named")
     options.add_argument("--steps", type=int, default=2, help="training steps a round")
     options.add_argument("--tokens", type=int, default=4096, help=f"a training step; a multiple of {LENGTHS[-1]}")
+    options.add_argument("--train", action=argparse.BooleanOptionalAction, default=True, help="measure training")
     options.add_argument("--decode", action=argparse.BooleanOptionalAction, default=True, help="measure decoding too")
     chosen = options.parse_args()
     configs = [name for name in collection() if name != "ngram"]
@@ -184,13 +186,14 @@ def main() -> int:
         options.error(f"--tokens: {chosen.tokens} is not a multiple of {LENGTHS[-1]}")
     if unknown := [name for name in chosen.names if name not in configs and name not in RECURRENT]:
         options.error(f"names: there is no {unknown[0]!r}; choose from {', '.join([*configs, *RECURRENT])}")
-    names = [name for name in chosen.names or [*configs, *RECURRENT] if name != BASELINE]
+    beside = [BASELINE] if chosen.train else []  # what ratios are to
+    names = [name for name in chosen.names or [*configs, *RECURRENT] if name not in beside]
     use_threads(chosen.threads)
     turns = [names[i : i + AT_ONCE] for i in range(0, len(names), AT_ONCE)] or [[]]
     groups: list[list[Result]] = []
     code = 0
     for few in turns:
-        groups.append(measured([BASELINE, *few], chosen))
+        groups.append(measured([*beside, *few], chosen))
         # written after every group, should a later one fail
         code = finish("mixers", [result for group in groups for result in group], chosen)
     Console(width=180).print(summary(groups))
