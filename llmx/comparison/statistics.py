@@ -1,11 +1,12 @@
 """How sure a mean, and a difference of two, is.
 
-Over seeds: Student's t for a mean, Welch's for a difference (the runs of two networks share no draw that would pair
-them). Where a network was run once, nothing is known about the spread over seeds, and what can be said is how much the
-validation text itself decides: a bootstrap over blocks of it (circular, Politis and Romano 1992), paired, for both
-networks read the same characters. Blocks, because neighbouring losses go together; single characters drawn by
-themselves would make intervals too narrow. Many comparisons are corrected after Holm (1979): the chance of one false
-finding among all of them stays at the level of a single one.
+Over seeds: Student's t for a mean. For a difference Student's over pairs where both networks have the same seeds, since
+runs of one seed read the same windows (and begin from the same weights, where those are alike); else Welch's. Where a
+network was run once, nothing is known about the spread over seeds, and what can be said is how much the validation
+text itself decides: a bootstrap over blocks of it (circular, Politis and Romano 1992), paired, for both networks read
+the same characters. Blocks, because neighbouring losses go together; single characters drawn by themselves would make
+intervals too narrow. Many comparisons are corrected after Holm (1979): the chance of one false finding among all of
+them stays at the level of a single one.
 
 A few seeds tell little about the spread of one network. Where many networks have a few seeds each, and spread alike,
 their deviations from their own means are pooled: one standard deviation, with the degrees of freedom of all of them.
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -25,14 +26,14 @@ LEVEL = 0.95
 BLOCK = 500  # characters, about a speech: the losses of neighbours are no longer related beyond it
 DRAWS = 2000
 
-Basis = Literal["seeds", "text"]
+Basis = Literal["seeds", "pairs", "text"]
 
 
 @dataclass(frozen=True)
 class Estimate:
     """A number with its interval.
 
-    basis: what the interval is over: `seeds`, or the validation `text`
+    basis: what the interval is over: `seeds`, `pairs` of runs of one seed, or the validation `text`
     p:     two-sided, of the hypothesis that the number is 0; for differences
     """
 
@@ -54,6 +55,13 @@ def difference_over_seeds(values: np.ndarray, baseline: np.ndarray, level: float
     weights = sum(v**2 / (len(x) - 1) for v, x in zip(parts, (values, baseline), strict=True))
     freedom = sum(parts) ** 2 / weights if weights else math.inf
     return _student(float(values.mean() - baseline.mean()), math.sqrt(sum(parts)), freedom, level)
+
+
+def difference_of_pairs(values: np.ndarray, baseline: np.ndarray, level: float = LEVEL) -> Estimate:
+    """values (K,) minus baseline (K,), both by seed, K >= 2: the interval and test of Student's paired t."""
+    differences = values - baseline
+    error = float(differences.std(ddof=1)) / math.sqrt(len(differences))
+    return replace(_student(float(differences.mean()), error, len(differences) - 1, level), basis="pairs")
 
 
 @dataclass(frozen=True)

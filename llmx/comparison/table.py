@@ -20,6 +20,7 @@ from rich.text import Text
 from llmx.comparison.runs import Group, Run
 from llmx.comparison.statistics import (
     Estimate,
+    difference_of_pairs,
     difference_over_seeds,
     difference_over_text,
     holm,
@@ -144,6 +145,9 @@ def _differing(groups: Sequence[Group]) -> dict[str, dict[str, Any]]:
 
 def _difference(group: Group, baseline: Group) -> Estimate:
     if min(len(group.runs), len(baseline.runs)) > 1:
+        here, there = ({run.seed for run in runs} for runs in (group.runs, baseline.runs))
+        if here == there and len(here) == len(group.runs) == len(baseline.runs):
+            return difference_of_pairs(group.values, baseline.values)  # both are in the order of their seeds
         return difference_over_seeds(group.values, baseline.values)
     return difference_over_text(group.losses, baseline.losses)
 
@@ -241,6 +245,8 @@ def caption(comparison: Comparison) -> str:
         lines.append(
             "* 95 % over blocks of the validation text, for want of a second seed: it says nothing about seeds"
         )
+    if any(row.difference is not None and row.difference.basis == "pairs" for row in comparison.rows):
+        lines.append("differences: of runs of the same seed, which read the same windows")
     if any(row.adjusted_p is not None for row in comparison.rows):
         lines.append("p: two-sided, after Holm over all rows")
     if comparison.differing:

@@ -9,6 +9,7 @@ from scipy import stats
 from llmx.comparison.statistics import (
     BLOCK,
     block_means,
+    difference_of_pairs,
     difference_over_seeds,
     difference_over_text,
     difference_under_spread,
@@ -42,6 +43,19 @@ def test_a_difference_has_welchs_interval_and_p(here: int, there: int):
     assert (estimate.low, estimate.high) == pytest.approx((interval.low, interval.high))
     assert estimate.p == pytest.approx(expected.pvalue)
     assert estimate.value == pytest.approx(values.mean() - baseline.mean())
+
+
+@pytest.mark.parametrize("count", [2, 3, 10])
+def test_a_difference_of_pairs_has_the_interval_and_p_of_the_paired_test(count: int):
+    seeds = RANDOM.normal(0, 0.03, count)
+    values, baseline = (mean + seeds + RANDOM.normal(0, 0.001, count) for mean in (1.5, 1.52))
+    estimate = difference_of_pairs(values, baseline)
+    expected = stats.ttest_rel(values, baseline)
+    interval = expected.confidence_interval(0.95)
+    assert (estimate.low, estimate.high) == pytest.approx((interval.low, interval.high))
+    assert estimate.p == pytest.approx(expected.pvalue)
+    assert estimate.basis == "pairs"
+    assert (difference_of_pairs(values, values).value, difference_of_pairs(values, values).p) == (0, 1)
 
 
 def test_a_pooled_spread_of_two_groups_gives_students_test_and_of_one_its_interval():

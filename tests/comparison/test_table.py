@@ -117,13 +117,28 @@ def test_the_best_is_first_and_the_baseline_is_named(here):
     assert comparison.baseline == "llama"
     best = comparison.rows[0]
     assert best.difference.value == pytest.approx(-0.1)
-    assert best.difference.basis == best.loss.basis == "seeds"
+    assert (best.difference.basis, best.loss.basis) == ("pairs", "seeds")
     assert best.adjusted_p == best.difference.p < 0.001
     assert comparison.rows[1].difference is None
     other = compare(groups_of(), baseline="gru").rows[1]
     assert other.difference.value == pytest.approx(0.1)
     with pytest.raises(UserError, match=r"baseline: there is no 'gpt9' among llama, gru"):
         compare(groups_of(), baseline="gpt9")
+
+
+def test_a_difference_is_paired_where_the_seeds_are_the_same(here, capsys):
+    """Seeds that move both networks by 0.03 and differ in what they do to one by 0.001."""
+    for seed, (moved, own) in enumerate([(0.03, 0.001), (-0.03, 0), (0, -0.001)]):
+        make_run(f"lightning_logs/version_{seed}", seed=seed, loss=1.6 + moved)
+        make_run(f"lightning_logs/version_{seed + 3}", config="configs/gru.yaml", seed=seed, loss=1.59 + moved + own)
+        make_run(f"others/version_{seed}", config="configs/gru.yaml", seed=seed + 1, loss=1.59 + moved + own)
+    pairs = compare(groups_of("lightning_logs"), baseline="llama").rows[0].difference
+    others = compare(groups_of("lightning_logs/version_[012]", "others"), baseline="llama").rows[0].difference
+    assert (pairs.basis, others.basis) == ("pairs", "seeds")
+    assert pairs.value == pytest.approx(others.value)
+    assert pairs.high < 0 < others.high
+    assert main(["compare", "lightning_logs"]) == 0
+    assert "runs of the same seed" in " ".join(capsys.readouterr().out.split())
 
 
 def test_with_one_seed_the_interval_is_over_the_text_and_says_so(here, capsys):
