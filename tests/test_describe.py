@@ -31,7 +31,7 @@ CONFIGS = CHECKOUT / "configs"
 NAMES = sorted(
     str(path.relative_to(CONFIGS).with_suffix(""))
     for path in CONFIGS.rglob("*.yaml")
-    if "network" in (read_config(path).get("model") or {})
+    if "network" in (read_config(path).get("model") or {}) and path.parent.name != "ingredients"  # parts of one
 )
 SCALE = {"llama3_1b": 1_235_814_400, "llama2_7b": 6_738_415_616, "llama2_70b": 68_976_648_192}
 V, D, L, T = 65, 32, 3, 20
