@@ -78,6 +78,8 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> None:
         if isinstance(value, dict) and isinstance(base.get(key), str):
             base[key] = {"class_path": base[key]}
         if isinstance(value, dict) and isinstance(base.get(key), dict):
+            if "class_path" in value and value["class_path"] != base[key].get("class_path"):
+                base[key] = {}  # the parser, too, forgets the arguments of another class
             inner = base[key].setdefault("init_args", {}) if "class_path" in base[key] else base[key]
             if set(value) & set(_STRUCTURE):
                 inner = base[key]
@@ -137,7 +139,8 @@ def _component(given: Any, base: type | None, path: str, required: str | None) -
 def _with_class(given: Any, default: Any) -> Any:
     """Arguments alone are those of the component that stands there if nothing is said."""
     built = getattr(default, "func", default)
-    if isinstance(given, dict) and "class_path" not in given and isinstance(built, type):
+    known = isinstance(built, type) and built is not inspect.Parameter.empty
+    if known and isinstance(given, dict) and "class_path" not in given:
         return {"class_path": f"{built.__module__}.{built.__qualname__}", "init_args": given}
     return given
 

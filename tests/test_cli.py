@@ -394,6 +394,19 @@ def test_bad_input_is_one_message_that_names_the_key(lab, capsys, arguments, exp
     assert expected in fails(capsys, "fit", "--config", "tiny.yaml", *arguments)
 
 
+def test_what_is_wrong_is_not_an_argument_of_the_class_before(lab, capsys):
+    """The first optimizer's lr is not the second's."""
+    adamw = "{model: {optimizer: {class_path: AdamW, init_args: {lr: 0.1}}}}"
+    hybrid = "{model: {optimizer: {class_path: Hybrid, init_args: {hidden: BatchedMuon}}}}"
+    configs = ["--config", "tiny.yaml", "--config", adamw, "--config", hybrid]
+    assert "trainer.max_steps: expected int" in fails(capsys, "fit", *configs, "--trainer.max_steps", "x")
+
+
+def test_a_config_of_a_part_alone_needs_a_network(lab, capsys):
+    said = fails(capsys, "fit", "--config", "{model: {network: {init_args: {dim: 8}}}}")
+    assert "model.network: give a class name" in said
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
