@@ -182,10 +182,8 @@ torch {_listed(sorted({run["torch"] for run in runs}))}; seconds are of one run,
 
 def _adapted() -> str:
     """What the protocol has configs say otherwise."""
-    last = {name: [(key.rsplit(".", 1)[-1], value) for key, value in keys.items()] for name, keys in ADAPTED.items()}
-    return "; ".join(
-        f"{name} with {_listed(dict(said))} {_listed(value for _, value in said)}" for name, said in last.items()
-    )
+    keys = {name: dict.fromkeys(key.rsplit(".", 1)[-1] for key in said) for name, said in ADAPTED.items()}
+    return "; ".join(f"{name} with {_listed(keys[name])} {_listed(said.values())}" for name, said in ADAPTED.items())
 
 
 def _usual_recipe(found: Table) -> dict[str, Any]:
