@@ -53,7 +53,7 @@ def read_curves(folder: Path) -> dict[str, Curve]:
 def name_of(command: list[str]) -> str | None:
     """The names of the config files of a command line, as in `lstm + ingredients/muon`; inline ones have none."""
     named = [value for flag, value in pairwise(command) if flag in ("--config", "-c")]
-    files = [Path(value).with_suffix("") for value in named if value.endswith((".yaml", ".yml", ".json"))]
+    files = [Path(value).with_suffix("") for value in named if not value.lstrip().startswith("{")]
     short = [x.as_posix().rpartition("configs/")[2] if "configs" in x.parts else x.name for x in files]
     return " + ".join(short) or None
 

@@ -85,7 +85,8 @@ def test_a_run_of_several_configs_has_the_names_of_those_that_are_files(here):
     make_run("lightning_logs/a", loss=1.5, command=plain)
     make_run("lightning_logs/b", loss=1.4, command=[*plain, *added])
     make_run("lightning_logs/c", loss=1.3, command=["main.py", "fit", "-c", "{model: {audit: warn}}"])
-    assert {group.name for group in groups_of()} == {"lstm", "lstm + ingredients/muon", "Decoder"}
+    make_run("lightning_logs/d", loss=1.2, command=["main.py", "fit", "-c", "mine"])
+    assert {group.name for group in groups_of()} == {"lstm", "lstm + ingredients/muon", "Decoder", "mine"}
 
 
 def test_runs_are_found_by_folder_glob_and_root_and_each_once(here):
