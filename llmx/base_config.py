@@ -50,6 +50,8 @@ def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     for key, value in over.items():
         held = base.get(key)
         result[key] = value
+        if isinstance(held, str) and isinstance(value, dict) and "init_args" in value:  # a component by its name alone
+            held = {"class_path": held}
         if isinstance(held, dict) and isinstance(value, dict):
             same = value.get("class_path", held.get("class_path")) == held.get("class_path")
             result[key] = merged(held, value) if same else value
@@ -109,6 +111,11 @@ def config_text(config: dict[str, Any]) -> str:
     return re.sub(r"\\ud[89ab]..\\ud[c-f]..", lambda pair: json.loads(f'"{pair[0]}"'), json.dumps(config))
 
 
+def configs_of(arguments: list[str]) -> list[str]:
+    """What a command line gives as configs: paths, and configs themselves."""
+    return [_option(arguments[place])[1] for place in _config_places(arguments)]
+
+
 def _config_places(arguments: list[str]) -> list[int]:
     """The indices of the arguments that hold a config, as `--config=VALUE` or as a VALUE of its own."""
     return [
@@ -143,5 +150,7 @@ def set_at(config: Any, path: str, text: str) -> None:
             node[key] = {"class_path": held} if isinstance(held, str) else {} if held is None else held
         else:
             component = isinstance(value, str) and isinstance(held, dict) and "class_path" in held
+            if key == "class_path" and value != held:
+                node.clear()  # another class takes none of the arguments
             node[key] = {"class_path": value} if component else value
         node = node[key]

@@ -18,6 +18,8 @@ from typing import Any
 import yaml
 from torch import nn
 
+from llmx.base_config import merged, set_at
+
 _STRUCTURE = ("class_path", "init_args", "dict_kwargs")
 
 
@@ -55,7 +57,11 @@ def explain(
 
 
 def _gather(arguments: list[str]) -> dict[str, Any]:
-    """Config files and dotted options as one nested dictionary, later ones on top."""
+    """Config files and dotted options as one nested dictionary, later ones on top.
+
+    Raises:
+        UserError: for an option that leads through what holds nothing.
+    """
     given: dict[str, Any] = {}
     rest = iter(arguments[1:])
     for argument in rest:
@@ -64,30 +70,10 @@ def _gather(arguments: list[str]) -> dict[str, Any]:
             continue
         value = value if equals else next(rest, "")
         if name in ("--config", "-c"):
-            _merge(given, yaml.safe_load(value) or {})
+            given = merged(given, yaml.safe_load(value) or {})
         else:
-            nested: Any = value
-            for part in reversed(name.lstrip("-").removesuffix("+").split(".")):
-                nested = {part: nested}
-            _merge(given, nested)
+            set_at(given, name.lstrip("-").removesuffix("+"), value)
     return given
-
-
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> None:
-    for key, value in over.items():
-        if isinstance(value, dict) and isinstance(base.get(key), str):
-            base[key] = {"class_path": base[key]}
-        if isinstance(value, dict) and isinstance(base.get(key), dict):
-            if "class_path" in value and value["class_path"] != base[key].get("class_path"):
-                base[key] = {}  # the parser, too, forgets the arguments of another class
-            inner = base[key].setdefault("init_args", {}) if "class_path" in base[key] else base[key]
-            if set(value) & set(_STRUCTURE):
-                inner = base[key]
-            _merge(inner, value)
-        elif isinstance(value, str) and isinstance(base.get(key), dict) and "class_path" in base[key]:
-            base[key] = {"class_path": value}
-        else:
-            base[key] = value
 
 
 def _misfit(value: Any, cls: type, path: str, required: str | None = None) -> str | None:

@@ -40,6 +40,7 @@ def test_arguments_of_the_same_class_are_kept_and_those_of_another_dropped():
     other = {"class_path": "B", "init_args": {"b": 2}}
     assert merged(BASE, {"model": {"o": other}})["model"]["o"] == other
     assert merged(BASE, {"model": {"o": None}})["model"]["o"] is None
+    assert merged({"o": "A"}, {"o": {"init_args": {"b": 2}}}) == {"o": {"class_path": "A", "init_args": {"b": 2}}}
 
 
 def test_merging_changes_neither():

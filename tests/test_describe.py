@@ -321,7 +321,8 @@ def test_entries_of_a_list_are_overridden_by_their_index(corpus, capsys):
     path = write("cycle.yaml", {"class_path": "Cycle", "init_args": {"blocks": blocks}}, vocab_size=9)
     entry = "--model.network.block.blocks.1.mixer"
     assert described(capsys, "--config", path, f"{entry}.heads", 4)["layers"][1]["mixer"] == "Attention"
-    assert described(capsys, "--config", path, f"{entry}=GRU")["layers"][1]["mixer"] == "GRU"
+    for key in (entry, f"{entry}.class_path"):  # another component takes none of the arguments
+        assert described(capsys, "--config", path, f"{key}=GRU")["layers"][1]["mixer"] == "GRU"
     long = "--model.network.init_args.block.init_args.blocks.1.init_args.mixer.init_args.heads=8"
     assert described(capsys, "--config", path, long)["layers"][1]["mixer"] == "Attention"
     swapped = described(capsys, "--config", path, entry, "GRU", "--model.network.block.blocks.0.mixer.kv_heads", 1)

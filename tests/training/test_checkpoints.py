@@ -68,6 +68,14 @@ class Signalled(Callback):
         if trainer.global_step == self.step and self.validating and batch_idx == 3:
             os.kill(os.getpid(), self.number)
 
+class Interrupted(Callback):
+    \"\"\"A signal to the process group, while a compiler works for a step: that dies at once.\"\"\"
+
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step == 5:
+            os.kill(os.getpid(), 2)
+            raise RuntimeError("CppCompileError: a page of it")
+
 class Killed(Callback):
     \"\"\"Dies in the middle of a write, once the file has begun.\"\"\"
 
@@ -424,6 +432,16 @@ def test_a_signalled_run_is_saved_at_that_step_and_goes_on_as_if_nothing_had_bee
     states = [read_checkpoint(last(folder))["state_dict"] for folder in (part, whole)]
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
     assert {path.name for path in last(part).parent.iterdir()} == {"last.ckpt", "best.ckpt", "step=12.ckpt"}
+
+
+def test_what_a_signal_breaks_within_a_step_is_no_error_of_the_run(lab, capsys):
+    handlers = [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(SystemExit) as left:
+        main(["fit", "--config", "tiny.yaml", "--trainer.callbacks", "happens.Interrupted"])
+    assert left.value.code == 130
+    assert [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert capsys.readouterr().err.endswith("SIGINT broke off step 6, which is not saved: RuntimeError\n")
+    assert read_checkpoint(last(newest_run()))["global_step"] == 4  # the one before
 
 
 def test_a_signal_outside_a_fit_is_an_orderly_exit(lab, monkeypatch):
