@@ -74,8 +74,8 @@ class Mamba2(StatefulMixer):
 
     def forward(self, x: Hidden, context: Context) -> Hidden:
         gate, u, steps = self.project(x).split(self.widths, -1)
-        query, key, value, size, log_decay = self._recurrence(self.convolution(u), steps)
-        mixed, _ = scalar_decay(query, key, value * size, log_decay)
+        query, key, value, new, log_decay = self._recurrence(self.convolution(u), steps)
+        mixed, _ = scalar_decay(query, key, new, log_decay)
         return self._read(mixed, value, gate)
 
     def init_state(self, batch_size: int, max_length: int) -> Mamba2State:
@@ -87,26 +87,27 @@ class Mamba2(StatefulMixer):
     def step(self, x: Tensor, state: Mamba2State, context: Context) -> tuple[Tensor, Mamba2State]:  # type: ignore[override]
         gate, u, steps = self.project(x).split(self.widths, -1)
         u, convolution = self.convolution.step(u, state.convolution)
-        query, key, value, size, log_decay = self._recurrence(u, steps)
-        mixed, memory = decay_step(query, key, value * size, log_decay[..., None], state.memory)
+        query, key, value, new, log_decay = self._recurrence(u, steps)
+        mixed, memory = decay_step(query, key, new, log_decay[..., None], state.memory)
         return self._read(mixed, value, gate), Mamba2State(convolution, memory)
 
     def prefill(self, x: Hidden, state: Mamba2State, context: Context) -> tuple[Hidden, Mamba2State]:  # type: ignore[override]
         gate, u, steps = self.project(x).split(self.widths, -1)
         u, convolution = self.convolution.prefill(u, state.convolution)
-        query, key, value, size, log_decay = self._recurrence(u, steps)
-        mixed, memory = scalar_decay(query, key, value * size, log_decay, state.memory)
+        query, key, value, new, log_decay = self._recurrence(u, steps)
+        mixed, memory = scalar_decay(query, key, new, log_decay, state.memory)
         return self._read(mixed, value, gate), Mamba2State(convolution, memory)
 
     def _recurrence(self, u: Tensor, steps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """C and B (B, T, 1, N), u (B, T, H, P), dt (B, T, H, 1) and log a (B, T, H), without T in `step`."""
+        """C and B (B, T, 1, N), u and dt u (B, T, H, P), and log a (B, T, H), without T in `step`."""
         value, key, query = F.silu(u).split(self.convolved, -1)
         exact = torch.promote_types(steps.dtype, torch.float32)
         size = F.softplus(steps.to(exact) + self.step_bias.to(exact))
         value = value.unflatten(-1, (self.heads, -1))
-        return query[..., None, :], key[..., None, :], value, size[..., None], -size * self.decay_log.to(exact).exp()
+        new = (value * size[..., None]).to(value.dtype)
+        return query[..., None, :], key[..., None, :], value, new, -size * self.decay_log.to(exact).exp()
 
     def _read(self, mixed: Tensor, value: Tensor, gate: Tensor) -> Tensor:
         """(B, T, H, P), and the gate (B, T, F) -> (B, T, D), without T in `step`."""
-        mixed = (mixed + self.skip[:, None] * value).flatten(-2).to(gate.dtype)
+        mixed = torch.addcmul(mixed, self.skip.to(value.dtype)[:, None], value).flatten(-2)
         return self.out(self.norm(mixed * F.silu(gate)))
