@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from llmx.parts.linear_attention import carry_moved, chunked, joined
+from llmx.parts.linear_attention import carry_moved, chunked, joined, plus_product
 from llmx.parts.triangular import unit_lower_inverse
 
 
@@ -164,11 +164,11 @@ def _solve(
     mixed = from_query @ update
     if only:
         return mixed, add[:, 0]
-    in_state = inverse @ read  # what S_0 takes off u
+    in_state = inverse @ -read  # what S_0 adds to u
     one = torch.eye(right.shape[-2], dtype=right.dtype, device=right.device)
-    move = (one if fade is None else one * fade) - right @ in_state  # M, (B, N, ..., K, K)
+    move = right @ in_state + (one if fade is None else one * fade)  # M, (B, N, ..., K, K)
     past, state = carry_moved(move, add, state)
-    return mixed + (query - from_query @ in_state) @ past, state
+    return plus_product(mixed, plus_product(query, from_query, in_state), past), state
 
 
 def _between(log_decay: Tensor) -> Tensor:

@@ -116,9 +116,14 @@ def reading(left: Tensor, right: Tensor, dtype: torch.dtype, more: Tensor | None
     """
     if dtype == torch.bfloat16:
         left, right = left.to(dtype), right.to(dtype)
-    if more is None:
-        return left @ right
-    return torch.baddbmm(more.flatten(0, -3), left.flatten(0, -3), right.flatten(0, -3)).view_as(more)
+    return left @ right if more is None else plus_product(more, left, right)
+
+
+def plus_product(more: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """more + left @ right, with a pass over memory less."""
+    batch = torch.broadcast_shapes(more.shape[:-2], left.shape[:-2], right.shape[:-2])
+    more, left, right = (x.expand(*batch, *x.shape[-2:]).flatten(0, -3) for x in (more, left, right))
+    return torch.baddbmm(more, left, right).unflatten(0, batch)
 
 
 def joined(x: Tensor, time: int) -> Tensor:
