@@ -17,13 +17,10 @@ the short one: here every g_ts is summed by itself, of numbers with one sign. Su
 too.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from llmx.parts.linear_attention import carry_moved, chunked, joined, plus_product
+from llmx.parts.linear_attention import carry_moved, chunked, joined, plus_product, vector_scores
 from llmx.parts.triangular import unit_lower_inverse
 
 
@@ -107,7 +104,7 @@ def vector_delta_rule(
     chunk = min(chunk, 1 << (time - 1).bit_length())
     with torch.autocast(value.device.type, enabled=False):
         query, key, values, rate, log_decay = (chunked(x, chunk) for x in (query, key, value, beta, log_decay))
-        from_query, from_key, total, left = _Scores.apply(query, key, log_decay)
+        total, left, from_query, from_key = vector_scores(key, log_decay, query, key)
         fade = total[..., -1:, :].exp().transpose(-1, -2)  # (B, N, H, K, 1)
         total = total.exp()
         right = key * left.exp()
@@ -181,85 +178,3 @@ def _between(log_decay: Tensor) -> Tensor:
 def _written(chunk: int, each: int, like: Tensor) -> Tensor:
     """(c / n, c) of ones and zeros: query i sees the first n (i + 1) keys."""
     return torch.ones(chunk, chunk, dtype=like.dtype, device=like.device).tril()[each - 1 :: each]
-
-
-class _Scores(torch.autograd.Function):
-    """q_t . exp(g_ts) k_s and k_t . exp(g_ts) k_s with a vector decay: each token by itself, then blocks joined two and
-    two, where the decay from s to t is split at the end of the first.
-
-    Three of (..., c, K) -> (..., c, c) twice, 0 where t < s, and g from the start to t and from t to the end,
-    (..., c, K). Autograd would copy all of it for every size of block.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        chunk, size = key.shape[-2], 1
-        scores = key.new_zeros(2, *key.shape[:-1], chunk)
-        for one, own in zip((query, key), scores, strict=True):
-            own.diagonal(0, -2, -1).copy_((one * key).sum(-1))
-        total = log_decay.clone()  # from the start of a block
-        left = torch.zeros_like(total)  # to its end
-        factors = []
-        while size < chunk:
-            (total1, total2), (left1, _) = _halves(total, size), _halves(left, size)
-            grown, shrunk = total2.exp(), left1.exp()  # (..., M, size, K)
-            late = key.new_empty(*grown.shape[:-2], 2, *grown.shape[-2:])
-            for one, part in zip((query, key), late.unbind(-3), strict=True):
-                torch.mul(_halves(one, size)[1], grown, out=part)
-            early = _halves(key, size)[0] * shrunk
-            across = late.flatten(-3, -2) @ early.transpose(-1, -2)
-            _across(scores, size).copy_(across.unflatten(-2, (2, size)))
-            factors += [grown, shrunk, late, early]
-            left1 += total2[..., -1:, :]
-            total2 += total1[..., -1:, :]
-            size *= 2
-        ctx.save_for_backward(query, key, *factors)
-        return *scores.unbind(), total, left
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, of_query_scores: Tensor, of_key_scores: Tensor, of_total: Tensor, of_left: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, *factors = ctx.saved_tensors
-        of_scores = torch.stack((of_query_scores, of_key_scores))
-        of_total, of_left = of_total.clone(), of_left.clone()
-        on_query, on_key = (one.diagonal(0, -2, -1)[..., None] for one in of_scores)
-        of_query, of_key = on_query * key, (on_query * query).addcmul_(on_key, key, value=2)
-        size = key.shape[-2]
-        while size > 1:
-            size //= 2
-            grown, shrunk, late, early = factors[-4:]
-            del factors[-4:]
-            (of_total1, of_total2), (of_left1, _) = _halves(of_total, size), _halves(of_left, size)
-            of_total1[..., -1, :] += of_total2.sum(-2)
-            of_total2[..., -1, :] += of_left1.sum(-2)
-            of_across = _across(of_scores, size).flatten(-3, -2)  # (..., M, 2 size, size)
-            of_late = _product(of_across, early).unflatten(-2, (2, size))
-            of_early = _product(of_across.transpose(-1, -2), late.flatten(-3, -2))
-            for of_one, of_part, part in zip((of_query, of_key), of_late.unbind(-3), late.unbind(-3), strict=True):
-                of_total2.addcmul_(of_part, part)
-                _halves(of_one, size)[1].addcmul_(of_part, grown)
-            of_left1.addcmul_(of_early, early)
-            _halves(of_key, size)[0].addcmul_(of_early, shrunk)
-        return of_query, of_key, of_total
-
-
-def _halves(x: Tensor, size: int) -> tuple[Tensor, ...]:
-    """Of blocks of 2 size tokens, (..., c, K): the first and the second, (..., M, size, K) both."""
-    return x.unflatten(-2, (-1, 2, size)).unbind(-3)
-
-
-def _across(scores: Tensor, size: int) -> Tensor:
-    """Of (2, ..., c, c) what the second halves of blocks of 2 size tokens see of the first: (..., M, 2, size, size)."""
-    blocks = scores.unflatten(-1, (-1, 2, size)).unflatten(-4, (-1, 2, size))  # (2, ..., M, 2, size, M, 2, size)
-    return blocks[..., 1, :, :, 0, :].diagonal(0, -4, -2).movedim(-1, -3).movedim(0, -3)
-
-
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right, of which those of next to nothing are slow as one of matrices."""
-    if left.shape[-1] == 1:
-        return left * right
-    if min(left.shape[-2:]) > 2:
-        return left @ right
-    return (left[..., None] * right[..., None, :, :]).sum(-2)

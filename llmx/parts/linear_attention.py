@@ -20,8 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-PAIRWISE = 4  # tokens up to which a vector decay is taken pair by pair
-
 
 def scalar_decay(
     query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, state: Tensor | None = None, chunk: int = 32
@@ -79,12 +77,13 @@ def vector_decay(
     chunk = min(chunk, 1 << (time - 1).bit_length())
     with torch.autocast(value.device.type, enabled=False):
         query, key, values, log_decay = (chunked(x, chunk) for x in (query, key, value, log_decay))  # (B, N, H, c, K)
-        mixed, total = _within(query, key, values, log_decay, value.dtype)
-        last = total[..., -1:, :]  # (B, N, H, 1, K)
-        local = (key * (last - total).exp()).transpose(-1, -2) @ values  # (B, N, H, K, V)
-        before, state = carry(local, last.exp().transpose(-1, -2), state)
+        total, left, scores = vector_scores(key, log_decay, query)
+        mixed = reading(scores, values, value.dtype)
+        local = (key * left.exp()).transpose(-1, -2) @ values  # (B, N, H, K, V)
+        total = total.exp()
+        before, state = carry(local, total[..., -1:, :].transpose(-1, -2), state)
         if before is not None:
-            mixed = reading(query * total.exp(), before, value.dtype, mixed)
+            mixed = reading(query * total, before, value.dtype, mixed)
     return joined(mixed, time).to(value.dtype), state
 
 
@@ -204,33 +203,91 @@ class _CarryMoved(torch.autograd.Function):
         return of_move, gradient[:, 1:], gradient[:, 0]
 
 
-def _within(
-    query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """The sum inside of each chunk, with a vector decay: small blocks pair by pair, then two and two joined.
+def vector_scores(key: Tensor, log_decay: Tensor, *readers: Tensor) -> tuple[Tensor, ...]:
+    """r_t . exp(g_ts) k_s of every reader r in a chunk with a vector decay, g_ts the sum of log a over s < r <= t.
 
-    query, key, log_decay (..., c, K), value (..., c, V) -> (..., c, V), and the sums of log_decay (..., c, K). Where
-    the second of two blocks reads the first, the decay from s to t is split at the end of the first.
+    Three or more of (..., c, K), c a power of 2 -> g from the start to t and from t to the end, (..., c, K), and for
+    each reader (..., c, c), 0 where t < s.
     """
-    chunk = value.shape[-2]
-    size = min(PAIRWISE, chunk)
+    return _VectorScores.apply(key, log_decay, *readers)
 
-    def cut(x: Tensor) -> Tensor:
-        """(..., c, K) -> (..., M, size, K)"""
-        return x.unflatten(-2, (-1, size))
 
-    total = cut(log_decay).cumsum(-2)
-    ahead = torch.ones(size, size, dtype=torch.bool, device=value.device).triu(1)[..., None]
-    decay = (total[..., :, None, :] - total[..., None, :, :]).masked_fill(ahead, float("-inf")).exp()
-    scores = (cut(query)[..., :, None, :] * cut(key)[..., None, :, :] * decay).sum(-1)  # (..., M, size, size)
-    mixed = reading(scores, cut(value), dtype)
-    while size < chunk:
-        (total1, total2), (mixed1, mixed2) = (x.unflatten(-3, (-1, 2)).unbind(-3) for x in (total, mixed))
-        query2 = cut(query).unflatten(-3, (-1, 2))[..., 1, :, :] * total2.exp()
-        key1, value1 = (cut(x).unflatten(-3, (-1, 2))[..., 0, :, :] for x in (key, value))
-        key1 = key1 * (total1[..., -1:, :] - total1).exp()
-        across = reading(query2, key1.transpose(-1, -2), dtype)
-        mixed = torch.cat((mixed1, reading(across, value1, dtype, mixed2)), -2)
-        total = torch.cat((total1, total2 + total1[..., -1:, :]), -2)
-        size *= 2
-    return mixed.squeeze(-3), total.squeeze(-3)
+class _VectorScores(torch.autograd.Function):
+    """Each token by itself, then blocks joined two and two, where the decay from s to t is split at the end of the
+    first. Autograd would copy everything for every size of block."""
+
+    @staticmethod
+    def forward(ctx: Any, key: Tensor, log_decay: Tensor, *readers: Tensor) -> tuple[Tensor, ...]:
+        chunk, size = key.shape[-2], 1
+        scores = key.new_zeros(len(readers), *key.shape[:-1], chunk).unbind()
+        for reader, own in zip(readers, scores, strict=True):
+            own.diagonal(0, -2, -1).copy_((reader * key).sum(-1))
+        total = log_decay.clone()  # from the start of a block
+        left = torch.zeros_like(total)  # to its end
+        factors = []
+        while size < chunk:
+            (total1, total2), (left1, _) = _halves(total, size), _halves(left, size)
+            grown, shrunk = total2.exp(), left1.exp()  # (..., M, size, K)
+            late = key.new_empty(*grown.shape[:-2], len(readers), *grown.shape[-2:])
+            for reader, part in zip(readers, late.unbind(-3), strict=True):
+                torch.mul(_halves(reader, size)[1], grown, out=part)
+            early = _halves(key, size)[0] * shrunk
+            across = late.flatten(-3, -2) @ early.transpose(-1, -2)
+            for own, part in zip(scores, across.unflatten(-2, (-1, size)).unbind(-3), strict=True):
+                _across(own, size).copy_(part)
+            factors += [grown, shrunk, late, early]
+            left1 += total2[..., -1:, :]
+            total2 += total1[..., -1:, :]
+            size *= 2
+        ctx.save_for_backward(key, *readers, *factors)
+        ctx.readers = len(readers)
+        return total, left, *scores
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_total: Tensor, of_left: Tensor, *of_scores: Tensor) -> tuple[Tensor, ...]:
+        key, *readers = ctx.saved_tensors[: 1 + ctx.readers]
+        factors = ctx.saved_tensors[1 + ctx.readers :]
+        of_total, of_left = of_total.clone(), of_left.clone()
+        alone = [own.diagonal(0, -2, -1)[..., None] for own in of_scores]
+        of_key = torch.zeros_like(key)
+        for own, reader in zip(alone, readers, strict=True):
+            of_key.addcmul_(own, reader)
+        of_readers = [own * key for own in alone]
+        size = key.shape[-2]
+        while size > 1:
+            size //= 2
+            grown, shrunk, late, early = factors[-4:]
+            factors = factors[:-4]
+            (of_total1, of_total2), (of_left1, _) = _halves(of_total, size), _halves(of_left, size)
+            of_total1[..., -1, :] += of_total2.sum(-2)
+            of_total2[..., -1, :] += of_left1.sum(-2)
+            of_across = torch.cat([_across(own, size) for own in of_scores], -2)  # (..., M, readers size, size)
+            of_late = _product(of_across, early).unflatten(-2, (-1, size)).unbind(-3)
+            of_early = _product(of_across.transpose(-1, -2), late.flatten(-3, -2))
+            for of_reader, of_part, part in zip(of_readers, of_late, late.unbind(-3), strict=True):
+                of_total2.addcmul_(of_part, part)
+                _halves(of_reader, size)[1].addcmul_(of_part, grown)
+            of_left1.addcmul_(of_early, early)
+            _halves(of_key, size)[0].addcmul_(of_early, shrunk)
+        return of_key, of_total, *of_readers
+
+
+def _halves(x: Tensor, size: int) -> tuple[Tensor, ...]:
+    """Of blocks of 2 size tokens, (..., c, K): the first and the second, (..., M, size, K) both."""
+    return x.unflatten(-2, (-1, 2, size)).unbind(-3)
+
+
+def _across(scores: Tensor, size: int) -> Tensor:
+    """Of (..., c, c) what the second halves of blocks of 2 size tokens see of the first: (..., M, size, size)."""
+    blocks = scores.unflatten(-1, (-1, 2, size)).unflatten(-4, (-1, 2, size))  # (..., M, 2, size, M, 2, size)
+    return blocks[..., 1, :, :, 0, :].diagonal(0, -4, -2).movedim(-1, -3)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right, of which those of next to nothing are slow as one of matrices."""
+    if left.shape[-1] == 1:
+        return left * right
+    if min(left.shape[-2:]) > 2:
+        return left @ right
+    return (left[..., None] * right[..., None, :, :]).sum(-2)
