@@ -58,7 +58,7 @@ def scalar_decay(
 
 
 def vector_decay(
-    query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, state: Tensor | None = None, chunk: int = 64
+    query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, state: Tensor | None = None, chunk: int = 32
 ) -> tuple[Tensor, Tensor]:
     """One decay a channel of the key, head and token.
 
