@@ -5,7 +5,7 @@
 
 K = D / (2 H), V = D / H; W_1 is (16, D), so the gates cost few parameters. norm_h is a LayerNorm over the V channels
 of one head and token. The root of 16 keeps a_t near 1: at the start the memory of a token halves in 16. Time
-O(T (c + K) D) a sequence, memory O(T c) a head for chunks of c = 64; the state is S, K V H numbers a sequence,
+O(T (c + K) D) a sequence, memory O(T c) a head for chunks of c = 32; the state is S, K V H numbers a sequence,
 whatever its length. No positions: the gates tell near from far. The trap: a_t may be as small as it likes, and
 exp(-sum of log a), which would make the whole chunk one matrix product, overflows; see llmx/parts/linear_attention.py.
 """
