@@ -104,7 +104,8 @@ def vector_delta_rule(
     chunk = min(chunk, 1 << (time - 1).bit_length())
     with torch.autocast(value.device.type, enabled=False):
         query, key, values, rate, log_decay = (chunked(x, chunk) for x in (query, key, value, beta, log_decay))
-        total, left, from_query, from_key = vector_scores(key, log_decay, query, key)
+        # a view, for a compiler does not take one tensor for two arguments
+        total, left, from_query, from_key = vector_scores(key, log_decay, query, key.view_as(key))
         fade = total[..., -1:, :].exp().transpose(-1, -2)  # (B, N, H, K, 1)
         total = total.exp()
         right = key * left.exp()

@@ -228,9 +228,7 @@ class _VectorScores(torch.autograd.Function):
         while size < chunk:
             (total1, total2), (left1, _) = _halves(total, size), _halves(left, size)
             grown, shrunk = total2.exp(), left1.exp()  # (..., M, size, K)
-            late = key.new_empty(*grown.shape[:-2], len(readers), *grown.shape[-2:])
-            for reader, part in zip(readers, late.unbind(-3), strict=True):
-                torch.mul(_halves(reader, size)[1], grown, out=part)
+            late = torch.stack([_halves(reader, size)[1] * grown for reader in readers], -3)
             early = _halves(key, size)[0] * shrunk
             across = late.flatten(-3, -2) @ early.transpose(-1, -2)
             for own, part in zip(scores, across.unflatten(-2, (-1, size)).unbind(-3), strict=True):
