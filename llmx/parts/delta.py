@@ -20,8 +20,9 @@ too.
 import torch
 from torch import Tensor
 
-from llmx.parts.linear_attention import carry_moved, chunked, joined, plus_product, vector_scores
+from llmx.parts.linear_attention import carry_moved, chunked, joined, plus_product
 from llmx.parts.triangular import unit_lower_inverse
+from llmx.parts.vector_scores import vector_scores
 
 
 def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:

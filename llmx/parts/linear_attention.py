@@ -9,8 +9,9 @@ O(T (c + K) V), memory O(T c) for the scores and K V numbers for each chunk. The
 
 The trap: to factor exp(G_t - G_s) into exp(G_t) q_t and exp(-G_s) k_s, which turns everything into matrix products,
 overflows as soon as a chunk forgets by e^88. Here no exponent is ever positive: a scalar decay has its differences
-taken pair by pair; a vector decay has them split at a token r between s and t, (G_t - G_r) + (G_r - G_s). All sums are
-float32 at least, under autocast too.
+taken pair by pair; a vector decay has them split at a token r between s and t (llmx/parts/vector_scores.py). All sums
+are float32 at least, under autocast too; where outputs are bfloat16, so are the factors of what they are made of, but
+never what goes into S.
 """
 
 from typing import Any
@@ -19,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from llmx.parts.vector_scores import vector_scores
 
 
 def scalar_decay(
@@ -201,91 +204,3 @@ class _CarryMoved(torch.autograd.Function):
         of_move = gradient[1:] @ states[:-1].transpose(-1, -2)
         of_move, gradient = (x.unflatten(1, of_last.shape[:2]).transpose(0, 1) for x in (of_move, gradient))
         return of_move, gradient[:, 1:], gradient[:, 0]
-
-
-def vector_scores(key: Tensor, log_decay: Tensor, *readers: Tensor) -> tuple[Tensor, ...]:
-    """r_t . exp(g_ts) k_s of every reader r in a chunk with a vector decay, g_ts the sum of log a over s < r <= t.
-
-    Three or more of (..., c, K), c a power of 2 -> g from the start to t and from t to the end, (..., c, K), and for
-    each reader (..., c, c), 0 where t < s.
-    """
-    return _VectorScores.apply(key, log_decay, *readers)
-
-
-class _VectorScores(torch.autograd.Function):
-    """Each token by itself, then blocks joined two and two, where the decay from s to t is split at the end of the
-    first. Autograd would copy everything for every size of block."""
-
-    @staticmethod
-    def forward(ctx: Any, key: Tensor, log_decay: Tensor, *readers: Tensor) -> tuple[Tensor, ...]:
-        chunk, size = key.shape[-2], 1
-        scores = key.new_zeros(len(readers), *key.shape[:-1], chunk).unbind()
-        for reader, own in zip(readers, scores, strict=True):
-            own.diagonal(0, -2, -1).copy_((reader * key).sum(-1))
-        total = log_decay.clone()  # from the start of a block
-        left = torch.zeros_like(total)  # to its end
-        factors = []
-        while size < chunk:
-            (total1, total2), (left1, _) = _halves(total, size), _halves(left, size)
-            grown, shrunk = total2.exp(), left1.exp()  # (..., M, size, K)
-            late = torch.stack([_halves(reader, size)[1] * grown for reader in readers], -3)
-            early = _halves(key, size)[0] * shrunk
-            across = late.flatten(-3, -2) @ early.transpose(-1, -2)
-            for own, part in zip(scores, across.unflatten(-2, (-1, size)).unbind(-3), strict=True):
-                _across(own, size).copy_(part)
-            factors += [grown, shrunk, late, early]
-            left1 += total2[..., -1:, :]
-            total2 += total1[..., -1:, :]
-            size *= 2
-        ctx.save_for_backward(key, *readers, *factors)
-        ctx.readers = len(readers)
-        return total, left, *scores
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, of_total: Tensor, of_left: Tensor, *of_scores: Tensor) -> tuple[Tensor, ...]:
-        key, *readers = ctx.saved_tensors[: 1 + ctx.readers]
-        factors = ctx.saved_tensors[1 + ctx.readers :]
-        of_total, of_left = of_total.clone(), of_left.clone()
-        alone = [own.diagonal(0, -2, -1)[..., None] for own in of_scores]
-        of_key = torch.zeros_like(key)
-        for own, reader in zip(alone, readers, strict=True):
-            of_key.addcmul_(own, reader)
-        of_readers = [own * key for own in alone]
-        size = key.shape[-2]
-        while size > 1:
-            size //= 2
-            grown, shrunk, late, early = factors[-4:]
-            factors = factors[:-4]
-            (of_total1, of_total2), (of_left1, _) = _halves(of_total, size), _halves(of_left, size)
-            of_total1[..., -1, :] += of_total2.sum(-2)
-            of_total2[..., -1, :] += of_left1.sum(-2)
-            of_across = torch.cat([_across(own, size) for own in of_scores], -2)  # (..., M, readers size, size)
-            of_late = _product(of_across, early).unflatten(-2, (-1, size)).unbind(-3)
-            of_early = _product(of_across.transpose(-1, -2), late.flatten(-3, -2))
-            for of_reader, of_part, part in zip(of_readers, of_late, late.unbind(-3), strict=True):
-                of_total2.addcmul_(of_part, part)
-                _halves(of_reader, size)[1].addcmul_(of_part, grown)
-            of_left1.addcmul_(of_early, early)
-            _halves(of_key, size)[0].addcmul_(of_early, shrunk)
-        return of_key, of_total, *of_readers
-
-
-def _halves(x: Tensor, size: int) -> tuple[Tensor, ...]:
-    """Of blocks of 2 size tokens, (..., c, K): the first and the second, (..., M, size, K) both."""
-    return x.unflatten(-2, (-1, 2, size)).unbind(-3)
-
-
-def _across(scores: Tensor, size: int) -> Tensor:
-    """Of (..., c, c) what the second halves of blocks of 2 size tokens see of the first: (..., M, size, size)."""
-    blocks = scores.unflatten(-1, (-1, 2, size)).unflatten(-4, (-1, 2, size))  # (..., M, 2, size, M, 2, size)
-    return blocks[..., 1, :, :, 0, :].diagonal(0, -4, -2).movedim(-1, -3)
-
-
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right, of which those of next to nothing are slow as one of matrices."""
-    if left.shape[-1] == 1:
-        return left * right
-    if min(left.shape[-2:]) > 2:
-        return left @ right
-    return (left[..., None] * right[..., None, :, :]).sum(-2)
