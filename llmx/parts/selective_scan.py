@@ -8,6 +8,7 @@ those within it again. Time O(T F N), memory O(T F + T F N / P) for pieces of P 
 llmx/parts/scan.py, with its precision. Gradients of gradients are not provided.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from llmx.parts.scan import run
 
+LOG2_E = math.log2(math.e)  # powers of 2 take a third of the time of powers of e on a CPU
 PIECE = 2**18  # numbers of the states in a piece on a CPU
 PIECE_OF_A_DEVICE = 2**26  # elsewhere, where few large calls are what is fast
 
@@ -106,7 +108,7 @@ def _pieces(size: Tensor, rate: Tensor) -> list[slice]:
 
 def _states(size: Tensor, x: Tensor, rate: Tensor, write: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
     """exp(dt A) and h, (B, P, N, F) each."""
-    decay = (size[:, :, None] * rate).exp_()
+    decay = (size[:, :, None] * (rate * LOG2_E)).exp2_()
     written = (size * x)[:, :, None] * write[..., None]
     h = torch.empty_like(written)
     run(decay, written, start, h, False)
