@@ -113,8 +113,8 @@ def chunked(x: Tensor, chunk: int) -> Tensor:
 def reading(left: Tensor, right: Tensor, dtype: torch.dtype, more: Tensor | None = None) -> Tensor:
     """left @ right + more, of which outputs are made, and no memory.
 
-    Where outputs of `dtype` are bfloat16 anyway, so are the factors: such products are two to three times as fast, and
-    sum in float32 all the same.
+    Where outputs of `dtype` are bfloat16 anyway, so are the factors: such products are about twice as fast, and sum
+    in float32 all the same.
     """
     if dtype == torch.bfloat16:
         left, right = left.to(dtype), right.to(dtype)
