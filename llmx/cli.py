@@ -542,13 +542,12 @@ class CLI(LightningCLI):
             super()._run_subcommand(subcommand)
         except RuntimeError as error:
             callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-            number = max((c.signal for c in callbacks if isinstance(c, StopOnSignal)), default=0)
-            if not number:
+            stop = next((c for c in callbacks if isinstance(c, StopOnSignal)), None)
+            if stop is None or not stop.signal:
                 raise
             # a signal to the whole process group, as by Ctrl-C, also ends what works for a step: the compiler
-            why = f"{signal.Signals(number).name} broke off step {self.trainer.global_step + 1}, which is not saved"
-            print(f"{why}: {type(error).__name__}", file=sys.stderr, flush=True)
-            raise SystemExit(128 + number) from error
+            step = self.trainer.global_step + 1
+            stop.exit(self.trainer, f"broke off step {step}, which is not saved: {type(error).__name__}")
 
     def describe(self) -> None:
         """Shows the network, or what makes it match another."""

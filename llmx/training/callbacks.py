@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import lightning.pytorch as pl
 import numpy as np
@@ -174,10 +174,17 @@ class StopOnSignal(Callback):
             cast(LanguageModel, trainer.lightning_module).set_optimizer_mode(training=False)
             last.save(trainer)
             saved = f"saved as {last.last_model_path}; fit --ckpt_path {last.last_model_path} goes on from there"
+        self.exit(trainer, f"at step {trainer.global_step}: {saved}")
+
+    def exit(self, trainer: pl.Trainer, what: str) -> NoReturn:
+        """Ends this process, the first one with what the signal did and the signal's code.
+
+        Raises:
+            SystemExit: always.
+        """
         if not trainer.is_global_zero:
             raise SystemExit(0)  # another code, and Lightning would kill the first process while it ends
-        name = signal.Signals(self.signal).name
-        print(f"{name} at step {trainer.global_step}: {saved}", file=sys.stderr, flush=True)
+        print(f"{signal.Signals(self.signal).name} {what}", file=sys.stderr, flush=True)
         if self.signal == self.requeue:
             _queue_again()
         raise SystemExit(128 + self.signal)
