@@ -93,11 +93,11 @@ _scan.register_autograd(_backward, setup_context=_keep)
 
 def run(a: Tensor, b: Tensor, h: Tensor, out: Tensor, backwards: bool) -> None:
     """The scan without gradients, from h to out: from the first step to the last, or backwards from the last to the
-    first."""
+    first. `out` may be `b`."""
     time = b.shape[1]
     wide = WIDE if time > FEW else WIDE // 4
     if time <= SHORT or (b.device.type == "cpu" and b.numel() >= wide * time):
-        _sweep(a.unbind(1), b.unbind(1), h, out.unbind(1), backwards)
+        sweep(a.unbind(1), b.unbind(1), h, out.unbind(1), backwards)
         return
     size = math.isqrt(time - 1) + 1
     missing = -time % size
@@ -112,16 +112,16 @@ def run(a: Tensor, b: Tensor, h: Tensor, out: Tensor, backwards: bool) -> None:
         last = torch.addcmul(inputs[t], decays[t], last)
         product = product * decays[t]
     lasts = torch.empty_like(last)
-    _sweep(product.unbind(1), last.unbind(1), h, lasts.unbind(1), backwards)
+    sweep(product.unbind(1), last.unbind(1), h, lasts.unbind(1), backwards)
     starts = torch.cat((lasts[:, 1:], h[:, None]) if backwards else (h[:, None], lasts[:, :-1]), 1)
-    _sweep(decays, inputs, starts, outputs, backwards)
+    sweep(decays, inputs, starts, outputs, backwards)
     if missing:
         out.copy_(whole[:, missing:] if backwards else whole[:, :time])
 
 
-def _sweep(
+def sweep(
     decays: Sequence[Tensor], inputs: Sequence[Tensor], h: Tensor, outputs: Sequence[Tensor], backwards: bool
 ) -> None:
-    """One step after the other."""
+    """One step after the other, `h` first; the outputs may be the inputs."""
     for t in range(len(inputs))[::-1] if backwards else range(len(inputs)):
         h = torch.addcmul(inputs[t], decays[t], h, out=outputs[t])

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmx.parts.scan import run
+from llmx.parts.scan import run, sweep
 
 LOG2_E = math.log2(math.e)  # powers of 2 take a third of the time of powers of e on a CPU
 PIECE = 2**18  # numbers of the states in a piece on a CPU
@@ -38,13 +38,14 @@ def selective_scan(
         (B, T, F) and (B, F, N), in float32 at least.
     """
     dtype = torch.promote_types(size.dtype, torch.float32)
-    size, x, rate, write, read = (tensor.to(dtype).contiguous() for tensor in (size, x, rate.mT, write, read))
-    start = size.new_zeros(size.shape[0], *rate.shape) if start is None else start.mT.to(dtype).contiguous()
+    size, x, write, read = (tensor.to(dtype).transpose(0, 1).contiguous() for tensor in (size, x, write, read))
+    rate = rate.to(dtype).mT.contiguous()
+    start = size.new_zeros(size.shape[1], *rate.shape) if start is None else start.mT.to(dtype).contiguous()
     mixed, states = _scan(size, x, rate, write, read, start)
-    return mixed, states[-1].mT
+    return mixed.transpose(0, 1), states[-1].mT
 
 
-# within, a state is (N, F): the channels last, for they are many
+# Within, time comes first, for then a step is one block of memory; and a state is (N, F), for the channels are many.
 @torch.library.custom_op("llmx::selective_scan", mutates_args=())
 def _scan(size: Tensor, x: Tensor, rate: Tensor, write: Tensor, read: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
     """y, and the states (pieces + 1, B, N, F) before, between and after the pieces."""
@@ -52,10 +53,12 @@ def _scan(size: Tensor, x: Tensor, rate: Tensor, write: Tensor, read: Tensor, st
     mixed = torch.empty_like(size)
     states = size.new_empty(len(pieces) + 1, *start.shape)
     states[0] = start
+    decay, h = (_Steps(_length(pieces) + more, start) for more in (0, 1))
     for i, piece in enumerate(pieces):
-        _, h = _states(size[:, piece], x[:, piece], rate, write[:, piece], states[i])
-        states[i + 1] = h[:, -1]
-        torch.sum(h.mul_(read[:, piece, :, None]), -2, out=mixed[:, piece])
+        _fill(decay, h, size[piece], x[piece], rate, write[piece], states[i])
+        n = len(size[piece])
+        states[i + 1] = h.whole[n]
+        torch.matmul(read[piece, :, None], h.whole[1 : n + 1], out=mixed[piece, :, None])
     return mixed, states
 
 
@@ -72,47 +75,67 @@ def _scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of all arguments of `_scan`."""
     of_size, of_x, of_write, of_read = (torch.empty_like(tensor) for tensor in (size, x, write, read))
-    of_rate = torch.zeros_like(rate)
+    pieces = _pieces(size, rate)
     carried = torch.zeros_like(states[-1]) if of_states is None else of_states[-1]  # of the state after the piece
-    for i, piece in reversed(list(enumerate(_pieces(size, rate)))):
-        dt, u, b = size[:, piece], x[:, piece], write[:, piece]
-        decay, h = _states(dt, u, rate, b, states[i])
-        y = of_mixed[:, piece, None]
-        torch.sum(h * y, -1, out=of_read[:, piece])
-        direct = y * read[:, piece, :, None]
-        direct[:, -1] += carried
-        g = torch.empty_like(direct)
-        g[:, -1] = direct[:, -1]
-        run(decay[:, 1:], direct[:, :-1], g[:, -1], g[:, :-1], True)
-        carried = decay[:, 0] * g[:, 0]
-        if of_states is not None:
-            carried += of_states[i]
-        written = torch.mul(g, b[..., None], out=direct).sum(-2)
-        torch.mul(written, dt, out=of_x[:, piece])
-        torch.sum(torch.mul(g, (dt * u)[:, :, None], out=direct), -1, out=of_write[:, piece])
-        decay.mul_(g)  # to the gradient of dt A
-        decay[:, 1:].mul_(h[:, :-1])
-        decay[:, 0].mul_(states[i])
-        torch.add(written * u, torch.mul(decay, rate, out=direct).sum(-2), out=of_size[:, piece])
-        of_rate += decay.mul_(dt[:, :, None]).sum((0, 1))
-    return of_size, of_x, of_rate, of_write, of_read, carried
+    decay, h, of_h = (_Steps(_length(pieces) + more, carried) for more in (0, 1, 0))
+    of_rate = torch.zeros_like(decay.whole)
+    for i, piece in reversed(list(enumerate(pieces))):
+        dt, u, b, y = size[piece], x[piece], write[piece], of_mixed[piece, :, None]
+        _fill(decay, h, dt, u, rate, b, states[i])
+        n = len(dt)
+        a, g = decay.whole[:n], of_h.whole[:n]
+        torch.mul(y, read[piece, ..., None], out=g)
+        g[-1] += carried
+        _run(decay, slice(1, n), g[-1], of_h, slice(n - 1), True)
+        a *= g
+        carried = a[0].clone() if of_states is None else a[0] + of_states[i]
+        a *= h.whole[:n]  # now the gradient of dt A
+        of_rate[:n].addcmul_(a, dt[:, :, None])
+        torch.sum(h.whole[1 : n + 1].mul_(y), -1, out=of_read[piece])
+        written = (b[:, :, None] @ g)[:, :, 0]
+        torch.mul(written, dt, out=of_x[piece])
+        torch.sum(g.mul_((dt * u)[:, :, None]), -1, out=of_write[piece])
+        torch.add(written * u, torch.mul(a, rate, out=g).sum(-2), out=of_size[piece])
+    return of_size, of_x, of_rate.sum((0, 1)), of_write, of_read, carried
+
+
+class _Steps:
+    """Room for the states of a piece, (P, B, N, F), which all pieces use in turns, and its views (B, N, F) of every step:
+    to make those anew for each piece takes as long as the arithmetic, where steps are small."""
+
+    def __init__(self, length: int, state: Tensor):
+        self.whole = state.new_empty(length, *state.shape)
+        self.each = self.whole.unbind()
 
 
 def _pieces(size: Tensor, rate: Tensor) -> list[slice]:
-    """The text (B, T, F) cut into pieces of which the states fit."""
-    batch, time, _ = size.shape
+    """The text (T, B, F) cut into pieces of which the states fit."""
+    time, batch, _ = size.shape
     numbers = PIECE if size.device.type == "cpu" else PIECE_OF_A_DEVICE
     length = max(1, numbers // (batch * rate.numel()))
-    return [slice(start, start + length) for start in range(0, time, length)]
+    return [slice(start, min(start + length, time)) for start in range(0, time, length)]
 
 
-def _states(size: Tensor, x: Tensor, rate: Tensor, write: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(dt A) and h, (B, P, N, F) each."""
-    decay = (size[:, :, None] * (rate * LOG2_E)).exp2_()
-    written = (size * x)[:, :, None] * write[..., None]
-    h = torch.empty_like(written)
-    run(decay, written, start, h, False)
-    return decay, h
+def _length(pieces: list[slice]) -> int:
+    return pieces[0].stop if pieces else 0
+
+
+def _fill(decay: _Steps, h: _Steps, size: Tensor, x: Tensor, rate: Tensor, write: Tensor, start: Tensor) -> None:
+    """exp(dt A) of a piece, and the state before it and after each of its tokens."""
+    n = len(size)
+    torch.mul(size[:, :, None], rate * LOG2_E, out=decay.whole[:n]).exp2_()
+    h.whole[0] = start
+    torch.mul((size * x)[:, :, None], write[..., None], out=h.whole[1 : n + 1])
+    _run(decay, slice(n), start, h, slice(1, n + 1), False)
+
+
+def _run(decay: _Steps, decays: slice, start: Tensor, h: _Steps, steps: slice, backwards: bool) -> None:
+    """h_t += a_t h_{t-1} for these steps of both, or h_t += a_{t+1} h_{t+1}."""
+    if h.whole.device.type == "cpu":
+        sweep(decay.each[decays], h.each[steps], start, h.each[steps], backwards)
+    else:
+        a, b = (tensor.transpose(0, 1) for tensor in (decay.whole[decays], h.whole[steps]))
+        run(a, b, start, b, backwards)
 
 
 @_scan.register_fake

@@ -59,7 +59,7 @@ def test_one_graph_holds_it_when_compiled() -> None:
     given = arguments(9, torch.float32)
     compiled = torch.compile(selective_scan, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*given), selective_scan(*given))
-    torch.library.opcheck(
-        torch.ops.llmx.selective_scan,
-        (*(t for t in given[:2]), given[2].mT.contiguous(), *given[3:5], given[5].mT.contiguous()),
-    )
+    size, x, rate, write, read, start = given
+    size, x, write, read = (tensor.transpose(0, 1).contiguous() for tensor in (size, x, write, read))
+    rate, start = rate.mT.contiguous(), start.mT.contiguous()
+    torch.library.opcheck(torch.ops.llmx.selective_scan, (size, x, rate, write, read, start))
