@@ -7,7 +7,7 @@
 N is a small network with sines between its layers, phi the lag, sines and cosines of it. L is `max_length`: no lag
 beyond it has a filter. As in the paper's own code the short convolution stands for the filter before the first gate.
 Time O(T log T D) a sequence, memory O(T D). No fixed-size state: a step is a product of the filter with all past u,
-O(S D) for a cache of S slots, S D + 6 D numbers a sequence, and N runs over S lags for it. The trap: a product of
+O(S D) for a cache of S slots; with the filter, for N is slow, 2 S D + 6 D numbers a sequence. The trap: a product of
 spectra is a circular convolution, where the end of the text wraps round to its beginning and every position sees the
 future; both sides are padded with zeros to 2 T. What is left of the future is rounding, 1e-7 in fp32.
 """
@@ -32,6 +32,7 @@ FLOOR = 0.05  # of the window, below which it does not fall
 class HyenaState(NamedTuple):
     short: Tensor  # of the short convolution
     past: Tensor  # (B, 1, S, D), u, slot s for position s; written in place while gradients are off
+    taps: Tensor  # (B, S, D), h, the same for all rows
 
 
 class Hyena(StatefulMixer):
@@ -72,24 +73,25 @@ class Hyena(StatefulMixer):
     def init_state(self, batch_size: int, max_length: int) -> HyenaState:
         self._check(max_length)
         past = self.out.weight.new_zeros(batch_size, 1, max_length, self.out.in_features)
-        return HyenaState(self.short.init_state(batch_size), past)
+        taps = self.filter(max_length).expand(batch_size, -1, -1)
+        return HyenaState(self.short.init_state(batch_size), past, taps)
 
     def step(self, x: Tensor, state: HyenaState, context: Context) -> tuple[Tensor, HyenaState]:  # type: ignore[override]
         projected, short = self.short.step(self.project(x), state.short)
         query, u = self._gate(projected)
         past = write(state.past, u[:, None, None], context.positions[:, None])
-        slots = past.shape[2]
-        lags = context.positions[:, None] - torch.arange(slots, device=x.device)  # (B, S)
-        taps = self.filter(slots)[lags.clamp(min=0)] * (lags >= 0)[..., None]  # (B, S, D)
-        return self._read(query, u, (taps * past[:, 0]).sum(1)), HyenaState(short, past)
+        lags = context.positions[:, None] - torch.arange(past.shape[2], device=x.device)  # (B, S)
+        taps = state.taps.gather(1, lags.clamp(min=0)[..., None].expand_as(state.taps))
+        mixed = (taps * past[:, 0]).masked_fill(lags[..., None] < 0, 0.0).sum(1)
+        return self._read(query, u, mixed), HyenaState(short, past, state.taps)
 
     def prefill(self, x: Hidden, state: HyenaState, context: Context) -> tuple[Hidden, HyenaState]:  # type: ignore[override]
         projected, short = self.short.prefill(self.project(x), state.short)
         query, u = self._gate(projected)
         past = write(state.past, u[:, :, None], context.positions)
-        mixed = long_convolution(past[:, 0], self.filter(past.shape[2]))  # (B, S, D)
+        mixed = long_convolution(past[:, 0], state.taps[0])  # (B, S, D)
         here = context.positions[..., None].expand_as(u)
-        return self._read(query, u, mixed.gather(1, here)), HyenaState(short, past)
+        return self._read(query, u, mixed.gather(1, here)), HyenaState(short, past, state.taps)
 
     def _gate(self, projected: Tensor) -> tuple[Tensor, Tensor]:
         """query and u (..., D)"""
@@ -127,7 +129,7 @@ class ImplicitFilter(nn.Module):
         """The lags below `length` -> (length, D), in float32 at least."""
         weight = self.last.weight
         exact = torch.promote_types(weight.dtype, torch.float32)
-        with torch.autocast(weight.device.type, enabled=False):
+        with torch.autocast("cpu" if weight.is_meta else weight.device.type, enabled=False):  # there is none of meta
             lag = torch.arange(length, device=weight.device, dtype=exact)[:, None] / self.max_length
             angle = 2 * math.pi * torch.arange(1, self.bands + 1, device=weight.device, dtype=exact) * lag
             hidden = torch.cat((lag, angle.cos(), angle.sin()), 1)
