@@ -339,7 +339,7 @@ class CLI(LightningCLI):
             self._check_window()
         self._let_it_count()
         if verb == "fit":
-            self.model.audit_causality()  # before there is a run folder
+            self.model.audit_causality(self.datamodule.beginning())  # before there is a run folder
         try:
             self.config_init = self.parser.instantiate_classes(self.config)  # of the trainer; see _add_instantiators
             self.trainer = self.instantiate_trainer(**self._trainer_arguments(settings.trainer))
@@ -354,6 +354,8 @@ class CLI(LightningCLI):
             next(iter(self.datamodule.train_dataloader()))  # devices and accumulation divide it, and memory holds it
             self.model.trainer, self.trainer.datamodule = self.trainer, self.datamodule  # type: ignore[attr-defined]
             self.model.configure_optimizers()  # which Lightning does only in a run that has begun
+            if self.trainer.strategy.launcher is None:  # else in each process
+                self.model.audit_run()
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, MixerMaps):
                     callback.check(self.model)

@@ -28,6 +28,23 @@ class Leaky(Mixer):
         return x.mean(1, keepdim=True) * self.weight + x
 """
 
+OPENING = """
+import torch
+from llmx.protocol import Mixer
+
+class Opening(Mixer):
+    def __init__(self, site):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(site.dim))
+        self.register_buffer("steps", torch.zeros(()))
+
+    def after_optimizer_step(self):
+        self.steps += 1
+
+    def forward(self, x, context):
+        return x * self.weight + x.mean(1, keepdim=True) * (self.steps > 2)
+"""
+
 
 POWER_CUT = """
 from lightning.pytorch.callbacks import Callback
@@ -341,6 +358,39 @@ def test_audit_of_a_leaking_checkpoint_measures_it_with_the_future_hidden(leaky,
     capsys.readouterr()
     assert main(["audit", "--ckpt_path", str(folder / "checkpoints/last.ckpt")]) == 1
     assert "with the future hidden" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.fixture
+def opening(lab):
+    Path("opening_mixer.py").write_text(OPENING)
+    lab["model"]["network"]["init_args"]["block"]["init_args"]["mixer"] = {"class_path": "opening_mixer.Opening"}
+    write_config("tiny.yaml", lab)
+    yield lab
+    sys.modules.pop("opening_mixer", None)
+
+
+def test_a_leak_that_training_opens_stops_the_run_at_its_validation(opening, capsys):
+    assert main(["fit", "--config", "tiny.yaml"]) == 2
+    assert "the network leaks: the loss at position" in capsys.readouterr().err
+    assert not (newest_run() / "metrics.json").exists()
+
+
+def test_a_leak_in_the_precision_of_the_run_alone_stops_it(leaky, capsys):
+    Path("leaky_mixer.py").write_text(LEAKY.replace("keepdim=True)", "keepdim=True) * (x.dtype != torch.float64)"))
+    message = fails(capsys, "fit", "--config", "tiny.yaml")
+    assert "in the run's own precision and on its device" in message
+
+
+def test_a_leak_that_training_opens_marks_run_and_checkpoint_where_it_is_let_through(opening, capsys):
+    with pytest.warns(UserWarning, match="LEAKING at step 4: the loss at position"):
+        folder = fit("--model.audit", "warn")
+    assert json.loads((folder / "metrics.json").read_text())["leaking"] is True
+    capsys.readouterr()
+    assert main(["audit", "--ckpt_path", str(folder / "checkpoints/last.ckpt"), "--trust", "opening_mixer"]) == 1
+    assert "LEAKING" in (shown := " ".join(capsys.readouterr().out.split()))
+    assert "with the future hidden" in shown
+    run("validate", "--ckpt_path", folder / "checkpoints/last.ckpt", "--trust", "opening_mixer")
+    assert "LEAKING" in capsys.readouterr().out.strip().splitlines()[-1]
 
 
 # --------------------------------------------------------------------------------------------------------- bad input

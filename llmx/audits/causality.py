@@ -3,22 +3,25 @@
 It works on a copy of the network in float64 on the CPU, where a leak of 1e-9 stands out from rounding, with weights
 moved away from their initialisation, because a projection that starts at zero hides whatever leaks behind it. In
 training and in evaluation mode, at several lengths (a prime one, and one with more than 64 positions where the window
-allows, so that chunked forms show their seams), it asks:
+allows, so that chunked forms show their seams), on random tokens and on text, it asks:
 
+    losses    in evaluation: is the loss what the logits give, the cross-entropy? (for it is logits that are looked at)
     suffix    replace all tokens from some position on: does an output before them change? (leaks without a gradient)
     prefix    cut all tokens off from some position on: does an output before them change? (leaks of the length)
     batch     replace one row, or leave the others out: does an output of another row change?
-    memory    in evaluation: does an output depend on the batches that went before?
+    memory    in evaluation: does an output depend on the batches that went before, of the same text or another?
     gradient  in evaluation: does an output have a gradient with respect to a later embedding? (tiny, smooth leaks)
 
-and whether all outputs are `finite`. Each pass begins with the same state and the same random draws, so dropout needs
-no exception and a counter in training is no leak. The trap: a batch whose rows are changed at different positions
-confuses rows with time, so a suspected leak is confirmed on rows that are all changed at the same one.
+and whether all outputs are `finite`. An output is the logarithm of a probability: as a logit, one huge number for what
+is no token would make all changes look small. Each pass begins with the same state and the same random draws, so
+dropout needs no exception and a counter in training is no leak. The trap: a batch whose rows are changed at different
+positions confuses rows with time, so a suspected leak is confirmed on rows that are all changed at the same one.
+
+What a copy in float64 cannot show, `audit_run` looks for: in llmx/audits/running.py.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections import Counter
@@ -33,7 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from llmx.audits.probes import exact_copy, perturbed_copy, seed_all, undisturbed
+from llmx.audits.probes import copied, exact_copy, perturbed_copy, seed_all, undisturbed
 from llmx.errors import UserError
 from llmx.protocol import Network
 from llmx.shapes import Logits, Tokens
@@ -41,9 +44,12 @@ from llmx.shapes import Logits, Tokens
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-CHECKS = ("finite", "suffix", "prefix", "gradient", "batch", "memory")
+CHECKS = ("finite", "losses", "suffix", "prefix", "gradient", "batch", "memory", "run")
 TOLERANCE = 1e-9  # relative to the largest output; a convolution by FFT has 4e-16
 CAST_TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-2, torch.bfloat16: 3e-2}  # where a network casts down inside
+SAME_SHAPE_TOLERANCE = 1e-6  # of these, but for FFTs: what has the same shape is rounded in the same way
+LOSS_TOLERANCE = 1e-4  # nats, between a loss in float32 and the cross-entropy
+LEAST = -100.0  # nats; logarithms of probabilities are not told apart below
 MAX_ROWS = 32
 MAX_TOKENS = 2048  # in one pass
 MAX_WORK = 1e10  # parameters times tokens in one pass
@@ -57,11 +63,11 @@ class Breach:
     mode:          "train" or "eval"
     length:        tokens in a sequence
     module:        dotted name of the first module in forward order that turns unchanged inputs into a changed output;
-                   the network's class where it is none of its parts
+                   the network's class where it is none of its parts, or not looked for (`losses`, `run`)
     module_class:  its class
     position:      the output position that changed most
     changed:       the first input position that was replaced, cut off, or differentiated by
-    size:          the change, relative to the largest output; inf for `finite`
+    size:          the change, relative to the largest output; in nats for `losses`, inf for `finite`
     """
 
     check: str
@@ -76,6 +82,9 @@ class Breach:
     def __str__(self) -> str:
         what = {
             "finite": f"the output at position {self.position} is not finite",
+            "losses": f"the loss at position {self.position} is {self.size:.2g} nats away from the cross-entropy of "
+            "the logits",
+            "run": f"the loss at position {self.position} changed by {self.size:.2g} (relative)",
             "gradient": f"the output at position {self.position} has a gradient of {self.size:.2g} (relative to the "
             f"largest) with respect to the embedding at position {self.changed}",
         }.get(self.check, f"the output at position {self.position} changed by {self.size:.2g} (relative)")
@@ -84,10 +93,13 @@ class Breach:
             "prefix": f" when only positions from {self.changed} on were cut off",
             "batch": " when only other rows of the batch were replaced or left out",
             "memory": " when only the batch before it was another",
+            "run": f" when only text from {self.changed} on was replaced, in the run's own precision and on its device",
         }.get(self.check, "")
+        where = f"{self.check}, {self.mode} mode, length {self.length}"
+        if self.check in ("losses", "run"):  # which look at the whole network alone
+            return f"{what}{when} ({where})"
         module = self.module if self.module == self.module_class else f"{self.module} ({self.module_class})"
         fault = "is not finite" if self.check == "finite" else "leaks"
-        where = f"{self.check}, {self.mode} mode, length {self.length}"
         return f"{what}{when} ({where}); the first module that {fault} is {module}"
 
 
@@ -153,14 +165,15 @@ class CausalityError(UserError):
     """A leaking network; carries the `report`."""
 
     def __init__(self, report: CausalityReport):
+        fault = {"finite": "fails", "losses": "cheats"}.get(report.breaches[0].check, "leaks")
         super().__init__(
-            f"the network leaks: {report.describe()} Mend that module, or train the network all the same with "
+            f"the network {fault}: {report.describe()} Mend that, or train the network all the same with "
             "`--model.audit warn`, which marks the run as LEAKING."
         )
         self.report = report
 
 
-def audit_causality(network: Network, max_length: int, seed: int = 0) -> CausalityReport:
+def audit_causality(network: Network, max_length: int, seed: int = 0, text: Tensor | None = None) -> CausalityReport:
     """Looks for outputs that depend on later tokens, on other rows, or on earlier batches.
 
     The network and the caller's random state stay as they are. A network of 10 M parameters takes some seconds.
@@ -169,6 +182,8 @@ def audit_causality(network: Network, max_length: int, seed: int = 0) -> Causali
         network: in any mode, on any device.
         max_length: the longest sequence tried; the window. Large networks are tried at less, see the report's lengths.
         seed: of weights, tokens and cuts.
+        text: token ids (L,), from which half the rows are taken, for what random tokens never are (a word again, the
+            end of a paragraph).
 
     Raises:
         UserError: for a length below 1.
@@ -178,7 +193,7 @@ def audit_causality(network: Network, max_length: int, seed: int = 0) -> Causali
         raise UserError(f"data.window: {max_length} tokens are too few to audit a network; give at least 1")
     started = time.perf_counter()
     with undisturbed(), torch.no_grad():
-        probe = Probe(network, max_length, seed)
+        probe = Probe(network, max_length, seed, text)
         for length in probe.lengths:
             for training in (False, True):
                 _audit(Trial(probe, length, training))
@@ -196,6 +211,7 @@ def audit_causality(network: Network, max_length: int, seed: int = 0) -> Causali
 def _audit(trial: Trial) -> None:
     check_finite(trial, trial.tokens, trial.outputs)
     if trial.outputs.isfinite().all():
+        check_losses(trial)
         check_batch(trial)
         check_memory(trial)
         check_suffix(trial)
@@ -220,7 +236,8 @@ View = Callable[[Tensor], list[Tensor]]  # the part that must not change; severa
 class Probe:
     """A copy of a network that can be run again and again under equal conditions, and what was found with it."""
 
-    def __init__(self, network: Network, max_length: int, seed: int):
+    def __init__(self, network: Network, max_length: int, seed: int, text: Tensor | None):
+        self.text = text
         self.generator = torch.Generator().manual_seed(seed)
         self.vocab_size = network.vocab_size
         self.breaches: dict[tuple[str, str], Breach] = {}  # by check and mode
@@ -234,16 +251,17 @@ class Probe:
         exact = exact_copy(network)
         for scale in (0.1, 0.01, 0.0):  # less where the network cannot stand it
             self.source = perturbed_copy(exact, scale, self.generator)
-            with _Casts() as casts:
+            with Casts() as casts:
                 outputs = self.run(self.tokens(2, longest), training=True)
             if outputs.isfinite().all():
                 break
         self.tolerance = casts.tolerance
+        # where shapes are equal
+        self.same_tolerance = self.tolerance if casts.transforms else min(self.tolerance, SAME_SHAPE_TOLERANCE)
 
     def network(self, training: bool) -> Network:
         """The copy in its first state: parameters are shared, and buffers, counters and caches are new."""
-        parameters = {id(parameter): parameter for parameter in self.source.parameters()}
-        return copy.deepcopy(self.source, parameters).train(training)
+        return copied(self.source, share_parameters=True).train(training)
 
     def run(
         self, tokens: Tokens, training: bool, after: Tokens | None = None, draw: int = 0, calls: Calls | None = None
@@ -259,23 +277,30 @@ class Probe:
         if calls is not None:
             _record(network, calls)
         seed_all(draw)
-        return network(tokens.clone()).double()
+        outputs = network(tokens.clone()).double()
+        return outputs.log_softmax(-1).clamp(min=LEAST) if outputs.isfinite().all() else outputs
 
     def tokens(self, rows: int, length: int) -> Tokens:
-        return torch.randint(self.vocab_size, (rows, length), generator=self.generator)
+        """Every other row is text."""
+        tokens = torch.randint(self.vocab_size, (rows, length), generator=self.generator)
+        if self.text is not None and len(self.text) >= length:
+            tokens[1::2] = windows(self.text, rows // 2, length, self.generator)
+        return tokens
 
     def replaced(self, tokens: Tokens) -> Tokens:
         """Another token everywhere; needs a vocabulary of 2."""
-        return (tokens + torch.randint(1, self.vocab_size, tokens.shape, generator=self.generator)) % self.vocab_size
+        shift = torch.randint(1, self.vocab_size, tokens.shape, generator=self.generator)
+        other = self.tokens(*tokens.shape)
+        return torch.where(other == tokens, (tokens + shift) % self.vocab_size, other)
 
     def cuts(self, length: int) -> Tensor:
         """Positions from 1 on where the future may begin, as many as there are rows to try (R,): all, or a sample."""
         rows = max(2, min(MAX_ROWS, self.budget // length))
         if length - 1 <= rows:
             return torch.arange(rows) % (length - 1) + 1
-        strata = torch.linspace(1, length - 1, rows).long()  # one cut in each stratum, and the last position
-        strata[:-1] += (torch.rand(rows - 1, generator=self.generator) * strata.diff()).long()
-        return strata
+        strata = torch.linspace(1, length - 1, rows - rows // 2).long()  # one cut in each, and the last position
+        strata[:-1] += (torch.rand(len(strata) - 1, generator=self.generator) * strata.diff()).long()
+        return torch.cat((strata, torch.tensor(seams(length, rows // 2))))
 
 
 class Trial:
@@ -303,12 +328,14 @@ class Trial:
         self.probe.skipped.setdefault(check, reason)
 
     def judge(
-        self, check: str, change: Tensor, changed: int, first: Pass, second: Pass, view: View, view2: View
+        self, check: str, change: Tensor, changed: int, first: Pass, second: Pass, view: View, view2: View | None = None
     ) -> bool:
-        """Records a breach if two passes differ by `change` (rows, positions, V) in what they must share."""
-        if change.max() <= self.probe.tolerance:
+        """Records a breach if two passes differ by `change` (rows, positions, V) in what they must share. They are of
+        the same shape where there is no second view."""
+        tolerance = self.probe.same_tolerance if view2 is None else self.probe.tolerance
+        if change.max() <= tolerance:
             return False
-        culprit = self.locate(first, second, view, view2)
+        culprit = self.locate(first, second, view, view2 or view, tolerance)
         self.breach(check, culprit, int(change.amax((0, 2)).argmax()), changed, change.max().item())
         return True
 
@@ -318,7 +345,7 @@ class Trial:
             check, self.mode, self.length, module or kind, kind, position, changed, size
         )
 
-    def locate(self, first: Pass, second: Pass, view: View, view2: View) -> Call | None:
+    def locate(self, first: Pass, second: Pass, view: View, view2: View, tolerance: float) -> Call | None:
         """The first module whose output differs between two passes although its inputs agree."""
         calls, calls2 = Calls(), Calls()
         first(calls=calls)
@@ -328,7 +355,7 @@ class Trial:
             for one, two in zip(tensors, tensors2, strict=False):
                 pairs = [(a, b) for a, b in product(view(one), view2(two)) if a.shape == b.shape and a.numel()]
                 # differ however the axes are read: a wrong reading sees what may change
-                if pairs and min(_change(a, b).max().item() for a, b in pairs) > self.probe.tolerance:
+                if pairs and min(_change(a, b).max().item() for a, b in pairs) > tolerance:
                     return True
             return False
 
@@ -347,6 +374,20 @@ def check_finite(trial: Trial, tokens: Tokens, outputs: Logits) -> None:
     trial.breach("finite", next(spoiled, None), int(bad.any(0).int().argmax()), 0, math.inf)
 
 
+def check_losses(trial: Trial) -> None:
+    if trial.training or trial.found("losses"):
+        return
+    targets = trial.probe.tokens(trial.rows, trial.length)
+    network = trial.probe.network(training=False)
+    seed_all(0)
+    losses = network.losses(trial.tokens.clone(), targets.clone())[0]
+    expected = -trial.outputs.gather(-1, targets[..., None])[..., 0]
+    # an end of the scale may stand for what is no token
+    away = (losses.double().clamp(max=-LEAST) - expected).abs().nan_to_num(nan=math.inf)
+    if away.max() > LOSS_TOLERANCE + trial.probe.tolerance * -LEAST:
+        trial.breach("losses", None, int(away.amax(0).argmax()), 0, away.max().item())
+
+
 def check_batch(trial: Trial) -> None:
     """Replaces the middle row; in evaluation, also looks at it alone."""
     if trial.found("batch"):
@@ -360,7 +401,7 @@ def check_batch(trial: Trial) -> None:
         tokens[one] = trial.probe.replaced(tokens[one])
         replaced = partial(trial.run, tokens)
         view = partial(_row_views, rows=trial.rows, keep=others)
-        if trial.judge("batch", _change(trial.outputs, replaced())[others], 0, base, replaced, view, view):
+        if trial.judge("batch", _change(trial.outputs, replaced())[others], 0, base, replaced, view):
             return
     if trial.training:
         return
@@ -375,9 +416,11 @@ def check_batch(trial: Trial) -> None:
 def check_memory(trial: Trial) -> None:
     if trial.training or trial.found("memory"):
         return
-    again = partial(trial.run, trial.tokens, after=trial.probe.tokens(trial.rows, trial.length))
     base = partial(trial.run, trial.tokens)
-    trial.judge("memory", _change(trial.outputs, again()), 0, base, again, _whole, _whole)
+    for before in (trial.probe.tokens(trial.rows, trial.length), trial.tokens):
+        again = partial(trial.run, trial.tokens, after=before)
+        if trial.judge("memory", _change(trial.outputs, again()), 0, base, again, _whole):
+            return
 
 
 def check_suffix(trial: Trial) -> None:
@@ -395,11 +438,11 @@ def check_suffix(trial: Trial) -> None:
     check_finite(trial, tokens, outputs)
     change = _change(outputs, trial.run(torch.where(later, other, tokens))).amax(-1).masked_fill(later, 0)  # (R, T)
     worst = change.amax(1)  # (R,)
-    suspects = [row for row in worst.argsort(descending=True).tolist() if worst[row] > trial.probe.tolerance]
+    suspects = [row for row in worst.argsort(descending=True).tolist() if worst[row] > trial.probe.same_tolerance]
     for row in suspects[:4]:
         cut, rows = int(cuts[row]), (row + torch.arange(4)) % len(cuts)
         first, second, view = _suffix_passes(trial, tokens[rows], other[rows], cut)
-        if trial.judge("suffix", _change(first(), second())[:, :cut], cut, first, second, view, view):
+        if trial.judge("suffix", _change(first(), second())[:, :cut], cut, first, second, view):
             return
     if suspects and not trial.found("batch"):  # else it was another row that changed this one
         row = suspects[0]
@@ -428,7 +471,7 @@ def check_gradient(probe: Probe) -> Tensor | None:
         trial.skip("gradient", "it needs finite outputs, and rows that do not influence each other")
         return None
     tokens = trial.tokens[:1].repeat(trial.length, 1)
-    projection = torch.randn(probe.vocab_size, generator=probe.generator, dtype=torch.float64)
+    projection = torch.randn(trial.outputs.shape[-1], generator=probe.generator, dtype=torch.float64)
     gradients = _gradients(probe.network(training=False), tokens, projection)
     if not gradients:
         trial.skip("gradient", "no gradient leads from the outputs to an nn.Embedding of the tokens")
@@ -444,7 +487,7 @@ def check_gradient(probe: Probe) -> Tensor | None:
         culprit = None
         if probe.vocab_size > 1:
             first, second, view = _suffix_passes(trial, tokens[:4], probe.replaced(tokens[:4]), position + 1)
-            culprit = trial.locate(first, second, view, view)
+            culprit = trial.locate(first, second, view, view, probe.same_tolerance)
         trial.breach("gradient", culprit, position, changed, size)
     return influence
 
@@ -541,21 +584,40 @@ def _gradients(network: Network, tokens: Tokens, projection: Tensor) -> list[Ten
 
 
 # ------------------------------------------------------------------------------------------------------------ helpers
-class _Casts(TorchFunctionMode):
-    """Watches for operations that take float64 to a lower precision: their rounding is no leak."""
+class Casts(TorchFunctionMode):
+    """Watches for operations that take float64 to a lower precision: their rounding is no leak. And for Fourier
+    transforms, by which all numbers are in the rounding of each."""
 
     def __init__(self) -> None:
         super().__init__()
         self.tolerance = TOLERANCE
+        self.transforms = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
+        self.transforms |= "fft" in name
         target = args[0] if name in ("__setitem__", "copy_") else output
         exact = any(isinstance(value, Tensor) and value.dtype == torch.float64 for value in args)
         if exact and isinstance(target, Tensor) and not (name.startswith("new_") or name.endswith("_like")):
             self.tolerance = max(self.tolerance, CAST_TOLERANCE.get(target.dtype, 0))
         return output
+
+
+def seams(length: int, count: int) -> list[int]:
+    """Positions below `length` that are multiples of the sizes which chunks have: powers of two first, 8s and 10s."""
+    sizes = {size: 4 if size.bit_count() == 1 else 1 for size in range(2, length)}
+    missing = {size: weight for size, weight in sizes.items() if weight > 1 or size % 8 == 0 or size % 10 == 0}
+    found = []
+    for _ in range(count):
+        found.append(max(range(1, length), key=lambda cut: sum(w for size, w in missing.items() if cut % size == 0)))
+        missing = {size: weight for size, weight in missing.items() if found[-1] % size}
+    return found
+
+
+def windows(text: Tensor, rows: int, length: int, generator: torch.Generator) -> Tokens:
+    starts = torch.randint(len(text) - length + 1, (rows, 1), generator=generator)
+    return text[starts + torch.arange(length)].long()
 
 
 def _prime(limit: int) -> int:

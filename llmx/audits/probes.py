@@ -8,6 +8,8 @@ import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -23,13 +25,21 @@ EXACT = {
 }
 
 
+def copied(network: Network, share_parameters: bool = False) -> Network:
+    """A deep copy; of a tensor that a module keeps from its last pass the numbers alone, without their history."""
+    deepcopy = Tensor.__deepcopy__
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in network.parameters()} if share_parameters else {}
+    with patch.object(Tensor, "__deepcopy__", lambda x, memo: deepcopy(x if x.is_leaf else x.detach(), memo)):
+        return copy.deepcopy(network, memo)
+
+
 def exact_copy(network: Network) -> Network:
     """A copy on the CPU in float64, plain tensor attributes included."""
 
     def exact(tensor: Tensor) -> Tensor:
         return tensor.detach().to("cpu", EXACT.get(tensor.dtype, tensor.dtype))
 
-    network = copy.deepcopy(network)._apply(exact)
+    network = copied(network)._apply(exact)
     for module in network.modules():
         vars(module).update({name: exact(value) for name, value in vars(module).items() if isinstance(value, Tensor)})
     return network
@@ -37,12 +47,12 @@ def exact_copy(network: Network) -> Network:
 
 def perturbed_copy(network: Network, scale: float, generator: torch.Generator) -> Network:
     """A copy whose weights are moved by about `scale`, matrices by less the wider they are."""
-    network = copy.deepcopy(network)
+    network = copied(network)
     for parameter in network.parameters():
         if parameter.requires_grad:
             noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
             wide = parameter.shape[-1] if parameter.ndim > 1 else 1
-            parameter.add_(noise * scale * min(1.0, 5 / math.sqrt(wide)))
+            parameter.add_(noise.to(parameter.device) * scale * min(1.0, 5 / math.sqrt(wide)))
         parameter.requires_grad_(False)
     network.after_optimizer_step()
     return network

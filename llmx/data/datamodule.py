@@ -207,6 +207,10 @@ class TextDataModule(LightningDataModule):
         index = SPLITS.index(split)
         return self._encoded[ends[index - 1] if index else 0 : ends[index]]
 
+    def beginning(self, most: int = 2**20) -> Tensor:
+        """At most so many token ids of the training split, (L,), which may be too large to hold."""
+        return torch.from_numpy(np.asarray(self.tokens("train")[:most], np.int64))
+
     @property
     def sampler(self) -> WindowSampler:
         windows = count_windows(len(self.tokens("train")), self.window, "train")

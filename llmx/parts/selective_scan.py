@@ -100,8 +100,8 @@ def _scan_backward(
 
 
 class _Steps:
-    """Room for the states of a piece, (P, B, N, F), which all pieces use in turns, and its views (B, N, F) of every step:
-    to make those anew for each piece takes as long as the arithmetic, where steps are small."""
+    """Room for the states of a piece, (P, B, N, F), which all pieces use in turns, and a view (B, N, F) of each step:
+    to make those anew for every piece takes as long as the arithmetic, where steps are small."""
 
     def __init__(self, length: int, state: Tensor):
         self.whole = state.new_empty(length, *state.shape)

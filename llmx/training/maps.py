@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
-from llmx.audits.probes import undisturbed
+from llmx.audits.probes import copied, undisturbed
 from llmx.errors import UserError
 from llmx.protocol import Network
 from llmx.training.callbacks import tensorboard
@@ -92,7 +91,7 @@ def mixer_maps(network: Network, tokens: Tensor) -> list[MixerMap]:
     is estimated from the gradients of a few random projections of the output. It works on a copy in evaluation mode;
     the network and the caller's random state stay as they are.
     """
-    network = copy.deepcopy(network).eval().requires_grad_(False)
+    network = copied(network).eval().requires_grad_(False)
     read: list[Tensor] = []
     calls: list[tuple[str, Tensor, Tensor]] = []  # title, input, output
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info
+from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -21,6 +21,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from llmx.audits.causality import CausalityError, CausalityReport, audit_causality
+from llmx.audits.running import audit_run
 from llmx.composition import build, to_config
 from llmx.data.datamodule import Prompts, TextDataModule
 from llmx.data.tokenizers import Tokenizer, tokenizer_from_config
@@ -57,8 +58,8 @@ class LanguageModel(pl.LightningModule):
             more, but for those that a component excepts), or `all`.
         compile: compile the network with its loss; `auto` does in runs that are long enough to pay for it, where a
             compiler is found. The step of a long generation is compiled too, unless this is `false`.
-        audit: the causality audit before the first step: a leak is an `error`, or a `warn`ing that marks the run as
-            leaking; `off` skips the audit.
+        audit: the causality audit, before the first step and, of the run itself, at each validation: a leak is an
+            `error`, or a `warn`ing that marks the run as leaking; `off` skips the audit.
         gradient_checkpointing: recompute activations in the backward pass, to save memory.
         warm_start: a checkpoint whose weights the network starts from.
         sampling: how `predict` and `generate` draw.
@@ -112,6 +113,7 @@ class LanguageModel(pl.LightningModule):
         self.description: Description | None = None  # of a fit
         self.causality: CausalityReport | None = None
         self.leaking = False
+        self.run_audited = False
         self.losses = self.network.losses
         self.compiled = False
         self.step_loss: Tensor | float = 0.0  # of the micro-batches of the step at hand, summed
@@ -137,6 +139,9 @@ class LanguageModel(pl.LightningModule):
             self.losses = torch.compile(self.network.losses, dynamic=False)
         elif wanted and stage != "predict":
             rank_zero_info("No C++ compiler was found: the network runs without compilation.")
+        if stage == "fit":
+            self.audit_causality(self._text())
+            self.audit_run()
 
     def configure_model(self) -> None:
         """Describes the network, and shards it over all processes where the strategy is a ModelParallelStrategy.
@@ -180,25 +185,61 @@ class LanguageModel(pl.LightningModule):
             self.network.learn(torch.from_numpy(np.asarray(data.tokens("train"), np.int64)))
 
     def on_fit_start(self) -> None:
-        self.audit_causality()
         if self.trainer.max_steps < 0 < (self.trainer.max_epochs or 0) and not isinstance(
             self.network, CountingNetwork
         ):
             # a checkpoint of the last step is within its epoch: Lightning would train on from it
             self.trainer.fit_loop.epoch_loop.max_steps = self.total_steps
 
-    def audit_causality(self) -> CausalityReport | None:
+    def on_validation_start(self) -> None:
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
+            self._audit_run(tokens=2048)  # the weights as they are now
+
+    def audit_run(self) -> None:
+        """Audits, once, how the network will run in the trainer that it is attached to, unless `audit` is off.
+
+        Raises:
+            CausalityError: for a leak, unless `audit` is `warn`.
+        """
+        if not self.run_audited:
+            self.run_audited = True
+            self._audit_run(perturb=True)
+
+    def audit_causality(self, text: Tensor | None = None) -> CausalityReport | None:
         """Audits the network once, unless `audit` is off.
+
+        Args:
+            text: token ids (L,), beside the random ones.
 
         Raises:
             CausalityError: for a leak, unless `audit` is `warn`.
         """
         if self.hparams["audit"] != "off" and self.causality is None:
-            self.causality = audit_causality(self.network, self.window)
+            self.causality = audit_causality(self.network, self.window, text=text)
             self.leaking = self.causality.leaking
         if self.leaking and self.causality is not None and self.hparams["audit"] == "error":
             raise CausalityError(self.causality)
         return self.causality
+
+    def _audit_run(self, **how: Any) -> None:
+        if self.causality is None or self.leaking or self.device_mesh is not None:
+            return
+        autocast = self.trainer.precision_plugin.forward_context()
+        device = self.trainer.strategy.root_device  # where it will be, if it is not yet
+        breach = audit_run(self.network, self.window, autocast, self._text(), device=device, **how)
+        if breach is None:
+            return
+        self.leaking = True
+        self.causality = replace(self.causality, breaches=(breach,))
+        if self.hparams["audit"] == "error":
+            if not self.trainer.is_global_zero:
+                raise SystemExit(0)  # another code, and Lightning would kill the first process while it ends
+            raise CausalityError(self.causality)
+        rank_zero_warn(f"LEAKING at step {self.trainer.global_step}: {breach}.")
+
+    def _text(self) -> Tensor | None:
+        data = getattr(self.trainer, "datamodule", None)
+        return data.beginning() if isinstance(data, TextDataModule) else None
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # the x axis of every curve; after resuming a finished run Lightning's own count is one behind

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import lightning.pytorch as pl
@@ -13,6 +15,7 @@ from llmx.audits.causality import audit_causality
 from llmx.audits.forms import FormsReport, audit_forms
 from llmx.audits.hidden_future import hidden_future_loss
 from llmx.audits.parameters import ParametersReport, audit_parameters
+from llmx.audits.running import audit_run
 from llmx.data.datamodule import TextDataModule
 from llmx.describe import describe
 from llmx.protocol import CountingNetwork
@@ -29,23 +32,31 @@ class Trainer(pl.Trainer):
         Args:
             model: whose network is audited.
             datamodule: of the validation split, for the loss of a leaking network whose future is hidden.
-            ckpt_path: a checkpoint. If its network leaks, its loss is measured again with the future hidden.
+            ckpt_path: a checkpoint, whose weights are audited. If they leak, their loss is measured again with the
+                future hidden.
 
         Returns whether the network passes them all.
         """
-        report = audit_causality(model.network, model.window)
-        others: list[FormsReport | ParametersReport] = [audit_forms(model.network, model.window)]
+        others: list[FormsReport | ParametersReport] = []
         if not isinstance(model.network, CountingNetwork):
-            others.append(audit_parameters(model.network, model.window))
+            others.append(audit_parameters(model.network, model.window))  # as they start
+        checkpoint = {} if ckpt_path is None else read_checkpoint(ckpt_path)
+        if checkpoint:
+            model.load_state_dict(checkpoint["state_dict"])
+        mixed = checkpoint.get("llmx", {}).get("precision") == "bf16-mixed"
+        autocast = partial(torch.autocast, model.device.type, torch.bfloat16, enabled=mixed)
+        text = datamodule.beginning()
+        report = audit_causality(model.network, model.window, text=text)
+        breach = audit_run(model.network, model.window, autocast(), text, perturb=not checkpoint)
+        if breach is not None:
+            report = replace(report, breaches=(*report.breaches, breach))
+        others.insert(0, audit_forms(model.network, model.window))
         for summary in (report.summary(), *(other.summary() for other in others)):
             rich.print(summary)
-        if ckpt_path is not None and report.leaking:
-            checkpoint = read_checkpoint(ckpt_path)
-            model.load_state_dict(checkpoint["state_dict"])
+        if checkpoint and report.leaking:
             counts = np.bincount(np.asarray(datamodule.tokens("train")), minlength=model.tokenizer.vocab_size)
             print("Measuring the loss with the future hidden: a pass over a window for every character and draw ...")
-            mixed = checkpoint.get("llmx", {}).get("precision") == "bf16-mixed"
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=mixed):
+            with autocast():
                 honest = hidden_future_loss(model.network, np.asarray(datamodule.tokens("val")), counts, model.window)
             rich.print(
                 f"val loss with the future hidden: {honest.loss:.4f} nats, "
