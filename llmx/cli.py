@@ -474,16 +474,31 @@ class CLI(LightningCLI):
             )
 
     def _check_window(self) -> None:
-        tokens = torch.zeros(1, self.model.window, dtype=torch.int64)
+        network, window = self.model.network, self.model.window
+        names = {module: name for name, module in network.named_modules()}
+
+        def check(part: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if not isinstance(output, torch.Tensor) or output.shape != args[0].shape:
+                what = _shape(output.shape) if isinstance(output, torch.Tensor) else f"a {type(output).__name__}"
+                raise UserError(
+                    f"model.network: {names[part]} ({type(part).__name__}) gives {what} for {_shape(args[0].shape)}; "
+                    "its output has the shape of its input"
+                )
+
+        parts = {part for block in network.layers for part in (block.mixer, block.feed_forward)}
+        handles = [part.register_forward_hook(check) for part in parts]
         try:
             with torch.no_grad():
-                self.model.network(tokens)
-        except ValueError as error:
-            raise UserError(
-                f"model.network does not take windows of {self.model.window} (data.window): {error}"
-            ) from error
-        except RuntimeError as error:
-            raise UserError(_stuck(self.model.window, error)) from error
+                network(torch.zeros(1, window, dtype=torch.int64))
+        except UserError:
+            raise
+        except Exception as error:
+            if isinstance(error, ValueError) and _frame(error).filename.startswith(str(Path(__file__).parent)):
+                raise UserError(f"model.network does not take windows of {window} (data.window): {error}") from error
+            raise UserError(_stuck(window, error)) from error
+        finally:
+            for handle in handles:
+                handle.remove()
 
     # --------------------------------------------------------------------------------------------------- the verbs
     def before_fit(self) -> None:
@@ -657,12 +672,18 @@ def _built(config: Any, vocab_size: int, device: str) -> Network:
         raise
 
 
-def _stuck(length: int, error: RuntimeError) -> str:
-    """What torch says of shapes and memory, with the line of the component that it says it of."""
-    frames = traceback.extract_tb(error.__traceback__)
-    frame = [f for f in frames if not f.filename.startswith(str(Path(torch.__file__).parent))][-1]
+def _stuck(length: int, error: Exception) -> str:
+    """What torch says of shapes and memory, or Python of a mistake, with the line of the component."""
+    frame = _frame(error)
     place = f"{frame.filename}, line {frame.lineno}, in {frame.name}"
-    return f"model.network: a window of {length} does not pass {place}: {' '.join(str(error).split())[:300]}"
+    kind = "" if isinstance(error, RuntimeError) else f"{type(error).__name__}: "
+    return f"model.network: a window of {length} does not pass {place}: {kind}{' '.join(str(error).split())[:300]}"
+
+
+def _frame(error: Exception) -> traceback.FrameSummary:
+    """The last place outside torch."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return [frame for frame in frames if not frame.filename.startswith(str(Path(torch.__file__).parent))][-1]
 
 
 def _option(arguments: list[str], name: str) -> str | None:

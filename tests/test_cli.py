@@ -360,6 +360,19 @@ def test_audit_of_a_leaking_checkpoint_measures_it_with_the_future_hidden(leaky,
     assert "with the future hidden" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.parametrize(
+    ("returned", "expected"),
+    [
+        ("x[:, 1:]", "model.network: blocks.0.mixer (Leaky) gives (1, 7, 8) for (1, 8, 8)"),
+        ("(x, None)", "model.network: blocks.0.mixer (Leaky) gives a tuple for (1, 8, 8)"),
+        ("x.unpack()", "leaky_mixer.py, line 11, in forward: AttributeError: 'Tensor' object has no attribute"),
+    ],
+)
+def test_a_mistake_in_a_mixer_of_ones_own_is_said_with_its_name_or_line(leaky, capsys, returned, expected):
+    Path("leaky_mixer.py").write_text(LEAKY.replace("x.mean(1, keepdim=True) * self.weight + x", returned))
+    assert expected in fails(capsys, "fit", "--config", "tiny.yaml")
+
+
 @pytest.fixture
 def opening(lab):
     Path("opening_mixer.py").write_text(OPENING)

@@ -3,8 +3,9 @@
 What a network learns in its parallel form it has to do in its recurrent form too, or the text it generates is another
 network's than the one that was measured. On a float64 copy with its weights moved, the logits of the parallel form are
 held against those of several segmentations of the same tokens, pieces of one token going through `step`, longer ones
-through `prefill`; and so are the gradients of all parameters. The trap: a state that is right for the last token and
-wrong for continuing, which only a piece that follows another piece shows.
+through `prefill`; and so are the gradients of all parameters. Where the window is longer than that takes, the outputs
+alone are held against each other for more tokens, for rings and chunks that are longer. The trap: a state that is right
+for the last token and wrong for continuing, which only a piece that follows another piece shows.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ import torch
 from torch import Tensor
 
 from llmx.audits.probes import exact_copy, perturbed_copy, seed_all, undisturbed
+from llmx.errors import UserError
 from llmx.protocol import Context, Network, Stateful
 from llmx.shapes import Logits, Tokens
 
 TOLERANCE = 1e-9  # relative to the largest number: the same sums in another order, with room for long ones
 MAX_LENGTH = 37  # tokens: chunked forms of 16 and 32 show a seam, and what is left over
+MOST = 300  # tokens, without gradients
 ROWS = 2
 
 
@@ -80,10 +83,11 @@ def audit_forms(network: Network, max_length: int, seed: int = 0) -> FormsReport
 
     Args:
         network: in any mode, on any device.
-        max_length: the window; no more than 37 tokens are tried.
+        max_length: the window; no more than 37 tokens are tried, 300 without gradients.
         seed: of weights and tokens.
 
     Raises:
+        UserError: for a state that is written in place while its gradient is wanted.
         Exception: whatever the network itself raises.
     """
     started = time.perf_counter()
@@ -97,6 +101,10 @@ def audit_forms(network: Network, max_length: int, seed: int = 0) -> FormsReport
         seed_all(seed)
         tokens = torch.randint(copy.vocab_size, (ROWS, length), generator=generator)
         divergences = _compare(copy, tokens, generator)
+        if not divergences and max_length > length:
+            length = min(max_length, MOST)
+            tokens = torch.randint(copy.vocab_size, (ROWS, length), generator=generator)
+            divergences = _compare_outputs(copy, tokens)
     return FormsReport(tuple(divergences), None, length, time.perf_counter() - started)
 
 
@@ -122,12 +130,30 @@ def _compare(network: Network, tokens: Tokens, generator: torch.Generator) -> li
     outputs, gradients = differentiated(network(tokens))
     scale = max((gradient.abs().max().item() for gradient in gradients.values()), default=1.0)
     for lengths in segmentations(tokens.shape[1]):
-        outputs2, gradients2 = differentiated(_in_pieces(network, tokens, lengths))
+        try:
+            outputs2, gradients2 = differentiated(_in_pieces(network, tokens, lengths))
+        except RuntimeError as error:
+            if "inplace operation" not in str(error):
+                raise
+            raise UserError(
+                "the recurrent form writes into a tensor that its gradient is made of; make a new state, or write in "
+                "place only while gradients are off (torch.is_grad_enabled())"
+            ) from error
         sizes = {"outputs": _difference(outputs, outputs2, outputs.abs().max().item())}
         sizes |= {f"gradients of {name}": _difference(gradients[name], gradients2[name], scale) for name in parameters}
         worst = max(sizes, key=lambda what: (sizes[what] > TOLERANCE and what == "outputs", sizes[what]))
         if sizes[worst] > TOLERANCE:
-            return [Divergence(worst, lengths, _culprit(network, tokens), sizes[worst])]
+            return [Divergence(worst, lengths, _culprit(network, tokens, lengths), sizes[worst])]
+    return []
+
+
+@torch.no_grad()
+def _compare_outputs(network: Network, tokens: Tokens) -> list[Divergence]:
+    outputs = network(tokens)
+    for lengths in segmentations(tokens.shape[1]):
+        size = _difference(outputs, _in_pieces(network, tokens, lengths), outputs.abs().max().item())
+        if size > TOLERANCE:
+            return [Divergence("outputs", lengths, _culprit(network, tokens, lengths), size)]
     return []
 
 
@@ -149,8 +175,8 @@ def _difference(one: Tensor, two: Tensor, scale: float) -> float:
 
 
 @torch.no_grad()
-def _culprit(network: Network, tokens: Tokens) -> str:
-    """The first mixer or feed-forward that steps to another output than its own parallel form gives."""
+def _culprit(network: Network, tokens: Tokens, lengths: Sequence[int]) -> str:
+    """The first mixer or feed-forward that gives another output in pieces than its own parallel form gives."""
     calls: list[tuple[Any, Tensor, Context, Tensor]] = []
     handles = [
         part.register_forward_hook(lambda part, args, output: calls.append((part, args[0], args[1], output)))
@@ -166,8 +192,21 @@ def _culprit(network: Network, tokens: Tokens) -> str:
         state = part.init_state(len(x), x.shape[1])
         whole = Context(context.tokens, context.positions.expand(len(x), -1), context.embedding)
         whole.store = context.store
-        for t in range(x.shape[1]):
-            stepped, state = part.step(x[:, t], state, whole.at(t))
-            if _difference(output[:, t], stepped, output.abs().max().item()) > TOLERANCE:
+        start = 0
+        for length in lengths:
+            piece = slice(start, start + length)
+            if length == 1:
+                mixed, state = part.step(x[:, start], state, whole.at(start))
+                mixed = mixed[:, None]
+            else:
+                mixed, state = part.prefill(x[:, piece], state, _cut(whole, piece))
+            if _difference(output[:, piece], mixed, output.abs().max().item()) > TOLERANCE:
                 return f"{names[part]} ({type(part).__name__})"
+            start += length
     return type(network).__name__
+
+
+def _cut(context: Context, piece: slice) -> Context:
+    cut = Context(context.tokens[:, piece], context.positions[:, piece], context.embedding[:, piece])
+    cut.store = {name: value[:, piece] for name, value in context.store.items()}
+    return cut

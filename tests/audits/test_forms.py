@@ -1,6 +1,7 @@
 """The audit of forms finds every way in which a recurrent form can be another function than the parallel one."""
 
 from functools import partial
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -8,11 +9,12 @@ from torch import nn
 
 from llmx.audits.forms import audit_forms, segmentations
 from llmx.blocks.prenorm import PreNormBlock
+from llmx.errors import UserError
 from llmx.feedforward.swiglu import SwiGLU
 from llmx.mixers.attention import Attention
 from llmx.networks.decoder import Decoder
 from llmx.parts.attention import KeyValues
-from llmx.protocol import Mixer
+from llmx.protocol import Mixer, StatefulMixer
 
 WINDOW = 12
 
@@ -46,6 +48,33 @@ class NoGradientThroughState(Honest):
     def step(self, x, state, context):
         output, state = super().step(x, state, context)
         return output, KeyValues(*(tensor.detach() for tensor in state))
+
+
+class Total(NamedTuple):
+    total: torch.Tensor  # (B, D)
+
+
+class Mean(StatefulMixer):
+    def __init__(self, site):
+        super().__init__()
+        self.decay = nn.Parameter(torch.full((site.dim,), 0.5))
+        self.out = nn.Linear(site.dim, site.dim)
+
+    def forward(self, x, context):
+        return self.prefill(x, self.init_state(len(x), 0), context)[0]
+
+    def init_state(self, batch_size, max_length):
+        return Total(self.decay.new_zeros(batch_size, len(self.decay)))
+
+    def step(self, x, state, context):
+        total = self.decay * state.total + x
+        return self.out(total), Total(total)
+
+    def prefill(self, x, state, context):
+        totals = [state.total]
+        for token in x.unbind(1):
+            totals.append(self.decay * totals[-1] + token)
+        return self.out(torch.stack(totals[1:], 1)), Total(totals[-1])
 
 
 class WrongFeedForwardStep(SwiGLU):
@@ -86,6 +115,28 @@ def test_the_component_and_the_kind_of_difference_are_named():
     [found] = audit_forms(decoder(ForgetsBetweenPieces), WINDOW).divergences
     assert len(found.lengths) > 1
     assert max(found.lengths) > 1
+    assert found.component == "blocks.0.mixer (ForgetsBetweenPieces)"
+
+
+def test_a_fault_beyond_the_tokens_that_are_differentiated_is_found():
+    class Forgetful(Honest):
+        def step(self, x, state, context):
+            output, state = super().step(x, state, context)
+            return output * (context.positions < 50)[:, None], state
+
+    [found] = audit_forms(decoder(Forgetful), 64).divergences
+    assert found.component == "blocks.0.mixer (Forgetful)"
+    assert not audit_forms(decoder(Forgetful), 48).failing
+
+
+def test_a_state_that_is_written_in_place_is_told_from_a_wrong_one():
+    class InPlace(Mean):
+        def step(self, x, state, context):
+            return self.out(state.total.mul_(self.decay).add_(x)), state
+
+    assert not audit_forms(decoder(Mean), WINDOW).failing
+    with pytest.raises(UserError, match="in place only while gradients are off"):
+        audit_forms(decoder(InPlace), WINDOW)
 
 
 def test_a_network_without_a_recurrent_form_is_skipped():
