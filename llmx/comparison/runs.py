@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ from llmx.yaml_files import read_yaml
 
 # what a run was measured on, and how much it has seen
 PROTOCOL = ("corpus", "sha256", "split", "vocab_size", "window", "val_stride", "val_count")
+SEEN = "tokens seen"
 # settings that change where and how fast a run goes, and not what it computes
 ASIDE = {"seed_everything", "ckpt_path", "weights_only", "trust"}
 ASIDE_OF_TRAINER = {"default_root_dir", "enable_progress_bar", "logger", "log_every_n_steps", "callbacks", "profiler"}
@@ -77,7 +78,7 @@ class Run:
     @property
     def protocol(self) -> dict[str, Any]:
         """What two runs must share for their losses to be ranked. A network that counts has no number of tokens."""
-        seen = {"tokens seen": self.metrics["tokens"], "characters validated": len(self.losses)}
+        seen = {SEEN: self.metrics["tokens"], "characters validated": len(self.losses)}
         return {key: self.record["data"][key] for key in PROTOCOL} | seen
 
     @cached_property
@@ -203,20 +204,36 @@ def find_runs(patterns: Iterable[str]) -> list[Run]:
 
 
 def grouped(runs: Iterable[Run]) -> list[Group]:
-    """Runs that differ in their seed alone, under one name; groups of one name are told apart by what differs."""
+    """Runs that differ in their seed alone, under one name. Groups of one name are told apart by the settings that
+    differ, else by the protocol, else by where they are: no two have the same."""
     by_settings: dict[str, list[Run]] = {}
     for run in runs:
         by_settings.setdefault(json.dumps([run.name, run.settings, run.protocol], sort_keys=True), []).append(run)
     groups = list(by_settings.values())
-    named = []
-    for members in groups:
-        rivals = [other[0].settings for other in groups if other[0].name == members[0].name]
-        mine = members[0].settings
-        keys = {key for rival in rivals for key in mine.keys() | rival.keys() if mine.get(key) != rival.get(key)}
-        said = ", ".join(f"{_short(key)}={mine[key]}" for key in sorted(keys) if key in mine)
-        name = f"{members[0].name} ({said})" if said else members[0].name
-        named.append(Group(name, tuple(sorted(members, key=lambda run: str(run.seed)))))
-    return named
+    names = [members[0].name for members in groups]
+    tell_apart: list[Callable[[Run], dict[str, Any]]] = [
+        lambda run: run.settings,
+        lambda run: run.protocol | {"sha256": str(run.protocol["sha256"])[:12]},
+        lambda run: {"run": str(run.folder)},
+    ]
+    for what in tell_apart:
+        kept = [what(members[0]) for members in groups]
+        names = [
+            _told_apart(name, mine, [other for rival, other in zip(names, kept, strict=True) if rival == name])
+            for name, mine in zip(names, kept, strict=True)
+        ]
+    return [
+        Group(name, tuple(sorted(members, key=lambda run: str(run.seed))))
+        for name, members in zip(names, groups, strict=True)
+    ]
+
+
+def _told_apart(name: str, mine: dict[str, Any], rivals: Sequence[dict[str, Any]]) -> str:
+    keys = {key for rival in rivals for key in mine.keys() | rival.keys() if mine.get(key) != rival.get(key)}
+    said = ", ".join(f"{_short(key)}={str(mine[key])[:100]}" for key in sorted(keys) if key in mine)
+    if not said:
+        return name
+    return f"{name[:-1]}, {said})" if name.endswith(")") else f"{name} ({said})"
 
 
 def _flat(values: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:

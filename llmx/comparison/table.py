@@ -17,7 +17,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from llmx.comparison.runs import Group, Run
+from llmx.comparison.runs import SEEN, Group, Run
 from llmx.comparison.statistics import (
     Estimate,
     difference_of_pairs,
@@ -108,7 +108,7 @@ def compare(
         raise UserError(f"baseline: there is no {baseline!r} among {', '.join(names)}")
     against = groups[names.index(baseline) if baseline else 0]
     unequal = _differing(groups)
-    differing = {key: values for key, values in unequal.items() if key != "tokens seen" or at_equal == TOKENS}
+    differing = {key: values for key, values in unequal.items() if key != SEEN or at_equal == TOKENS}
     if (
         at_equal != TOKENS
         and (factor := apart(EQUAL[at_equal](run) for group in groups for run in group.runs)) > MATCHED
@@ -137,7 +137,8 @@ def _differing(groups: Sequence[Group]) -> dict[str, dict[str, Any]]:
     result = {}
     for key in next(iter(protocols.values())):
         values = {name: protocol[key] for name, protocol in protocols.items()}
-        held = {json.dumps(value) for value in values.values() if value is not None}  # none: does not apply
+        # a network that counts has no number of tokens
+        held = {json.dumps(value) for value in values.values() if value is not None or key != SEEN}
         if len(held) > 1:
             result[key] = values
     return result

@@ -19,7 +19,8 @@ CHARACTERS = 400
 
 
 def make_run(folder, config="configs/llama.yaml", seed=1, loss=1.5, **changes):
-    """The folder of a finished run; changes: command, lr, window, tokens, characters, leaking, parameters, flops."""
+    """The folder of a finished run; changes: command, lr, window, tokens, characters, leaking, parameters, flops, and
+    whole settings, record, metrics and data that are put over what there is."""
     folder = Path(folder)
     folder.mkdir(parents=True)
     settings = {
@@ -28,9 +29,10 @@ def make_run(folder, config="configs/llama.yaml", seed=1, loss=1.5, **changes):
         "model": {"network": {"class_path": "Decoder"}, "optimizer": {"init_args": {"lr": changes.get("lr", 3e-3)}}},
         "data": {"corpus": "gone.txt"},
     }
+    settings |= changes.get("settings", {})
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     data = {"corpus": "small", "sha256": "ab", "split": [0.9, 0.1, 0], "vocab_size": 65, "val_stride": None}
-    data |= {"val_count": "new", "window": changes.get("window", 8)}
+    data |= {"val_count": "new", "window": changes.get("window", 8)} | changes.get("data", {})
     parameters = changes.get("parameters", 1000)
     flops = changes.get("flops", 6000)
     network = {"groups": {"mixers": {"parameters": parameters}}, "state_bytes": 64, "training_flops_per_token": flops}
@@ -38,10 +40,13 @@ def make_run(folder, config="configs/llama.yaml", seed=1, loss=1.5, **changes):
         "command": changes.get("command", ["main.py", "fit", "--config", config]),
         "data": data,
         "parameters": parameters,
+        "audit": {"leaking": False},
     }
-    (folder / "run.json").write_text(json.dumps(record | {"network": network}))
+    record |= {"network": network} | changes.get("record", {})
+    (folder / "run.json").write_text(json.dumps(record))
     metrics = {"val/loss": loss, "step": 10, "seconds": 4.0, "leaking": changes.get("leaking", False)}
     metrics |= {"tokens": changes.get("tokens", 640), "peak_bytes": 5, "generated_tokens_per_second": 9.0}
+    metrics |= {"steps_in_these_seconds": 10} | changes.get("metrics", {})
     (folder / "metrics.json").write_text(json.dumps(metrics))
     noise = np.random.default_rng(seed).normal(0, 0.1, CHARACTERS)
     hard = np.random.default_rng(99).exponential(1, CHARACTERS)
@@ -77,6 +82,32 @@ def test_groups_of_one_name_say_what_tells_them_apart(here):
     make_run("lightning_logs/version_0", lr=0.001)
     make_run("lightning_logs/version_1", lr=0.003)
     assert [group.name for group in groups_of()] == ["llama (optimizer.lr=0.001)", "llama (optimizer.lr=0.003)"]
+
+
+def test_equal_settings_under_unequal_protocols_are_neither_one_group_nor_ranked(here, capsys):
+    """Another text under the same path, and a run that went on to other steps."""
+    make_run("lightning_logs/version_0", data={"sha256": "ab" * 32})
+    make_run("lightning_logs/version_1", data={"sha256": "cd" * 32})
+    make_run("lightning_logs/version_2", config="configs/gru.yaml", data={"sha256": "cd" * 32})
+    names = [group.name for group in groups_of()]
+    assert names == ["llama (sha256=abababababab)", "llama (sha256=cdcdcdcdcdcd)", "gru"]
+    with pytest.raises(UserError, match=r"sha256 is (ab){32} in llama \(sha256=(ab){6}\), (cd){32} in llama"):
+        compare(groups_of())
+    make_run("others/version_0")
+    make_run("others/version_1", tokens=1280)
+    with pytest.raises(UserError, match=r"tokens seen is 640 in llama \(tokens seen=640\), 1,280 in llama \(tok"):
+        compare(groups_of("others"))
+    assert main(["compare", "others", "--unranked"]) == 0
+    rows = json.loads(Path("comparison/comparison.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["llama (tokens seen=640)", "llama (tokens seen=1280)"]
+
+
+def test_groups_that_nothing_shown_tells_apart_still_have_names_of_their_own(here):
+    """A version that knew a setting as null, and one that did not know it."""
+    make_run("lightning_logs/version_0")
+    make_run("lightning_logs/version_1", settings={"vocab_size": None})
+    names = [group.name for group in groups_of()]
+    assert names == ["llama (run=lightning_logs/version_0)", "llama (run=lightning_logs/version_1)"]
 
 
 def test_a_run_of_several_configs_has_the_names_of_those_that_are_files(here):
