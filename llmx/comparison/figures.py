@@ -10,8 +10,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from llmx.comparison.breakdown import KINDS, by_kind, by_position, validation_text
-from llmx.comparison.runs import Group, Run
-from llmx.comparison.table import Comparison
+from llmx.comparison.runs import Group, Run, mark
+from llmx.comparison.table import Comparison, Row
 
 
 def figures(comparison: Comparison, groups: Sequence[Group]) -> dict[str, Figure]:
@@ -29,17 +29,18 @@ def figures(comparison: Comparison, groups: Sequence[Group]) -> dict[str, Figure
 def loss_figure(comparison: Comparison) -> Figure:
     """The losses with their intervals, best at the top."""
     rows = comparison.rows
-    labels = [_label(row.name, row.leaking) for row in rows]
+    labels = [_label(row) for row in rows]
     lines = sum(label.count("\n") + 1 for label in labels)
     figure = Figure(figsize=(8, 1.3 + 0.14 * len(rows) + 0.2 * lines), layout="constrained")
     axes = figure.subplots()
     for place, row in enumerate(rows):
-        color = "tab:red" if row.leaking else "tab:blue" if row.loss.basis == "seeds" else "tab:gray"
+        color = "tab:red" if mark(row) else "tab:blue" if row.loss.basis == "seeds" else "tab:gray"
         axes.plot([row.loss.low, row.loss.high], [place, place], color=color, linewidth=2)
         axes.plot(row.loss.value, place, "o", color=color)
     axes.set_yticks(range(len(rows)), labels)
     axes.invert_yaxis()
-    axes.set(xlabel="validation loss, nats per character\n(95 %: blue over seeds, gray over the text, red LEAKING)")
+    colors = "blue over seeds, gray over the text, red LEAKING or UNAUDITED"
+    axes.set(xlabel=f"validation loss, nats per character\n(95 %: {colors})")
     axes.grid(axis="x", alpha=0.3)
     return figure
 
@@ -49,8 +50,8 @@ def curves_figure(groups: Sequence[Group]) -> Figure:
     figure = Figure(figsize=(13, 4.5), layout="constrained")
     panels: list[tuple[str, Callable[[Run], float | None]]] = [
         ("step", lambda run: 1.0),
-        ("training FLOPs", lambda run: _a_step(run, run.training_flops)),
-        ("seconds of the fit", lambda run: _a_step(run, run.metrics["seconds"])),
+        ("training FLOPs", _flops_per_step),
+        ("seconds of the fit", lambda run: run.seconds_per_step),
     ]
     for axes, (title, a_step) in zip(figure.subplots(1, 3, sharey=True), panels, strict=True):
         for index, group in enumerate(groups):
@@ -59,8 +60,8 @@ def curves_figure(groups: Sequence[Group]) -> Figure:
                 if factor is None or "val/loss" not in run.curves:
                     continue
                 steps, values = zip(*run.curves["val/loss"], strict=True)
-                label = _label(group.name, group.leaking) if number == 0 else None
-                style = "--" if group.leaking else "-"
+                label = _label(group) if number == 0 else None
+                style = "--" if mark(group) else "-"
                 x = (np.array(steps) + 1) * factor
                 axes.plot(x, values, style, marker=".", color=f"C{index % 10}", linewidth=1, label=label)
         axes.set(xlabel=title)
@@ -80,8 +81,8 @@ def position_figure(groups: Sequence[Group]) -> Figure | None:
     for index, group in enumerate(alike):
         protocol = group.runs[0].protocol
         place, loss = by_position(group.losses, protocol["window"], protocol["val_stride"])
-        style = "--" if group.leaking else "-"
-        label = _label(group.name, group.leaking)
+        style = "--" if mark(group) else "-"
+        label = _label(group)
         axes.plot(place + 1, loss, style, marker=".", color=f"C{index % 10}", linewidth=1, label=label)
     axes.set(xlabel="characters of context", ylabel="validation loss, nats per character")
     axes.grid(alpha=0.3)
@@ -103,8 +104,8 @@ def kind_figure(groups: Sequence[Group]) -> Figure | None:
     for index, (group, text) in enumerate(known):
         loss = by_kind(group.losses, text)
         x = np.array([KINDS.index(name) for name in loss]) + (index - (len(known) - 1) / 2) * width
-        label = _label(group.name, group.leaking)
-        axes.bar(x, list(loss.values()), width, color=f"C{index % 10}", label=label, hatch="//" * group.leaking)
+        label = _label(group)
+        axes.bar(x, list(loss.values()), width, color=f"C{index % 10}", label=label, hatch="//" * bool(mark(group)))
     axes.set_xticks(range(len(KINDS)), KINDS)
     axes.set(ylabel="validation loss, nats per character")
     axes.grid(axis="y", alpha=0.3)
@@ -112,9 +113,9 @@ def kind_figure(groups: Sequence[Group]) -> Figure | None:
     return figure
 
 
-def _a_step(run: Run, total: float | None) -> float | None:
-    return None if total is None else total / max(1, run.metrics["step"])
+def _flops_per_step(run: Run) -> float | None:
+    return None if run.training_flops is None else run.training_flops / max(1, run.metrics["step"])
 
 
-def _label(name: str, leaking: bool) -> str:
-    return textwrap.fill(f"{name} (LEAKING)" if leaking else name, 40)
+def _label(of: Group | Row) -> str:
+    return textwrap.fill(f"{of.name} ({mark(of)})" if mark(of) else of.name, 40)

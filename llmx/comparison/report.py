@@ -9,6 +9,7 @@ from html import escape
 
 from matplotlib.figure import Figure
 
+from llmx.comparison.runs import mark
 from llmx.comparison.statistics import Estimate
 from llmx.comparison.table import Comparison, Row, caption, short
 
@@ -23,7 +24,7 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px }
 th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
 th:nth-child(2), td:nth-child(2) { text-align: left; white-space: normal }
-.wide { overflow-x: auto; margin: 1rem 0 } .leaking { color: #b00020 } .note { color: #555; white-space: pre-line }
+.wide { overflow-x: auto; margin: 1rem 0 } .marked { color: #b00020 } .note { color: #555; white-space: pre-line }
 img { max-width: 100%; height: auto }
 """
 RESULTS = ("", "network", "seeds", "val loss", "95 %", "difference", "95 %", "p", "perplexity", "bits / char")
@@ -70,7 +71,7 @@ def _table(id: str, headings: Sequence[str], rows: Sequence[Row], cells: Sequenc
 
 
 def _first(row: Row) -> tuple[str, str]:
-    name = escape(row.name) + (' <strong class="leaking">LEAKING</strong>' if row.leaking else "")
+    name = escape(row.name) + (f' <strong class="marked">{mark(row)}</strong>' if mark(row) else "")
     return "" if row.rank is None else str(row.rank), name
 
 

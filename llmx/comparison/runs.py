@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import glob
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,13 @@ READ: dict[str, dict[str, Any]] = {
     },
     "config.yaml": {"model.network": str | dict, "trainer": dict | None},
 }
+# what later versions keep besides: runs without it are read, and count as what nobody knows
+READ_IF_THERE: dict[str, dict[str, Any]] = {
+    "run.json": {"audit": dict | None, "leaking": bool, "precision": str},
+    "metrics.json": {"steps_in_these_seconds": int},
+    "config.yaml": {},
+}
+AGREE = 1e-4  # nats; the mean of val_losses.npy (float32) and val/loss are of one validation
 
 
 @dataclass(frozen=True)
@@ -73,7 +82,22 @@ class Run:
 
     @property
     def leaking(self) -> bool:
-        return bool(self.metrics["leaking"])
+        return bool(self.metrics["leaking"] or self.record.get("leaking"))
+
+    @property
+    def unaudited(self) -> bool:
+        return self.record.get("audit") is None
+
+    @property
+    def seconds(self) -> float | None:
+        """Wall-clock of the fit; None for a run that was stopped and went on, which knows only those of its last
+        part."""
+        return self.metrics["seconds"] if self.metrics.get("steps_in_these_seconds") == self.metrics["step"] else None
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        steps = self.metrics.get("steps_in_these_seconds")
+        return self.metrics["seconds"] / steps if steps else None
 
     @property
     def protocol(self) -> dict[str, Any]:
@@ -134,6 +158,15 @@ class Group:
     def leaking(self) -> bool:
         return any(run.leaking for run in self.runs)
 
+    @property
+    def unaudited(self) -> bool:
+        return any(run.unaudited for run in self.runs)
+
+
+def mark(of: Any) -> str:
+    """What is written beside the name of a group or row: LEAKING, UNAUDITED, or nothing."""
+    return "LEAKING" if of.leaking else "UNAUDITED" if of.unaudited else ""
+
 
 def read_run(folder: str | Path) -> Run:
     """A run that has ended.
@@ -148,10 +181,12 @@ def read_run(folder: str | Path) -> Run:
             unfinished = " (it has not ended)" if name == "metrics.json" else ""
             raise UserError(f"{folder}: is no finished run: it has no {name}{unfinished}")
         contents[name] = read_yaml(folder / name) if name == "config.yaml" else _read_json(folder / name)
-        for key, kind in READ[name].items():
+        for key, kind in (READ[name] | READ_IF_THERE[name]).items():
             try:
                 fits = all(isinstance(value, kind) for value in _at(contents[name], key.split(".")))
-            except (LookupError, TypeError):
+            except LookupError:
+                fits = key not in READ[name]
+            except (TypeError, AttributeError):
                 fits = False
             if not fits:
                 raise UserError(
@@ -161,6 +196,14 @@ def read_run(folder: str | Path) -> Run:
     run = Run(folder, contents["config.yaml"], contents["run.json"], contents["metrics.json"])
     if not (folder / "val_losses.npy").is_file():
         raise UserError(f"{folder}: has no val_losses.npy, the losses of its validation split: run its fit again")
+    if not math.isfinite(run.loss):
+        raise UserError(f"{folder / 'metrics.json'}: val/loss is {run.loss}: there is nothing to compare")
+    if not abs(run.losses.mean() - run.loss) <= AGREE:  # NaN too
+        raise UserError(
+            f"{folder}: val/loss of metrics.json is {run.loss:.4f}, and val_losses.npy is of a validation with "
+            f"{run.losses.mean():.4f}: the run went on and has not ended; fit --ckpt_path "
+            f"{folder}/checkpoints/last.ckpt ends it"
+        )
     return run
 
 
@@ -205,11 +248,23 @@ def find_runs(patterns: Iterable[str]) -> list[Run]:
 
 def grouped(runs: Iterable[Run]) -> list[Group]:
     """Runs that differ in their seed alone, under one name. Groups of one name are told apart by the settings that
-    differ, else by the protocol, else by where they are: no two have the same."""
+    differ, else by the protocol, else by where they are: no two have the same.
+
+    Raises:
+        UserError: for two runs of one configuration with one seed.
+    """
     by_settings: dict[str, list[Run]] = {}
     for run in runs:
         by_settings.setdefault(json.dumps([run.name, run.settings, run.protocol], sort_keys=True), []).append(run)
     groups = list(by_settings.values())
+    for members in groups:
+        for one, other in combinations(members, 2):
+            # without a seed two runs are two draws, unless they are copies
+            if one.seed == other.seed and (one.seed not in (None, False) or np.array_equal(one.losses, other.losses)):
+                raise UserError(
+                    f"{one.folder} and {other.folder} are one configuration with one seed ({one.seed}), which counts "
+                    "once: leave one of them out"
+                )
     names = [members[0].name for members in groups]
     tell_apart: list[Callable[[Run], dict[str, Any]]] = [
         lambda run: run.settings,

@@ -17,7 +17,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from llmx.comparison.runs import SEEN, Group, Run
+from llmx.comparison.runs import SEEN, Group, Run, mark
 from llmx.comparison.statistics import (
     Estimate,
     difference_of_pairs,
@@ -34,7 +34,11 @@ from llmx.training.metrics import bits, perplexity
 TOKENS = "tokens"
 EQUAL: dict[str, Callable[[Run], float | None]] = {  # what else runs may have had the same of
     "flops": lambda run: run.training_flops,
-    "seconds": lambda run: run.metrics["seconds"],
+    "seconds": lambda run: run.seconds,
+}
+UNKNOWN = {
+    "flops": "nobody has counted those of {run}",
+    "seconds": "{run} was stopped and went on, and knows only those of its last part",
 }
 
 
@@ -42,12 +46,12 @@ EQUAL: dict[str, Callable[[Run], float | None]] = {  # what else runs may have h
 class Row:
     """A configuration. Means over its runs; None where nobody knows.
 
-    rank:            from 1, None where the network leaks or nothing is ranked
+    rank:            from 1, None where the network leaks or was not audited, or nothing is ranked
     loss:            nats per character
     difference:      loss minus that of the baseline; None for the baseline itself
     adjusted_p:      of the difference, after Holm over all rows
     parameters_of:   by group
-    seconds:         wall-clock of the fit
+    seconds:         wall-clock of the fit; not of runs that were stopped and went on
     generated_tokens_per_second: one row
     """
 
@@ -55,6 +59,7 @@ class Row:
     rank: int | None
     seeds: list[Any]
     leaking: bool
+    unaudited: bool
     loss: Estimate
     perplexity: float
     bits_per_character: float
@@ -101,7 +106,8 @@ def compare(
         at_equal: tokens or one of EQUAL; what all have had the same of. If not tokens, the tokens seen may differ.
 
     Raises:
-        UserError: for an unknown baseline, and where the protocols or what should be equal differ.
+        UserError: for an unknown baseline, and where the protocols or what should be equal differ, or the latter is
+            not known.
     """
     names = [group.name for group in groups]
     if baseline is not None and baseline not in names:
@@ -109,11 +115,13 @@ def compare(
     against = groups[names.index(baseline) if baseline else 0]
     unequal = _differing(groups)
     differing = {key: values for key, values in unequal.items() if key != SEEN or at_equal == TOKENS}
-    if (
-        at_equal != TOKENS
-        and (factor := apart(EQUAL[at_equal](run) for group in groups for run in group.runs)) > MATCHED
-    ):
-        raise UserError(f"at-equal: {at_equal} are up to {1 + factor:.2f} times apart in these runs")
+    if at_equal != TOKENS:
+        runs = [run for group in groups for run in group.runs]
+        unknown = next((run for run in runs if EQUAL[at_equal](run) is None), None)
+        if unknown is not None:
+            raise UserError(f"at-equal: {at_equal} are unknown: {UNKNOWN[at_equal].format(run=unknown.folder)}")
+        if (factor := apart(map(EQUAL[at_equal], runs))) > MATCHED:
+            raise UserError(f"at-equal: {at_equal} are up to {1 + factor:.2f} times apart in these runs")
     if differing and ranked:
         said = "; ".join(
             f"{key} is " + ", ".join(f"{_plain(value)} in {name}" for name, value in values.items())
@@ -126,8 +134,8 @@ def compare(
         differences = [None if group is against else _difference(group, against) for group in groups]
         ps = iter(holm([d.p for d in differences if d is not None and d.p is not None]))
         rows = [_row(g, d, None if d is None else next(ps)) for g, d in zip(groups, differences, strict=True)]
-        rows.sort(key=lambda row: (row.leaking, row.loss.value))
-        rows = [row if row.leaking else replace(row, rank=rank) for rank, row in enumerate(rows, 1)]
+        rows.sort(key=lambda row: (row.leaking, row.unaudited, row.loss.value))
+        rows = [row if mark(row) else replace(row, rank=rank) for rank, row in enumerate(rows, 1)]
     shared = {key: value for key, value in groups[0].runs[0].protocol.items() if key not in unequal}
     return Comparison(rows, against.name, shared, differing, _matching(rows))
 
@@ -163,6 +171,7 @@ def _row(group: Group, difference: Estimate | None, adjusted_p: float | None = N
         rank=None,
         seeds=[run.seed for run in runs],
         leaking=group.leaking,
+        unaudited=group.unaudited,
         loss=loss,
         perplexity=perplexity(loss.value),
         bits_per_character=bits(loss.value),
@@ -172,7 +181,7 @@ def _row(group: Group, difference: Estimate | None, adjusted_p: float | None = N
         parameters_of={name: part["parameters"] for name, part in network["groups"].items()},
         training_flops=_mean(runs, lambda run: run.training_flops),
         tokens_per_second=_mean(runs, lambda run: run.tokens_per_second),
-        seconds=_mean(runs, lambda run: run.metrics["seconds"]),
+        seconds=_mean(runs, lambda run: run.seconds),
         peak_bytes=_mean(runs, lambda run: run.metrics["peak_bytes"]),
         state_bytes=network["state_bytes"],
         generated_tokens_per_second=_mean(runs, lambda run: run.metrics["generated_tokens_per_second"]),
@@ -210,8 +219,8 @@ def render(comparison: Comparison) -> RenderableType:
     costs = _table("bits", "parameters", "train FLOPs", "tokens/s", "memory", "state", "writes")
     for row in comparison.rows:
         name = Text(row.name)
-        if row.leaking:
-            name.append(" LEAKING", style="bold red")
+        if mark(row):
+            name.append(f" {mark(row)}", style="bold red")
         first = ("" if row.rank is None else str(row.rank), name)
         results.add_row(
             *first,
@@ -254,6 +263,8 @@ def caption(comparison: Comparison) -> str:
         lines.append(f"NOT RANKED: {', '.join(comparison.differing)} differ")
     if any(row.leaking for row in comparison.rows):
         lines.append("LEAKING: the audit found that it sees the future; its loss means nothing and has no rank")
+    if any(row.unaudited for row in comparison.rows):
+        lines.append("UNAUDITED: trained with model.audit off; whether it sees the future nobody knows: no rank")
     lines.append("memory and state in bytes; writes: tokens/s in generation, one row")
     return "\n".join([*lines, *([comparison.matching] if comparison.matching else [])])
 
@@ -281,7 +292,7 @@ def write_csv(comparison: Comparison, path: Path) -> None:
     """One line a row, numbers unrounded."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        plain = ["rank", "name", "leaking", "seeds"]
+        plain = ["rank", "name", "leaking", "unaudited", "seeds"]
         numbers = [
             "perplexity",
             "bits_per_character",
@@ -297,5 +308,5 @@ def write_csv(comparison: Comparison, path: Path) -> None:
         )
         for row in comparison.rows:
             estimates = [getattr(e, part, "") for e in (row.loss, row.difference) for part in intervals]
-            cells = [row.rank, row.name, row.leaking, " ".join(map(str, row.seeds))]
+            cells = [row.rank, row.name, row.leaking, row.unaudited, " ".join(map(str, row.seeds))]
             writer.writerow([*cells, *estimates, *(getattr(row, number) for number in numbers)])

@@ -241,6 +241,72 @@ def test_a_leak_has_no_rank_and_is_last_however_low_its_loss(here, capsys):
     assert "LEAKING" in Path("comparison/report.html").read_text()
 
 
+def test_what_nobody_audited_has_no_rank_and_says_so(here, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    make_run("lightning_logs/version_1", loss=1.6)
+    make_run("lightning_logs/version_2", config="configs/gru.yaml", loss=1.4, record={"audit": None})
+    make_run("lightning_logs/version_3", config="configs/lstm.yaml", loss=1.02, leaking=True)
+    rows = compare(groups_of()).rows
+    assert [(row.name, row.rank, row.unaudited) for row in rows] == [
+        ("llama", 1, False),
+        ("gru", None, True),
+        ("lstm", None, False),
+    ]
+    assert main(["compare", "lightning_logs"]) == 0
+    assert "gru UNAUDITED" in capsys.readouterr().out
+    assert "UNAUDITED" in Path("comparison/report.html").read_text()
+
+
+def test_either_file_is_believed_that_says_leaking(here):
+    make_run("lightning_logs/version_1")
+    make_run("lightning_logs/version_2", config="configs/gru.yaml", record={"leaking": True})
+    assert [(row.name, row.rank) for row in compare(groups_of()).rows] == [("llama", 1), ("gru", None)]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"loss": float("nan")}, "metrics.json: val/loss is nan"),
+        ({"metrics": {"val/loss": 1.2}}, "val/loss of metrics.json is 1.2000, and val_losses.npy is of a validation"),
+        ({"record": {"audit": "passed"}}, "run.json: audit is missing or damaged"),
+        ({"record": {"network": {"groups": [1]}}}, "run.json: network.groups"),
+    ],
+)
+def test_numbers_that_contradict_themselves_are_refused(here, change, said):
+    make_run("lightning_logs/version_1", **change)
+    with pytest.raises(UserError, match=re.escape(said)):
+        groups_of()
+
+
+def test_one_seed_counts_once(here, capsys):
+    """Two runs of it would be an interval of 0. Without a seed two runs are two draws, but not two copies."""
+    for number in (1, 2):
+        make_run(f"seeded/version_{number}", loss=1.5 + number / 100)
+        make_run(f"copied/version_{number}", seed=1, settings={"seed_everything": False})
+        make_run(f"drawn/version_{number}", seed=number, settings={"seed_everything": False})
+    assert main(["compare", "seeded"]) == 2
+    assert "seeded/version_1 and seeded/version_2 are one configuration with one seed (1)" in capsys.readouterr().err
+    with pytest.raises(UserError, match="copied/version_1 and copied/version_2"):
+        groups_of("copied")
+    assert [len(group.runs) for group in groups_of("drawn")] == [2]
+
+
+@pytest.mark.parametrize(
+    ("at", "change", "said"),
+    [
+        ("flops", {"flops": None}, "flops are unknown: nobody has counted those of lightning_logs/version_2"),
+        ("seconds", {"metrics": {"steps_in_these_seconds": 3}}, "version_2 was stopped and went on"),
+    ],
+)
+def test_at_equal_refuses_what_is_not_known(here, capsys, at, change, said):
+    make_run("lightning_logs/version_1")
+    make_run("lightning_logs/version_2", config="configs/gru.yaml", **change)
+    assert main(["compare", "lightning_logs", "--at-equal", at]) == 2
+    assert said in capsys.readouterr().err
+    if at == "seconds":  # nor is it said that they are equal
+        assert "wall-clock" not in compare(groups_of()).matching
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
