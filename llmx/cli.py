@@ -56,6 +56,7 @@ from llmx.training.callbacks import (
     StopOnSignal,
     TokensPerSecond,
     ValidationLosses,
+    check_same_data,
     run_folder,
 )
 from llmx.training.checkpoints import CheckpointFiles, read_checkpoint
@@ -323,6 +324,8 @@ class CLI(LightningCLI):
                 f"vocab_size: {settings.vocab_size} is declared, but the tokenizer of the data has "
                 f"{self.datamodule.tokenizer.vocab_size}; leave vocab_size out, or give a tokenizer of that size"
             )
+        if verb == "fit" and self.run is not None:
+            check_same_data(self.run, self.datamodule)
         if verb != "predict":
             self.datamodule.prepare()
         # a sharded network without an audit is never whole: LanguageModel.configure_model builds it

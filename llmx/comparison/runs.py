@@ -23,7 +23,24 @@ PROTOCOL = ("corpus", "sha256", "split", "vocab_size", "window", "val_stride", "
 SEEN = "tokens seen"
 # settings that change where and how fast a run goes, and not what it computes
 ASIDE = {"seed_everything", "ckpt_path", "weights_only", "trust"}
-ASIDE_OF_TRAINER = {"default_root_dir", "enable_progress_bar", "logger", "log_every_n_steps", "callbacks", "profiler"}
+ASIDE_OF_TRAINER = {"default_root_dir", "enable_progress_bar", "logger", "log_every_n_steps", "profiler"}
+OBSERVERS = {  # callbacks that look on
+    "llmx.training.maps.MixerMaps",
+    "llmx.training.norms.NormsByLayer",
+    *(
+        f"lightning.pytorch.callbacks.{name}"
+        for name in (
+            "DeviceStatsMonitor",
+            "LearningRateMonitor",
+            "ModelCheckpoint",
+            "ModelSummary",
+            "RichModelSummary",
+            "RichProgressBar",
+            "ThroughputMonitor",
+            "TQDMProgressBar",
+        )
+    ),
+}
 # what is read of each file, by key
 READ: dict[str, dict[str, Any]] = {
     "run.json": {
@@ -47,7 +64,17 @@ READ: dict[str, dict[str, Any]] = {
 }
 # what later versions keep besides: runs without it are read, and count as what nobody knows
 READ_IF_THERE: dict[str, dict[str, Any]] = {
-    "run.json": {"audit": dict | None, "leaking": bool, "precision": str},
+    "run.json": {
+        "audit": dict | None,
+        "leaking": bool,
+        "precision": str,
+        "sources": dict,
+        "warm_start": dict | None,
+        "continued": dict,
+        "continued.*.config": dict,
+        "continued.*.config.trainer": dict | None,
+        "continued.*.sources": dict,
+    },
     "metrics.json": {"steps_in_these_seconds": int},
     "config.yaml": {},
 }
@@ -102,15 +129,23 @@ class Run:
     @property
     def protocol(self) -> dict[str, Any]:
         """What two runs must share for their losses to be ranked. A network that counts has no number of tokens."""
-        seen = {SEEN: self.metrics["tokens"], "characters validated": len(self.losses)}
+        warm = self.record.get("warm_start") or {"file": self.config["model"].get("warm_start")}
+        start = "none" if warm.get("file") is None else f"{warm['file']} (sha256 {str(warm.get('sha256'))[:12]})"
+        seen = {"warm start": start, SEEN: self.metrics["tokens"], "characters validated": len(self.losses)}
         return {key: self.record["data"][key] for key in PROTOCOL} | seen
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """The flat configuration without the seed and what has no say in the result."""
-        kept = {key: value for key, value in self.config.items() if key not in ASIDE}
-        kept["trainer"] = {k: v for k, v in (kept.get("trainer") or {}).items() if k not in ASIDE_OF_TRAINER}
-        return dict(_flat(kept))
+        """The flat configuration without the seed and what has no say in the result; with the precision really used,
+        the hash of the sources of classes outside llmx, and what was changed where the run was continued."""
+        settings = _settings(self.config, self.record)
+        before = settings | {"seed_everything": self.seed}
+        for step, leg in self.record.get("continued", {}).items():
+            now = _settings(leg["config"], leg) | {"seed_everything": leg["config"].get("seed_everything")}
+            changed = [key for key in now.keys() | before.keys() if now.get(key) != before.get(key)]
+            settings |= {f"continued.from step {step} {_short(key)}": now.get(key) for key in changed}
+            before = now
+        return settings
 
     @cached_property
     def losses(self) -> np.ndarray:
@@ -289,6 +324,22 @@ def _told_apart(name: str, mine: dict[str, Any], rivals: Sequence[dict[str, Any]
     if not said:
         return name
     return f"{name[:-1]}, {said})" if name.endswith(")") else f"{name} ({said})"
+
+
+def _settings(config: dict[str, Any], used: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in config.items() if key not in ASIDE}
+    trainer = {key: value for key, value in (kept.get("trainer") or {}).items() if key not in ASIDE_OF_TRAINER}
+    callbacks = trainer.get("callbacks") or []
+    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+    trainer["callbacks"] = [
+        callback
+        for callback in callbacks
+        if (callback.get("class_path") if isinstance(callback, dict) else callback) not in OBSERVERS
+    ]
+    if "precision" in used:
+        trainer["precision"] = used["precision"]
+    sources = {f"source of {module}": str(hashed)[:12] for module, hashed in used.get("sources", {}).items()}
+    return dict(_flat(kept | {"trainer": trainer, "sources": sources}))
 
 
 def _flat(values: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:

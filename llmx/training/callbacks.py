@@ -35,7 +35,8 @@ from llmx.training.logger import LAYOUT
 from llmx.training.metrics import bits, perplexity
 from llmx.training.module import LanguageModel
 from llmx.training.norms import NORMS_LAYOUT, NormsByLayer
-from llmx.training.provenance import provenance
+from llmx.training.provenance import file_hash, provenance, sources
+from llmx.yaml_files import parse_yaml
 
 UNCOUNTED = -1.0  # no loss is below 0
 
@@ -309,8 +310,9 @@ class ValidationLosses(Callback):
 
 
 class RunRecord(Callback):
-    """Keeps what is needed to believe the run, in its folder: `config.yaml` (all settings), `run.json` (commit,
-    versions, hardware, data, audit), `metrics.json` (the final numbers); and fills TensorBoard's HParams tab.
+    """Keeps what is needed to believe the run, in its folder: `config.yaml` (the settings it began with), `run.json`
+    (commit, versions, hardware, data, audit, and with what it was continued), `metrics.json` (the final numbers, of a
+    run that has ended); and fills TensorBoard's HParams tab.
 
     Args:
         config: the run's full configuration as YAML; where there is none (a notebook), the hyperparameters are kept.
@@ -334,16 +336,45 @@ class RunRecord(Callback):
         compiled = "compiled" if pl_module.compiled else "not compiled"
         print(f"precision {trainer.precision}, {compiled}, on {trainer.world_size} x {pl_module.device.type}")
         folder = run_folder(trainer)
-        if folder is None or trainer.global_step:
+        if folder is None:
             return
-        folder.mkdir(parents=True, exist_ok=True)
         settings = {"model": dict(pl_module.hparams), "data": dict(_data(trainer).hparams)}
         config = self.config or yaml.safe_dump(settings, sort_keys=False)
+        now = {**_used(trainer, pl_module), "config": _settings(config)}
+        if trainer.global_step:
+            self._go_on(folder, now, trainer, pl_module)
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "metrics.json").unlink(missing_ok=True)
         (folder / "config.yaml").write_text(config)
-        _write_json(folder / "run.json", self._record(trainer, pl_module))
+        warm_start = now["config"]["model"].get("warm_start")
+        record = self._record(trainer, pl_module)
+        record["warm_start"] = warm_start and {"file": warm_start, "sha256": file_hash(warm_start)}
+        _write_json(folder / "run.json", record)
         board = tensorboard(trainer)
         if board is not None:
             self._show(board, trainer, pl_module)
+
+    def _go_on(self, folder: Path, now: dict[str, Any], trainer: pl.Trainer, pl_module: LanguageModel) -> None:
+        """Notes where and with what other settings a run is continued, and takes back the numbers of its end."""
+        check_same_data(folder, _data(trainer))
+        if trainer.global_step < pl_module.total_steps:
+            (folder / "metrics.json").unlink(missing_ok=True)
+        if not (folder / "run.json").is_file() or not (folder / "config.yaml").is_file():
+            return
+        record = _read_record(folder)
+        legs = {k: leg for k, leg in record.get("continued", {}).items() if int(k) < trainer.global_step}
+        began = {"config": _settings((folder / "config.yaml").read_text()), **record}
+        before = list(legs.values())[-1] if legs else {key: began[key] for key in now.keys() & began.keys()}
+        if now != now | before:
+            legs[str(trainer.global_step)] = now
+        record["continued"] = legs
+        if pl_module.causality is not None:
+            record["audit"] = record.get("audit") or pl_module.causality.to_dict()
+        elif now["sources"] != before.get("sources", now["sources"]):
+            record["audit"] = None  # of other code
+        record["leaking"] = record.get("leaking", False) or pl_module.leaking
+        _write_json(folder / "run.json", record)
 
     @rank_zero_only
     def on_validation_end(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
@@ -422,13 +453,58 @@ class RunRecord(Callback):
             "data": _data(trainer).protocol,
             "parameters": parameters(pl_module.network),
             "network": {key: value for key, value in pl_module.description.to_dict().items() if key != "layers"},
-            "precision": str(trainer.precision),
+            **_used(trainer, pl_module),
             "compiled": pl_module.compiled,
             "devices": trainer.world_size,
             "steps": pl_module.total_steps,
             "audit": None if report is None else report.to_dict(),
             "leaking": pl_module.leaking,
         }
+
+
+def check_same_data(folder: Path, data: TextDataModule) -> None:
+    """Whether a run in this folder, if there is one, may go on with this data.
+
+    Raises:
+        UserError: for another text, split, batch or evaluation than the run began with.
+    """
+    if not (folder / "run.json").is_file():
+        return
+    held = _read_record(folder).get("data", {})
+    now = json.loads(json.dumps(data.protocol))
+    for key in now:
+        if key in ("corpus", "requested") or held.get(key, now[key]) == now[key]:  # the text may lie elsewhere
+            continue
+        began, goes_on = held[key], now[key]
+        if key in ("sha256", "characters"):
+            began, goes_on = (f"{of.get('corpus')} (sha256 {str(of['sha256'])[:12]})" for of in (held, now))
+        name = {"sha256": "corpus", "characters": "corpus", "vocab_size": "tokenizer"}.get(key, key)
+        raise UserError(
+            f"data.{name}: {folder} began with {began} and cannot go on with {goes_on}; begin a new run, which "
+            "--model.warm_start gives this one's weights"
+        )
+
+
+def _used(trainer: pl.Trainer, pl_module: LanguageModel) -> dict[str, Any]:
+    """What the settings leave to the machine, and to files beside them."""
+    parts = [*pl_module.network.modules(), *trainer.optimizers, *trainer.callbacks]  # type: ignore[attr-defined]
+    for config in trainer.lr_scheduler_configs:
+        parts += getattr(config.scheduler, "lr_lambdas", [])
+    return {"precision": str(trainer.precision), "sources": sources({type(part) for part in parts})}
+
+
+def _settings(config: str) -> dict[str, Any]:
+    return {key: value for key, value in parse_yaml(config, "config.yaml").items() if key != "ckpt_path"}
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    try:
+        record = json.loads((folder / "run.json").read_text())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{folder / 'run.json'}: cannot be read: {error}") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{folder / 'run.json'}: is damaged: it holds no keys")
+    return record
 
 
 def tensorboard(trainer: pl.Trainer) -> Any:
@@ -461,7 +537,10 @@ def _data(trainer: pl.Trainer) -> TextDataModule:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    """Whole or not at all: a run that is killed here has to go on from it."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(partial, path)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,8 +1,10 @@
-"""Where a run comes from: commit, versions, hardware."""
+"""Where a run comes from: commit, versions, hardware, sources of its own."""
 
+import hashlib
 import platform
 import subprocess
 import sys
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import torch
 import llmx
 
 _PACKAGES = ("torch", "lightning", "torchmetrics", "jsonargparse", "tensorboard", "numpy")
+_VERSIONED = ("llmx", "torch", "lightning", "torchmetrics")
 
 
 def provenance() -> dict[str, Any]:
@@ -29,6 +32,24 @@ def provenance() -> dict[str, Any]:
             "cuda": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         },
     }
+
+
+def sources(classes: Iterable[type]) -> dict[str, str]:
+    """Module -> hash of its file, for the modules of classes and of what they inherit from that no version tells of:
+    those outside llmx, torch and lightning."""
+    names = {base.__module__ for cls in classes for base in cls.__mro__}
+    found = {}
+    for name in sorted(names):
+        if name.split(".")[0] not in {*_VERSIONED, *sys.stdlib_module_names}:
+            file = getattr(sys.modules.get(name), "__file__", None)
+            if file is not None and Path(file).is_file():
+                found[name] = file_hash(file)
+    return found
+
+
+def file_hash(path: str | Path) -> str:
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _git(*arguments: str) -> str | None:

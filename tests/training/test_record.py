@@ -1,0 +1,191 @@
+"""What a run's folder says of a run that is continued, or begins with weights: `compare` has nothing else to go by."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from llmx.cli import main
+from llmx.comparison.runs import find_runs, grouped
+from llmx.comparison.table import compare
+from llmx.errors import UserError
+from tests.tiny import TEXT, network, newest_run
+
+MINE = """
+from llmx.mixers.attention import Attention
+
+class Mine(Attention):
+    pass
+"""
+BREAKS = """
+from lightning.pytorch.callbacks import Callback
+
+class Breaks(Callback):
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.global_step == 6:
+            raise RuntimeError("power cut")
+"""
+
+
+@pytest.fixture
+def lab(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("LLMX_CACHE", str(tmp_path / "cache"))
+    trainer = {"max_steps": 2, "val_check_interval": 2, "enable_progress_bar": False, "precision": "32-true"}
+    settings = {
+        "seed_everything": 3,
+        "trainer": trainer | {"accelerator": "cpu", "log_every_n_steps": 1},
+        "data": {"corpus": "corpus.txt", "window": 8, "batch_size": 4},
+        "model": {"network": network(depth=1), "sampling": {"max_new_tokens": 4}},
+    }
+    Path("corpus.txt").write_text(TEXT)
+    Path("other.txt").write_text(TEXT[::-1])
+    Path("tiny.yaml").write_text(yaml.safe_dump(settings))
+
+
+def fit(*arguments):
+    assert main(["fit", "--config", "tiny.yaml", *(str(argument) for argument in arguments)]) == 0
+    return newest_run()
+
+
+def go_on(*arguments):
+    return main(["fit", "--ckpt_path", "last", *(str(argument) for argument in arguments)])
+
+
+def kept(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def metrics(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("corpus", "other.txt"),
+        ("split", "[0.8, 0.2, 0.0]"),
+        ("window", 4),
+        ("batch_size", 8),
+        ("val_stride", 4),
+        ("sampling", "random"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_data_than_it_began_with(lab, capsys, key, value):
+    folder = fit()
+    before = kept(folder)
+    capsys.readouterr()
+    assert go_on("--trainer.max_steps", 4, f"--data.{key}", value) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: data.{key}: lightning_logs/version_0 began with ")
+    assert error.count("\n") == 1
+    assert kept(folder) == before
+
+
+def test_the_same_text_may_lie_elsewhere_and_a_plain_continuation_is_no_other_run(lab):
+    whole = fit("--trainer.max_steps", 8)
+    Path("breaks.py").write_text(BREAKS)
+    with pytest.raises(RuntimeError, match="power cut"):
+        main(["fit", "--config", "tiny.yaml", "--trainer.max_steps", "8", "--trainer.callbacks", "breaks.Breaks"])
+    folder = newest_run()
+    (folder / "config.yaml").write_text((whole / "config.yaml").read_text())
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(record | {"sources": {}}))
+    assert go_on() == 0
+    assert json.loads((folder / "run.json").read_text())["continued"] == {}
+    Path("moved.txt").write_text(TEXT)
+    assert go_on("--trainer.max_steps", 10, "--data.corpus", "moved.txt") == 0
+    assert metrics(folder)["tokens"] == 10 * 4 * 8
+
+
+def test_a_run_that_is_continued_with_other_settings_is_shown_apart(lab):
+    fit("--seed_everything", 1, "--trainer.max_steps", 4)
+    fit("--seed_everything", 2)
+    assert go_on("--trainer.max_steps", 4) == 0
+    assert go_on("--trainer.max_steps", 4) == 0  # nothing is left to do
+    fit("--seed_everything", 4, "--trainer.max_steps", 4)
+    names = [(group.name, len(group.runs)) for group in grouped(find_runs(["lightning_logs"]))]
+    assert names == [
+        ("Decoder (max_steps=4)", 2),
+        ("Decoder (from step 2 max_steps=4, max_steps=2)", 1),
+    ]
+
+
+def test_where_a_run_went_on_from_an_earlier_step_what_came_after_it_is_forgotten(lab):
+    folder = fit()
+    shutil.copytree(folder / "checkpoints", "early", symlinks=True)
+    assert go_on("--trainer.max_steps", 6, "--model.optimizer.lr", 0.5) == 0
+    assert list(json.loads((folder / "run.json").read_text())["continued"]) == ["2"]
+    shutil.rmtree(folder / "checkpoints")
+    shutil.move("early", folder / "checkpoints")
+    assert go_on("--trainer.max_steps", 4, "--trainer.precision", "bf16-mixed") == 0
+    continued = json.loads((folder / "run.json").read_text())["continued"]
+    assert [(step, leg["precision"]) for step, leg in continued.items()] == [("2", "bf16-mixed")]
+
+
+def test_a_continued_run_has_not_ended_until_it_has(lab, capsys):
+    folder = fit("--trainer.max_steps", 4)
+    Path("breaks.py").write_text(BREAKS)
+    with pytest.raises(RuntimeError, match="power cut"):
+        go_on("--trainer.max_steps", 8, "--trainer.callbacks", "breaks.Breaks")
+    with pytest.raises(UserError, match=r"it has no metrics\.json"):
+        find_runs([str(folder)])
+    assert go_on("--trainer.max_steps", 8, "--trainer.callbacks", "null") == 0
+    (run,) = find_runs([str(folder)])
+    assert run.losses.mean() == pytest.approx(run.loss, abs=1e-5)
+    assert run.seconds is None
+
+
+def test_what_a_run_was_warm_started_from_is_compared(lab):
+    first = fit("--trainer.max_steps", 4)
+    checkpoint = first / "checkpoints/last.ckpt"
+    warm = fit("--model.warm_start", checkpoint, "--trainer.max_steps", 4)
+    groups = grouped(find_runs(["lightning_logs"]))
+    with pytest.raises(UserError, match=rf"warm start is none in .*, {checkpoint} \(sha256 [0-9a-f]{{12}}\) in"):
+        compare(groups)
+    # another file under the same name
+    Path(checkpoint).unlink()
+    shutil.copy(newest_run() / "checkpoints/last.ckpt", checkpoint)
+    fit("--model.warm_start", checkpoint, "--trainer.max_steps", 4, "--seed_everything", 5)
+    assert len(grouped(find_runs([str(warm), str(newest_run())]))) == 2
+    # of a version that did not keep it
+    record = json.loads((warm / "run.json").read_text())
+    del record["warm_start"]
+    (warm / "run.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="warm start is none in"):
+        compare(grouped(find_runs([str(first), str(warm)])))
+
+
+def test_seeds_of_other_averaging_precision_or_sources_are_no_seeds_of_one_network(lab, monkeypatch):
+    Path("mine.py").write_text(MINE)
+    mine = ["--model.network.init_args.block.init_args.mixer", '{"class_path": "mine.Mine", "init_args": {"heads": 2}}']
+    fit("--seed_everything", 1, *mine)
+    fit("--seed_everything", 2, *mine, "--trainer.callbacks+=NormsByLayer")  # looks on
+    assert [len(group.runs) for group in grouped(find_runs(["lightning_logs"]))] == [2]
+    Path("mine.py").write_text(MINE + "    # another\n")
+    fit("--seed_everything", 3, *mine)
+    fit("--seed_everything", 4, *mine, "--trainer.precision", "bf16-mixed")
+    fit("--seed_everything", 5, *mine, "--trainer.callbacks+=EMAWeightAveraging")
+    groups = grouped(find_runs(["lightning_logs"]))
+    assert [[run.seed for run in group.runs] for group in groups] == [[1, 2], [3], [4], [5]]
+    assert len({group.name for group in groups}) == 4
+    assert "source of mine=" in groups[1].name
+    assert "precision=bf16-mixed" in groups[2].name
+
+
+def test_a_run_of_a_version_that_kept_less_is_read(lab):
+    folder = fit()
+    record = json.loads((folder / "run.json").read_text())
+    for key in ("sources", "warm_start", "continued", "audit", "leaking", "precision"):
+        record.pop(key, None)
+    (folder / "run.json").write_text(json.dumps(record))
+    (group,) = grouped(find_runs([str(folder)]))
+    assert group.unaudited
+    assert np.isfinite(group.values).all()
+    assert go_on("--trainer.max_steps", 4) == 0
+    (group,) = grouped(find_runs([str(folder)]))
+    assert not group.unaudited
