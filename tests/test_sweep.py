@@ -218,7 +218,7 @@ def test_a_failing_trial_is_shown_with_its_message_and_tried_again_by_the_next_c
     assert "every trial failed; the first: model.network.block.mixer.heads: 3 heads must divide dim 8" in message
 
 
-def test_the_table_has_the_best_first_and_marks_what_leaks(capsys, monkeypatch):
+def test_the_table_has_the_best_first_and_marks_what_leaks_which_is_never_the_best(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     space = Space({"model.network.block.mixer.init_args.heads": Values((1, 2, 4)), "model.other.heads": Values((1,))})
 
@@ -234,20 +234,26 @@ def test_the_table_has_the_best_first_and_marks_what_leaks(capsys, monkeypatch):
     honest = [{"seed": 1, "folder": "run_3", "val/loss": 3.0, "leaking": False}]
     trials = [
         trial(states.FAIL, 1, error="words " * 100),
-        trial(states.COMPLETE, 4, 3.0, runs=honest),
-        trial(states.COMPLETE, 2, 2.5, runs=leaking),
+        trial(states.COMPLETE, 2, 3.0, runs=honest),
+        trial(states.COMPLETE, 4, 2.5, runs=leaking),
     ]
     report = Report("study", space, trials, ["fit"], means=False)
     report.show()
     output = capsys.readouterr().out
     best, second, failed = (line for line in output.splitlines() if "run_" in line or "words" in line)
-    assert "2.5000 ± 0.7071  LEAKING run_1, run_2" in best
-    assert "3.0000  run_3" in second
+    assert "3.0000  run_3" in best
+    assert "2.5000 ± 0.7071  LEAKING run_1, run_2" in second
     assert failed.rstrip().endswith("...")
     assert "mixer.heads" in output
     assert "other.heads" in output
     assert "model.network.block.mixer.init_args.heads: 2 is inside 1 .. 4" in output
     assert report.to_dict()["best"]["command"].endswith("heads=2 --model.other.heads=1 --seed_everything=1")
+    report = Report("study", space, trials[2:], ["fit"], means=False)
+    report.show()
+    assert "best: none, for what was trained is LEAKING" in capsys.readouterr().out
+    assert (report.to_dict()["best"], report.to_dict()["edges"]) == (None, [])
+    Report("study", space, trials[2:], ["fit"], means=True).show()
+    assert "LEAKING: this network sees the future, its numbers mean nothing. val loss 2.5" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------------------- processes

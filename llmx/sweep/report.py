@@ -1,4 +1,6 @@
-"""What came of a sweep: its trials by validation loss, the best one's command, and whether its ranges held it."""
+"""What came of a sweep: its trials by validation loss, the best one's command, and whether its ranges held it.
+
+What leaks is behind all others and never the best."""
 
 from __future__ import annotations
 
@@ -34,9 +36,11 @@ class Report:
 
     def __init__(self, name: str, space: Space, trials: list[FrozenTrial], command: list[str], means: bool):
         self.name, self.space, self.command, self.means = name, space, command, means
-        self.trials = sorted(trials, key=lambda t: (ORDER.index(t.state.name), t.value or 0.0, t.number))
+        self.trials = sorted(trials, key=lambda t: (ORDER.index(t.state.name), _leaks(t), t.value or 0.0, t.number))
         done = [trial for trial in self.trials if trial.state.name == "COMPLETE"]
-        self.best = None if means or not done else done[0]
+        honest = [trial for trial in done if not _leaks(trial)]
+        self.best = honest[0] if honest and not means else None
+        self.leaking = len(honest) < len(done)
         self.losses = [trial.value for trial in done if trial.value is not None]
 
     def show(self, format: Literal["table", "json"] = "table") -> None:
@@ -45,9 +49,12 @@ class Report:
             return
         Console().print(self._table())
         if self.means:
-            print(f"val loss {_with_deviation(self.losses)} over {len(self.losses)} seeds")
+            mark = "LEAKING: this network sees the future, its numbers mean nothing. " * self.leaking
+            print(f"{mark}val loss {_with_deviation(self.losses)} over {len(self.losses)} seeds")
         if self.best is not None:
             print(f"best: {self._reproduction()}")
+        elif self.leaking and not self.means:
+            print("best: none, for what was trained is LEAKING")
         for edge in self._edges():
             range_ = f"{edge['low']} .. {edge['high']}"
             if edge["edge"] is None:
@@ -125,9 +132,13 @@ def _with_deviation(losses: list[float]) -> str:
 def _places(trial: FrozenTrial) -> str:
     runs = trial.user_attrs.get("runs", [])
     places = ", ".join(run["folder"] for run in runs if run["folder"] is not None)
-    if any(run.get("leaking") for run in runs):
+    if _leaks(trial):
         places = f"LEAKING {places}"
     return textwrap.shorten(_error(trial) or places, 120, placeholder=" ...")
+
+
+def _leaks(trial: FrozenTrial) -> bool:
+    return any(run.get("leaking") for run in trial.user_attrs.get("runs", []))
 
 
 def _error(trial: FrozenTrial) -> str | None:
