@@ -129,8 +129,9 @@ class Run:
     @property
     def protocol(self) -> dict[str, Any]:
         """What two runs must share for their losses to be ranked. A network that counts has no number of tokens."""
-        warm = self.record.get("warm_start") or {"file": self.config["model"].get("warm_start")}
-        start = "none" if warm.get("file") is None else f"{warm['file']} (sha256 {str(warm.get('sha256'))[:12]})"
+        start = self.config["model"].get("warm_start") or "none"
+        if self.record.get("warm_start"):
+            start = f"{start} (sha256 {str(self.record['warm_start'].get('sha256'))[:12]})"
         seen = {"warm start": start, SEEN: self.metrics["tokens"], "characters validated": len(self.losses)}
         return {key: self.record["data"][key] for key in PROTOCOL} | seen
 
@@ -295,7 +296,8 @@ def grouped(runs: Iterable[Run]) -> list[Group]:
     for members in groups:
         for one, other in combinations(members, 2):
             # without a seed two runs are two draws, unless they are copies
-            if one.seed == other.seed and (one.seed not in (None, False) or np.array_equal(one.losses, other.losses)):
+            seeded = one.seed is not None and one.seed is not False
+            if one.seed == other.seed and (seeded or np.array_equal(one.losses, other.losses)):
                 raise UserError(
                     f"{one.folder} and {other.folder} are one configuration with one seed ({one.seed}), which counts "
                     "once: leave one of them out"
@@ -334,7 +336,7 @@ def _settings(config: dict[str, Any], used: dict[str, Any]) -> dict[str, Any]:
     trainer["callbacks"] = [
         callback
         for callback in callbacks
-        if (callback.get("class_path") if isinstance(callback, dict) else callback) not in OBSERVERS
+        if str(callback.get("class_path") if isinstance(callback, dict) else callback) not in OBSERVERS
     ]
     if "precision" in used:
         trainer["precision"] = used["precision"]

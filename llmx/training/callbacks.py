@@ -477,7 +477,7 @@ def check_same_data(folder: Path, data: TextDataModule) -> None:
             continue
         began, goes_on = held[key], now[key]
         if key in ("sha256", "characters"):
-            began, goes_on = (f"{of.get('corpus')} (sha256 {str(of['sha256'])[:12]})" for of in (held, now))
+            began, goes_on = (f"{of.get('corpus')} (sha256 {str(of.get('sha256'))[:12]})" for of in (held, now))
         name = {"sha256": "corpus", "characters": "corpus", "vocab_size": "tokenizer"}.get(key, key)
         raise UserError(
             f"data.{name}: {folder} began with {began} and cannot go on with {goes_on}; begin a new run, which "
@@ -498,12 +498,15 @@ def _settings(config: str) -> dict[str, Any]:
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
+    path = folder / "run.json"
     try:
-        record = json.loads((folder / "run.json").read_text())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{folder / 'run.json'}: cannot be read: {error}") from None
-    if not isinstance(record, dict):
-        raise UserError(f"{folder / 'run.json'}: is damaged: it holds no keys")
+        record = json.loads(path.read_text())
+        legs = record.get("continued", {}).items()
+        whole = isinstance(record.get("data", {}), dict) and all(k.isdigit() and isinstance(v, dict) for k, v in legs)
+    except (ValueError, RecursionError, AttributeError):
+        whole = False
+    if not whole:
+        raise UserError(f"{path}: is damaged: what the run began with cannot be read")
     return record
 
 

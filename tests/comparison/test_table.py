@@ -270,6 +270,7 @@ def test_either_file_is_believed_that_says_leaking(here):
         ({"metrics": {"val/loss": 1.2}}, "val/loss of metrics.json is 1.2000, and val_losses.npy is of a validation"),
         ({"record": {"audit": "passed"}}, "run.json: audit is missing or damaged"),
         ({"record": {"network": {"groups": [1]}}}, "run.json: network.groups"),
+        ({"record": {"continued": {"4": {"config": None}}}}, "run.json: continued.*.config"),
     ],
 )
 def test_numbers_that_contradict_themselves_are_refused(here, change, said):
@@ -281,11 +282,11 @@ def test_numbers_that_contradict_themselves_are_refused(here, change, said):
 def test_one_seed_counts_once(here, capsys):
     """Two runs of it would be an interval of 0. Without a seed two runs are two draws, but not two copies."""
     for number in (1, 2):
-        make_run(f"seeded/version_{number}", loss=1.5 + number / 100)
+        make_run(f"seeded/version_{number}", seed=0, loss=1.5 + number / 100)
         make_run(f"copied/version_{number}", seed=1, settings={"seed_everything": False})
         make_run(f"drawn/version_{number}", seed=number, settings={"seed_everything": False})
     assert main(["compare", "seeded"]) == 2
-    assert "seeded/version_1 and seeded/version_2 are one configuration with one seed (1)" in capsys.readouterr().err
+    assert "seeded/version_1 and seeded/version_2 are one configuration with one seed (0)" in capsys.readouterr().err
     with pytest.raises(UserError, match="copied/version_1 and copied/version_2"):
         groups_of("copied")
     assert [len(group.runs) for group in groups_of("drawn")] == [2]

@@ -86,6 +86,15 @@ def test_a_run_does_not_go_on_with_other_data_than_it_began_with(lab, capsys, ke
     assert kept(folder) == before
 
 
+def test_a_damaged_record_is_named(lab, capsys):
+    folder = fit()
+    for content in ("{", "[]", '{"continued": {"x": {}}}', '{"data": 5}'):
+        (folder / "run.json").write_text(content)
+        capsys.readouterr()
+        assert go_on("--trainer.max_steps", 4) == 2
+        assert "version_0/run.json: is damaged" in capsys.readouterr().err
+
+
 def test_the_same_text_may_lie_elsewhere_and_a_plain_continuation_is_no_other_run(lab):
     whole = fit("--trainer.max_steps", 8)
     Path("breaks.py").write_text(BREAKS)
