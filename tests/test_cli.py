@@ -517,6 +517,7 @@ def test_files_of_a_run_that_were_changed_are_named(lab, capsys):
     assert "weights.ckpt holds weights alone" in fails(capsys, "fit", "--ckpt_path", "weights.ckpt")
     metrics = json.loads((folder / "metrics.json").read_text())
     (folder / "metrics.json").write_text(json.dumps({**metrics, "val/loss": 1e-5}))  # a number for JSON, text for YAML
+    np.save(folder / "val_losses.npy", np.full_like(np.load(folder / "val_losses.npy"), 1e-5))
     run("compare", folder)
     (folder / "metrics.json").write_text(json.dumps({**metrics, "seconds": "many"}))
     assert "metrics.json: seconds is missing or damaged" in fails(capsys, "compare", folder)
