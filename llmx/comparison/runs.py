@@ -93,7 +93,7 @@ class Run:
     @property
     def name(self) -> str:
         """The names of the configurations that the command line gives, else that of the network's class."""
-        name = name_of(self.record["command"])
+        name = name_of([str(word) for word in self.record["command"]])
         if name is not None:
             return name
         network = self.config["model"]["network"]

@@ -115,7 +115,7 @@ def test_a_run_of_several_configs_has_the_names_of_those_that_are_files(here):
     plain = ["main.py", "fit", "--config", "/some/configs/lstm.yaml", "--config", "{}"]
     make_run("lightning_logs/a", loss=1.5, command=plain)
     make_run("lightning_logs/b", loss=1.4, command=[*plain, *added])
-    make_run("lightning_logs/e", loss=1.1, command=["main.py", "fit", "--config=configs/gru.yaml"])
+    make_run("lightning_logs/e", loss=1.1, command=["main.py", False, "fit", "--config=configs/gru.yaml"])  # damaged
     make_run("lightning_logs/c", loss=1.3, command=["main.py", "fit", "-c", "{model: {audit: warn}}"])
     make_run("lightning_logs/d", loss=1.2, command=["main.py", "fit", "-c", "mine"])
     assert {group.name for group in groups_of()} == {"lstm", "lstm + ingredients/muon", "Decoder", "mine", "gru"}
