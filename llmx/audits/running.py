@@ -72,6 +72,8 @@ def audit_run(
         with autocast:
             before = _losses(network, inputs, targets, device)
             after = _losses(network, changed, new_targets, device)
+        if not before.isfinite().all():
+            return None  # training has diverged, which others say
         earlier = positions[:-1] < cuts  # (R, T)
         change = _change(before, after).masked_fill(~earlier, 0.0)
         row = int(change.amax(1).argmax())
@@ -95,11 +97,12 @@ def _losses(network: Network, tokens: Tokens, targets: Tokens, device: torch.dev
     """Of a copy in evaluation mode that shares the parameters; on the CPU."""
     network = copied(network, share_parameters=True).eval()
     seed_all(0)
-    return network.losses(tokens.to(device), targets.to(device))[0].double().cpu().clamp(max=-LEAST)
+    return network.losses(tokens.to(device), targets.to(device))[0].double().cpu()
 
 
 def _change(first: Tensor, second: Tensor) -> Tensor:
     """Relative to the largest loss; inf where only one of the two is a number."""
+    first, second = first.clamp(max=-LEAST), second.clamp(max=-LEAST)
     change = torch.where(first == second, 0.0, (first - second).abs().nan_to_num(nan=torch.inf))
     return change / first.abs().nan_to_num().max()
 

@@ -79,7 +79,7 @@ def test_every_verb_takes_its_checkpoint(lab, capsys):
 def test_the_audit_sees_the_network_that_has_counted(lab, monkeypatch):
     audited = []
     monkeypatch.setattr(
-        "llmx.training.trainer.audit_causality", lambda network, window: audited.append(network.learned)
+        "llmx.training.trainer.audit_causality", lambda network, window, text: audited.append(network.learned)
     )
     with pytest.raises(AttributeError):  # there is no report
         run("audit", "--config", "ngram.yaml")
