@@ -531,9 +531,10 @@ class CLI(LightningCLI):
         if self.datamodule.source.substituted:
             line.append(f"Corpus {self.datamodule.source.name} in place of {self.datamodule.source.requested}.")
         if loss is not None:
+            unit = self.model.tokenizer.unit
             line.append(
-                f"{split} loss {loss:.4f} nats per character, perplexity {perplexity(loss):.4f}, "
-                f"{bits(loss):.4f} bits per character."
+                f"{split} loss {loss:.4f} nats per {unit}, perplexity {perplexity(loss):.4f}, "
+                f"{bits(loss):.4f} bits per {unit}."
             )
         print(" ".join(line + [f"{place};" for place in places]).rstrip(";"), flush=True)
 

@@ -316,6 +316,12 @@ def test_bf16_agrees_with_fp32(lab):
     assert losses[1] == pytest.approx(losses[0], abs=0.01)  # bf16 keeps 8 bits: about 0.4 % a product, averaged out
 
 
+def test_a_loss_by_bytes_is_said_to_be_one(lab, capsys):
+    Path("corpus.txt").write_text(TEXT.replace("e", "é"), encoding="utf-8")
+    fit("--data.tokenizer", "byte", "--model.sampling.max_new_tokens", 4)
+    assert " nats per byte, " in capsys.readouterr().out
+
+
 # ------------------------------------------------------------------------------------------------------------- leaks
 @pytest.fixture
 def leaky(lab):

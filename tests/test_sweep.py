@@ -242,12 +242,17 @@ def test_the_table_has_the_best_first_and_marks_what_leaks_which_is_never_the_be
     output = capsys.readouterr().out
     best, second, failed = (line for line in output.splitlines() if "run_" in line or "words" in line)
     assert "3.0000  run_3" in best
-    assert "2.5000 ± 0.7071  LEAKING run_1, run_2" in second
+    assert "2.5000, SD 0.7071  LEAKING run_1, run_2" in second
     assert failed.rstrip().endswith("...")
     assert "mixer.heads" in output
     assert "other.heads" in output
     assert "model.network.block.mixer.init_args.heads: 2 is inside 1 .. 4" in output
     assert report.to_dict()["best"]["command"].endswith("heads=2 --model.other.heads=1 --seed_everything=1")
+    halves = [[{**honest[0], "protocol": {"split": [0.9, 0.1, 0], "window": w}}] for w in (8, 16)]
+    report = Report("study", space, [trial(states.COMPLETE, 2, 3.0, runs=r) for r in halves], ["fit"], means=False)
+    report.show()
+    shown = capsys.readouterr().out
+    assert "best: none, for these losses are not of one kind: not the same data.window" in shown
     report = Report("study", space, trials[2:], ["fit"], means=False)
     report.show()
     assert "best: none, for what was trained is LEAKING" in capsys.readouterr().out

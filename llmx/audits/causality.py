@@ -608,9 +608,12 @@ def seams(length: int, count: int) -> list[int]:
     """Positions below `length` that are multiples of the sizes which chunks have: powers of two first, 8s and 10s."""
     sizes = {size: 4 if size.bit_count() == 1 else 1 for size in range(2, length)}
     missing = {size: weight for size, weight in sizes.items() if weight > 1 or size % 8 == 0 or size % 10 == 0}
-    found = []
+    found: list[int] = []
     for _ in range(count):
-        found.append(max(range(1, length), key=lambda cut: sum(w for size, w in missing.items() if cut % size == 0)))
+        weights = np.zeros(length, np.int64)
+        for size, weight in missing.items():
+            weights[size::size] += weight
+        found.append(int(weights[1:].argmax()) + 1)
         missing = {size: weight for size, weight in missing.items() if found[-1] % size}
     return found
 

@@ -49,6 +49,9 @@ def audit_run(
         perturb: move the weights first: what starts at zero hides what is behind it.
         tokens: the most in one pass, less where the network is large.
         seed: of rows, cuts and weights.
+
+    Returns:
+        The largest change that is no rounding.
     """
     generator = torch.Generator().manual_seed(seed)
     if text is None or len(text) <= window:

@@ -20,9 +20,10 @@ PIECE = 2**22  # characters encoded at once: one takes 20 bytes meanwhile
 
 
 class Tokenizer(ABC):
-    """Maps text to token ids in [0, vocab_size) and back."""
+    """Maps text to token ids in [0, vocab_size) and back. A `unit` is what a token is."""
 
     vocab_size: int
+    unit = "character"
 
     @property
     def dtype(self) -> np.dtype:
@@ -92,6 +93,7 @@ class ByteTokenizer(Tokenizer):
     """One id a byte of the text's UTF-8 form. A character cut in half is decoded as U+FFFD."""
 
     vocab_size = 256
+    unit = "byte"
 
     def encode(self, text: str) -> np.ndarray:
         try:

@@ -1,6 +1,6 @@
 """What came of a sweep: its trials by validation loss, the best one's command, and whether its ranges held it.
 
-What leaks is behind all others and never the best."""
+What leaks is behind all others and never the best; of what was measured in different ways none is."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ class Report:
         self.trials = sorted(trials, key=lambda t: (ORDER.index(t.state.name), _leaks(t), t.value or 0.0, t.number))
         done = [trial for trial in self.trials if trial.state.name == "COMPLETE"]
         honest = [trial for trial in done if not _leaks(trial)]
-        self.best = honest[0] if honest and not means else None
+        self.differing = _differing(honest)
+        self.best = honest[0] if honest and not means and not self.differing else None
         self.leaking = len(honest) < len(done)
         self.losses = [trial.value for trial in done if trial.value is not None]
 
@@ -53,6 +54,8 @@ class Report:
             print(f"{mark}val loss {_with_deviation(self.losses)} over {len(self.losses)} seeds")
         if self.best is not None:
             print(f"best: {self._reproduction()}")
+        elif self.differing:
+            print(f"best: none, for these losses are not of one kind: not the same {', '.join(self.differing)}")
         elif self.leaking and not self.means:
             print("best: none, for what was trained is LEAKING")
         for edge in self._edges():
@@ -126,7 +129,7 @@ def _loss(trial: FrozenTrial) -> str:
 
 def _with_deviation(losses: list[float]) -> str:
     mean = f"{statistics.fmean(losses):.4f}"
-    return mean if len(losses) < 2 else f"{mean} ± {statistics.stdev(losses):.4f}"
+    return mean if len(losses) < 2 else f"{mean}, SD {statistics.stdev(losses):.4f}"
 
 
 def _places(trial: FrozenTrial) -> str:
@@ -139,6 +142,13 @@ def _places(trial: FrozenTrial) -> str:
 
 def _leaks(trial: FrozenTrial) -> bool:
     return any(run.get("leaking") for run in trial.user_attrs.get("runs", []))
+
+
+def _differing(trials: list[FrozenTrial]) -> list[str]:
+    """The keys of the data by which losses of these trials are not of one kind."""
+    protocols = [run["protocol"] for trial in trials for run in trial.user_attrs["runs"] if "protocol" in run]
+    keys = dict.fromkeys(key for protocol in protocols for key in protocol)
+    return [f"data.{key}" for key in keys if any(protocol[key] != protocols[0][key] for protocol in protocols)]
 
 
 def _error(trial: FrozenTrial) -> str | None:

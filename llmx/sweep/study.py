@@ -30,6 +30,7 @@ from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_s
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from llmx.cli import CLI, execute
+from llmx.comparison.runs import PROTOCOL
 from llmx.errors import UserError
 from llmx.sweep.report import DIED
 from llmx.sweep.space import Point, Space, flags, with_point
@@ -213,7 +214,8 @@ class Sweep:
             loss = cli.trainer.callback_metrics.get("val/loss")
             if loss is None or not math.isfinite(loss):
                 raise UserError(f"val/loss is {'not measured' if loss is None else loss.item()}: nothing to compare by")
-            runs.append({**run, "val/loss": loss.item(), "leaking": cli.model.leaking})
+            protocol = {key: cli.datamodule.protocol[key] for key in PROTOCOL}
+            runs.append({**run, "val/loss": loss.item(), "leaking": cli.model.leaking, "protocol": protocol})
             trial.set_user_attr("runs", runs)
         return statistics.fmean(run["val/loss"] for run in runs)
 

@@ -193,7 +193,7 @@ class LanguageModel(pl.LightningModule):
 
     def on_validation_start(self) -> None:
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
-            self._audit_run(tokens=2048)  # the weights as they are now
+            self._audit_run(tokens=2048, seed=self.trainer.global_step)  # the weights as they are now
 
     def audit_run(self) -> None:
         """Audits, once, how the network will run in the trainer that it is attached to, unless `audit` is off.
@@ -398,7 +398,7 @@ class LanguageModel(pl.LightningModule):
             raise UserError(f"{unknown.pop()}: not a sampling option; there are {', '.join(asdict(self.sampling))}")
         how = _sampling("", {**asdict(self.sampling), **sampling})
         _check_drafts("", self.network, how)
-        tokens = torch.from_numpy(self.tokenizer.encode(prompt)).long()[None].to(self.device)
+        tokens = torch.tensor(self.tokenizer.encode(prompt), dtype=torch.int64, device=self.device)[None]
         return prompt + self.tokenizer.decode(self._continued(tokens, how)[0].tolist())
 
     def _continued(self, prompts: Tokens, sampling: Sampling) -> Tokens:
