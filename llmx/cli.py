@@ -492,7 +492,12 @@ class CLI(LightningCLI):
         handles = [part.register_forward_hook(check) for part in parts]
         try:
             with torch.no_grad():
-                network(torch.zeros(1, window, dtype=torch.int64))
+                outputs = network(torch.zeros(1, window, dtype=torch.int64))
+            if outputs.ndim != 3:
+                raise UserError(
+                    f"model.network: gives {_shape(outputs.shape)} for {(1, window)}, not a row of logits a token; "
+                    "blocks of several streams stand at all layers or at none"
+                )
         except UserError:
             raise
         except Exception as error:

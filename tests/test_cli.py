@@ -379,6 +379,16 @@ def test_a_mistake_in_a_mixer_of_ones_own_is_said_with_its_name_or_line(leaky, c
     assert expected in fails(capsys, "fit", "--config", "tiny.yaml")
 
 
+def test_streams_that_no_block_adds_up_are_refused(lab, capsys):
+    block = {"mixer": "Attention", "feed_forward": "SwiGLU"}
+    streams = {"class_path": "HyperConnectionBlock", "init_args": {**block, "streams": 4}}
+    plain = {"class_path": "MixerOnlyBlock", "init_args": {"mixer": "GatedLinearAttention"}}  # takes any row
+    cycle = {"class_path": "Cycle", "init_args": {"blocks": [streams, plain]}}
+    lab["model"]["network"]["init_args"] |= {"block": cycle, "dim": 16}
+    write_config("tiny.yaml", lab)
+    assert "model.network: gives (1, 8, 4, " in fails(capsys, "fit", "--config", "tiny.yaml")
+
+
 @pytest.fixture
 def opening(lab):
     Path("opening_mixer.py").write_text(OPENING)

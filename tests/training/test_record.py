@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ def lab(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("LLMX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "orig_argv", ["python", "main.py"])  # names of runs come from it
     trainer = {"max_steps": 2, "val_check_interval": 2, "enable_progress_bar": False, "precision": "32-true"}
     settings = {
         "seed_everything": 3,
