@@ -31,7 +31,7 @@ def loss_figure(comparison: Comparison) -> Figure:
     rows = comparison.rows
     labels = [_label(row) for row in rows]
     lines = sum(label.count("\n") + 1 for label in labels)
-    figure = Figure(figsize=(8, 1.3 + 0.14 * len(rows) + 0.2 * lines), layout="constrained")
+    figure = Figure(figsize=(8, 1.5 + 0.14 * len(rows) + 0.2 * lines), layout="constrained")
     axes = figure.subplots()
     for place, row in enumerate(rows):
         color = "tab:red" if mark(row) else "tab:blue" if row.loss.basis == "seeds" else "tab:gray"
@@ -39,8 +39,8 @@ def loss_figure(comparison: Comparison) -> Figure:
         axes.plot(row.loss.value, place, "o", color=color)
     axes.set_yticks(range(len(rows)), labels)
     axes.invert_yaxis()
-    colors = "blue over seeds, gray over the text, red LEAKING or UNAUDITED"
-    axes.set(xlabel=f"validation loss, nats per character\n(95 %: {colors})")
+    colors = "blue over seeds, gray over the text;\nred: LEAKING or UNAUDITED"
+    axes.set(xlabel=f"validation loss, nats per character\n95 %: {colors}")
     axes.grid(axis="x", alpha=0.3)
     return figure
 
