@@ -44,7 +44,7 @@ def write_lab():
         "seed_everything": 3,
         "trainer": trainer | {"limit_val_batches": 2},
         "data": {"corpus": "corpus.txt", "window": 8, "batch_size": 4},
-        "model": {"audit": "off", "network": network(depth=1)},
+        "model": {"network": network(depth=1)},
     }
     Path("tiny.yaml").write_text(yaml.safe_dump(config))
     return config
@@ -257,6 +257,11 @@ def test_the_table_has_the_best_first_and_marks_what_leaks_which_is_never_the_be
     report.show()
     assert "best: none, for what was trained is LEAKING" in capsys.readouterr().out
     assert (report.to_dict()["best"], report.to_dict()["edges"]) == (None, [])
+    unaudited = trial(states.COMPLETE, 2, 2.0, runs=[{**honest[0], "audited": False}])
+    report = Report("study", space, [*trials, unaudited], ["fit"], means=False)
+    report.show()
+    assert "UNAUDITED run_3" in capsys.readouterr().out
+    assert report.best is trials[1]
     Report("study", space, trials[2:], ["fit"], means=True).show()
     assert "LEAKING: this network sees the future, its numbers mean nothing. val loss 2.5" in capsys.readouterr().out
 

@@ -1,6 +1,6 @@
 """What came of a sweep: its trials by validation loss, the best one's command, and whether its ranges held it.
 
-What leaks is behind all others and never the best; of what was measured in different ways none is."""
+What leaks or was not audited is behind all others and never the best; of losses that are not of one kind none is."""
 
 from __future__ import annotations
 
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 DIED = "interrupted, or its process died"
+MEANING = {
+    "LEAKING": "this network sees the future, its numbers mean nothing",
+    "UNAUDITED": "whether this network sees the future nobody knows",
+}
 ORDER = ["COMPLETE", "PRUNED", "RUNNING", "WAITING", "FAIL"]
 
 
@@ -36,12 +40,14 @@ class Report:
 
     def __init__(self, name: str, space: Space, trials: list[FrozenTrial], command: list[str], means: bool):
         self.name, self.space, self.command, self.means = name, space, command, means
-        self.trials = sorted(trials, key=lambda t: (ORDER.index(t.state.name), _leaks(t), t.value or 0.0, t.number))
+        self.trials = sorted(
+            trials, key=lambda t: (ORDER.index(t.state.name), _mark(t) != "", t.value or 0.0, t.number)
+        )
         done = [trial for trial in self.trials if trial.state.name == "COMPLETE"]
-        honest = [trial for trial in done if not _leaks(trial)]
+        honest = [trial for trial in done if not _mark(trial)]
         self.differing = _differing(honest)
         self.best = honest[0] if honest and not means and not self.differing else None
-        self.leaking = len(honest) < len(done)
+        self.marks = sorted({_mark(trial) for trial in done} - {""})
         self.losses = [trial.value for trial in done if trial.value is not None]
 
     def show(self, format: Literal["table", "json"] = "table") -> None:
@@ -50,14 +56,14 @@ class Report:
             return
         Console().print(self._table())
         if self.means:
-            mark = "LEAKING: this network sees the future, its numbers mean nothing. " * self.leaking
-            print(f"{mark}val loss {_with_deviation(self.losses)} over {len(self.losses)} seeds")
+            marks = "".join(f"{mark}: {MEANING[mark]}. " for mark in self.marks)
+            print(f"{marks}val loss {_with_deviation(self.losses)} over {len(self.losses)} seeds")
         if self.best is not None:
             print(f"best: {self._reproduction()}")
         elif self.differing:
             print(f"best: none, for these losses are not of one kind: not the same {', '.join(self.differing)}")
-        elif self.leaking and not self.means:
-            print("best: none, for what was trained is LEAKING")
+        elif self.marks and not self.means:
+            print(f"best: none, for what was trained is {' or '.join(self.marks)}")
         for edge in self._edges():
             range_ = f"{edge['low']} .. {edge['high']}"
             if edge["edge"] is None:
@@ -135,13 +141,14 @@ def _with_deviation(losses: list[float]) -> str:
 def _places(trial: FrozenTrial) -> str:
     runs = trial.user_attrs.get("runs", [])
     places = ", ".join(run["folder"] for run in runs if run["folder"] is not None)
-    if _leaks(trial):
-        places = f"LEAKING {places}"
+    places = f"{_mark(trial)} {places}".strip()
     return textwrap.shorten(_error(trial) or places, 120, placeholder=" ...")
 
 
-def _leaks(trial: FrozenTrial) -> bool:
-    return any(run.get("leaking") for run in trial.user_attrs.get("runs", []))
+def _mark(trial: FrozenTrial) -> str:
+    runs = trial.user_attrs.get("runs", [])
+    unaudited = any(run.get("audited") is False for run in runs)
+    return "LEAKING" if any(run.get("leaking") for run in runs) else "UNAUDITED" if unaudited else ""
 
 
 def _differing(trials: list[FrozenTrial]) -> list[str]:

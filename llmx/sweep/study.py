@@ -215,7 +215,8 @@ class Sweep:
             if loss is None or not math.isfinite(loss):
                 raise UserError(f"val/loss is {'not measured' if loss is None else loss.item()}: nothing to compare by")
             protocol = {key: cli.datamodule.protocol[key] for key in PROTOCOL}
-            runs.append({**run, "val/loss": loss.item(), "leaking": cli.model.leaking, "protocol": protocol})
+            audit = {"leaking": cli.model.leaking, "audited": cli.model.causality is not None}
+            runs.append({**run, "val/loss": loss.item(), **audit, "protocol": protocol})
             trial.set_user_attr("runs", runs)
         return statistics.fmean(run["val/loss"] for run in runs)
 
