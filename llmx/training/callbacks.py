@@ -164,8 +164,11 @@ class StopOnSignal(Callback):
         if trainer.global_step >= pl_module.total_steps:  # type: ignore[operator]
             return False
         if trainer.world_size > 1:
-            told = torch.tensor(self.signal, device=trainer.strategy.root_device)
-            self.signal = int(trainer.strategy.reduce(told, reduce_op="max"))
+            held = torch.tensor(self.signal, device=trainer.strategy.root_device)
+            told = int(trainer.strategy.reduce(held, reduce_op="max"))
+            if not told:
+                return False  # one that came meanwhile is told next time, and must not be overwritten
+            self.signal = told
         return bool(self.signal)
 
     def _leave(self, trainer: pl.Trainer) -> None:
