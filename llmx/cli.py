@@ -342,7 +342,7 @@ class CLI(LightningCLI):
             self._check_window()
         self._let_it_count()
         if verb == "fit":
-            self.model.audit_causality(self.datamodule.beginning())  # before there is a run folder
+            self.model.audit_causality(self.datamodule)  # before there is a run folder
         try:
             self.config_init = self.parser.instantiate_classes(self.config)  # of the trainer; see _add_instantiators
             self.trainer = self.instantiate_trainer(**self._trainer_arguments(settings.trainer))

@@ -355,7 +355,7 @@ class Trial:
             for one, two in zip(tensors, tensors2, strict=False):
                 pairs = [(a, b) for a, b in product(view(one), view2(two)) if a.shape == b.shape and a.numel()]
                 # differ however the axes are read: a wrong reading sees what may change
-                if pairs and min(_change(a, b).max().item() for a, b in pairs) > tolerance:
+                if pairs and min(change_of(a, b).max().item() for a, b in pairs) > tolerance:
                     return True
             return False
 
@@ -401,7 +401,7 @@ def check_batch(trial: Trial) -> None:
         tokens[one] = trial.probe.replaced(tokens[one])
         replaced = partial(trial.run, tokens)
         view = partial(_row_views, rows=trial.rows, keep=others)
-        if trial.judge("batch", _change(trial.outputs, replaced())[others], 0, base, replaced, view):
+        if trial.judge("batch", change_of(trial.outputs, replaced())[others], 0, base, replaced, view):
             return
     if trial.training:
         return
@@ -410,7 +410,7 @@ def check_batch(trial: Trial) -> None:
         return
     alone = partial(trial.run, trial.tokens[one])
     view, view2 = partial(_row_views, rows=trial.rows, keep=one), partial(_row_views, rows=1, keep=[0])
-    trial.judge("batch", _change(trial.outputs[one], alone()), 0, base, alone, view, view2)
+    trial.judge("batch", change_of(trial.outputs[one], alone()), 0, base, alone, view, view2)
 
 
 def check_memory(trial: Trial) -> None:
@@ -419,7 +419,7 @@ def check_memory(trial: Trial) -> None:
     base = partial(trial.run, trial.tokens)
     for before in (trial.probe.tokens(trial.rows, trial.length), trial.tokens):
         again = partial(trial.run, trial.tokens, after=before)
-        if trial.judge("memory", _change(trial.outputs, again()), 0, base, again, _whole):
+        if trial.judge("memory", change_of(trial.outputs, again()), 0, base, again, _whole):
             return
 
 
@@ -436,13 +436,13 @@ def check_suffix(trial: Trial) -> None:
     later = torch.arange(trial.length) >= cuts[:, None]  # (R, T)
     outputs = trial.run(tokens)
     check_finite(trial, tokens, outputs)
-    change = _change(outputs, trial.run(torch.where(later, other, tokens))).amax(-1).masked_fill(later, 0)  # (R, T)
+    change = change_of(outputs, trial.run(torch.where(later, other, tokens))).amax(-1).masked_fill(later, 0)  # (R, T)
     worst = change.amax(1)  # (R,)
     suspects = [row for row in worst.argsort(descending=True).tolist() if worst[row] > trial.probe.same_tolerance]
     for row in suspects[:4]:
         cut, rows = int(cuts[row]), (row + torch.arange(4)) % len(cuts)
         first, second, view = _suffix_passes(trial, tokens[rows], other[rows], cut)
-        if trial.judge("suffix", _change(first(), second())[:, :cut], cut, first, second, view):
+        if trial.judge("suffix", change_of(first(), second())[:, :cut], cut, first, second, view):
             return
     if suspects and not trial.found("batch"):  # else it was another row that changed this one
         row = suspects[0]
@@ -461,7 +461,7 @@ def check_prefix(trial: Trial) -> None:
             whole, short = partial(trial.run, trial.tokens), partial(trial.run, trial.tokens[:, :cut])
             view = partial(_time_views, rows=trial.rows, length=trial.length, keep=cut)
             view2 = partial(_time_views, rows=trial.rows, length=cut, keep=cut)
-            trial.judge("prefix", _change(trial.outputs[:, :cut], short()), cut, whole, short, view, view2)
+            trial.judge("prefix", change_of(trial.outputs[:, :cut], short()), cut, whole, short, view, view2)
 
 
 def check_gradient(probe: Probe) -> Tensor | None:
@@ -520,7 +520,7 @@ def _whole(tensor: Tensor) -> list[Tensor]:
     return [tensor]
 
 
-def _change(first: Tensor, second: Tensor) -> Tensor:
+def change_of(first: Tensor, second: Tensor) -> Tensor:
     """Differences relative to the largest number of all; inf where only one of the two is finite."""
     difference = torch.where(first == second, 0, (first - second).abs().nan_to_num(nan=math.inf))
     scale = first.abs().nan_to_num(0, 0, 0).max()

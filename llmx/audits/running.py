@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from llmx.audits.causality import CAST_TOLERANCE, LEAST, MAX_ROWS, MAX_WORK, Breach, Casts, seams, windows
+from llmx.audits.causality import CAST_TOLERANCE, LEAST, MAX_ROWS, MAX_WORK, Breach, Casts, change_of, seams, windows
 from llmx.audits.probes import copied, exact_copy, perturbed_copy, seed_all, undisturbed
 from llmx.protocol import Losses, Network
 from llmx.shapes import Tokens
@@ -53,11 +53,11 @@ def audit_run(
     Returns:
         The largest change that is no rounding.
     """
+    if window < 2 or network.vocab_size < 2:
+        return None
     generator = torch.Generator().manual_seed(seed)
     if text is None or len(text) <= window:
         text = torch.randint(network.vocab_size, (4 * window + 1,), generator=generator)
-    if window < 2 or network.vocab_size < 2:
-        return None
     parameters = sum(parameter.numel() for parameter in network.parameters())
     rows = max(2, min(MAX_ROWS, min(tokens, int(4 * MAX_WORK / max(parameters, 1))) // window))
     some = torch.randint(1, window, (rows - rows // 2,), generator=generator)
@@ -105,9 +105,7 @@ def _losses(network: Network, tokens: Tokens, targets: Tokens, device: torch.dev
 
 def _change(first: Tensor, second: Tensor) -> Tensor:
     """Relative to the largest loss; inf where only one of the two is a number."""
-    first, second = first.clamp(max=-LEAST), second.clamp(max=-LEAST)
-    change = torch.where(first == second, 0.0, (first - second).abs().nan_to_num(nan=torch.inf))
-    return change / first.abs().nan_to_num().max()
+    return change_of(first.clamp(max=-LEAST), second.clamp(max=-LEAST))
 
 
 def _breach(network: Network, window: int, change: Tensor, cut: int) -> Breach:

@@ -140,7 +140,7 @@ class LanguageModel(pl.LightningModule):
         elif wanted and stage != "predict":
             rank_zero_info("No C++ compiler was found: the network runs without compilation.")
         if stage == "fit":
-            self.audit_causality(self._text())
+            self.audit_causality(self._data())
             self.audit_run()
 
     def configure_model(self) -> None:
@@ -205,16 +205,17 @@ class LanguageModel(pl.LightningModule):
             self.run_audited = True
             self._audit_run(perturb=True)
 
-    def audit_causality(self, text: Tensor | None = None) -> CausalityReport | None:
+    def audit_causality(self, data: TextDataModule | None = None) -> CausalityReport | None:
         """Audits the network once, unless `audit` is off.
 
         Args:
-            text: token ids (L,), beside the random ones.
+            data: of whose training split tokens are taken, beside the random ones.
 
         Raises:
             CausalityError: for a leak, unless `audit` is `warn`.
         """
         if self.hparams["audit"] != "off" and self.causality is None:
+            text = None if data is None else data.beginning()
             self.causality = audit_causality(self.network, self.window, text=text)
             self.leaking = self.causality.leaking
         if self.leaking and self.causality is not None and self.hparams["audit"] == "error":
@@ -224,22 +225,22 @@ class LanguageModel(pl.LightningModule):
     def _audit_run(self, **how: Any) -> None:
         if self.causality is None or self.leaking or self.device_mesh is not None:
             return
+        data = self._data()
+        text = None if data is None else data.beginning()
         autocast = self.trainer.precision_plugin.forward_context()
         device = self.trainer.strategy.root_device  # where it will be, if it is not yet
-        breach = audit_run(self.network, self.window, autocast, self._text(), device=device, **how)
+        breach = audit_run(self.network, self.window, autocast, text, device=device, **how)
         if breach is None:
             return
         self.leaking = True
         self.causality = replace(self.causality, breaches=(breach,))
         if self.hparams["audit"] == "error":
-            if not self.trainer.is_global_zero:
-                raise SystemExit(0)  # another code, and Lightning would kill the first process while it ends
-            raise CausalityError(self.causality)
+            self._stop(CausalityError(self.causality))
         rank_zero_warn(f"LEAKING at step {self.trainer.global_step}: {breach}.")
 
-    def _text(self) -> Tensor | None:
+    def _data(self) -> TextDataModule | None:
         data = getattr(self.trainer, "datamodule", None)
-        return data.beginning() if isinstance(data, TextDataModule) else None
+        return data if isinstance(data, TextDataModule) else None
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # the x axis of every curve; after resuming a finished run Lightning's own count is one behind
@@ -269,13 +270,18 @@ class LanguageModel(pl.LightningModule):
         return loss + auxiliary
 
     def _diverged(self, what: str) -> NoReturn:
+        self._stop(
+            UserError(
+                f"{what} at step {self.trainer.global_step}: training has diverged. "
+                f"A lower model.optimizer lr or trainer.gradient_clip_val may help. {self._last_good()}"
+            )
+        )
+
+    def _stop(self, error: UserError) -> NoReturn:
         """All processes come here together: the first one says it, the others leave quietly."""
         if not self.trainer.is_global_zero:
             raise SystemExit(0)  # another code, and Lightning would kill the first process while it ends
-        raise UserError(
-            f"{what} at step {self.trainer.global_step}: training has diverged. "
-            f"A lower model.optimizer lr or trainer.gradient_clip_val may help. {self._last_good()}"
-        )
+        raise error
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         if loss.requires_grad:  # a network that counts has nothing to differentiate
