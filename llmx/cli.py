@@ -39,7 +39,7 @@ from torch.optim import Optimizer
 from llmx.base_config import config_text, read_config, with_bases, with_list_entries
 from llmx.budget import Budget, Plan, budget
 from llmx.composition import build, check_imports, import_collection, to_config
-from llmx.data.datamodule import TextDataModule
+from llmx.data.datamodule import Split, TextDataModule
 from llmx.describe import Description, describe
 from llmx.errors import UserError
 from llmx.explain import explain
@@ -527,10 +527,13 @@ class CLI(LightningCLI):
     def after_test(self) -> None:
         self._print_result("test", self.trainer.callback_metrics["test/loss"].item(), [])
 
-    def _print_result(self, split: str, loss: float | None, places: list[str]) -> None:
+    def _print_result(self, split: Split, loss: float | None, places: list[str]) -> None:
         if not self.trainer.is_global_zero:
             return
         line = []
+        seen = self.datamodule.share_within(split, self.model.trained_on.get(self.datamodule.source.sha256, 0.0))
+        if loss is not None and seen:
+            line.append(f"{100 * seen:.3g} % of this {split} split is text that its weights were trained on.")
         if self.model.leaking:
             line.append("LEAKING: this network sees the future, its numbers mean nothing.")
         if self.datamodule.source.substituted:

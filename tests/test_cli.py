@@ -266,6 +266,21 @@ def test_warm_start_begins_with_another_runs_weights(lab):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_text_that_the_weights_were_trained_on_is_named_beside_the_loss(lab, capsys):
+    last = fit() / "checkpoints/last.ckpt"
+    run("validate", "--ckpt_path", last)
+    Path("reversed.txt").write_text(TEXT[::-1])
+    run("validate", "--ckpt_path", last, "--data.corpus", "reversed.txt", "--data.split", "[0.8, 0.2, 0.0]")
+    assert "trained on" not in capsys.readouterr().out
+    half = "50 % of this val split is text that its weights were trained on."
+    run("validate", "--ckpt_path", last, "--data.split", "[0.8, 0.2, 0.0]")
+    assert half in capsys.readouterr().out
+    second = fit("--model.warm_start", last, "--data.split", "[0.4, 0.5, 0.1]")
+    assert "100 % of this val split" in capsys.readouterr().out
+    run("test", "--ckpt_path", second / "checkpoints/last.ckpt", "--data.split", "[0.4, 0.4, 0.2]")
+    assert half.replace("val", "test") in capsys.readouterr().out
+
+
 def test_a_command_that_lacks_the_essential_is_told_what(lab, capsys):
     assert "fit, validate, test, predict, audit, describe" in fails(capsys)
     assert "--config" in fails(capsys, "fit", "--trainer.max_steps", 5)

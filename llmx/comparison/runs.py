@@ -68,11 +68,13 @@ READ_IF_THERE: dict[str, dict[str, Any]] = {
         "audit": dict | None,
         "leaking": bool,
         "precision": str,
+        "code": str,
         "sources": dict,
         "warm_start": dict | None,
         "continued": dict,
         "continued.*.config": dict,
         "continued.*.config.trainer": dict | None,
+        "continued.*.code": str,
         "continued.*.sources": dict,
     },
     "metrics.json": {"steps_in_these_seconds": int},
@@ -114,6 +116,11 @@ class Run:
     @property
     def unaudited(self) -> bool:
         return self.record.get("audit") is None
+
+    @property
+    def code(self) -> set[str]:
+        """Hashes of llmx's sources, of all parts of the run, shortened."""
+        return {leg.get("code", "unknown")[:8] for leg in (self.record, *self.record.get("continued", {}).values())}
 
     @property
     def seconds(self) -> float | None:

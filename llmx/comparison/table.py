@@ -53,6 +53,7 @@ class Row:
     parameters_of:   by group
     seconds:         wall-clock of the fit; not of runs that were stopped and went on
     generated_tokens_per_second: one row
+    code:            hashes of llmx's sources, shortened
     """
 
     name: str
@@ -73,6 +74,7 @@ class Row:
     peak_bytes: float | None
     state_bytes: float | None
     generated_tokens_per_second: float | None
+    code: list[str]
     folders: list[str]
 
 
@@ -185,6 +187,7 @@ def _row(group: Group, difference: Estimate | None, adjusted_p: float | None = N
         peak_bytes=_mean(runs, lambda run: run.metrics["peak_bytes"]),
         state_bytes=network["state_bytes"],
         generated_tokens_per_second=_mean(runs, lambda run: run.metrics["generated_tokens_per_second"]),
+        code=sorted(set().union(*(run.code for run in runs))),
         folders=[str(run.folder) for run in runs],
     )
 
@@ -265,6 +268,12 @@ def caption(comparison: Comparison) -> str:
         lines.append("LEAKING: the audit found that it sees the future; its loss means nothing and has no rank")
     if any(row.unaudited for row in comparison.rows):
         lines.append("UNAUDITED: trained with model.audit off; whether it sees the future nobody knows: no rank")
+    by_code = {
+        code: [row.name for row in comparison.rows if code in row.code] for row in comparison.rows for code in row.code
+    }
+    if len(by_code) > 1:
+        said = "; ".join(f"{code}: {', '.join(names)}" for code, names in by_code.items())
+        lines.append(f"not all trained by the same sources of llmx (run.json: code): {said}")
     lines.append("memory and state in bytes; writes: tokens/s in generation, one row")
     return "\n".join([*lines, *([comparison.matching] if comparison.matching else [])])
 

@@ -201,11 +201,19 @@ class TextDataModule(LightningDataModule):
 
     def tokens(self, split: Split) -> np.ndarray | TokenStream:
         """The token ids of a split, (L,), read-only; np.asarray reads those of token files into memory."""
+        return self._encoded[slice(*self._bounds(split))]
+
+    def share_within(self, split: Split, fraction: float) -> float:
+        """How much of a split lies in the first `fraction` of the corpus, from 0 to 1."""
+        start, end = self._bounds(split)
+        return max(0, min(end, int(fraction * len(self._encoded))) - start) / max(1, end - start)
+
+    def _bounds(self, split: Split) -> tuple[int, int]:
         length, fractions = len(self._encoded), self.split
         last = max(index for index, fraction in enumerate(fractions) if fraction > 0)  # takes what rounding leaves
         ends = [length if index >= last else int(sum(fractions[: index + 1]) * length) for index in range(3)]
         index = SPLITS.index(split)
-        return self._encoded[ends[index - 1] if index else 0 : ends[index]]
+        return ends[index - 1] if index else 0, ends[index]
 
     def beginning(self, most: int = 2**20) -> Tensor:
         """At most so many token ids of the training split, (L,), which may be too large to hold."""

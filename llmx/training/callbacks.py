@@ -35,7 +35,7 @@ from llmx.training.logger import LAYOUT
 from llmx.training.metrics import bits, perplexity
 from llmx.training.module import LanguageModel
 from llmx.training.norms import NORMS_LAYOUT, NormsByLayer
-from llmx.training.provenance import file_hash, provenance, sources
+from llmx.training.provenance import code, file_hash, provenance, sources
 from llmx.yaml_files import parse_yaml
 
 UNCOUNTED = -1.0  # no loss is below 0
@@ -493,7 +493,11 @@ def _used(trainer: pl.Trainer, pl_module: LanguageModel) -> dict[str, Any]:
     parts = [*pl_module.network.modules(), *trainer.optimizers, *trainer.callbacks]  # type: ignore[attr-defined]
     for config in trainer.lr_scheduler_configs:
         parts += getattr(config.scheduler, "lr_lambdas", [])
-    return {"precision": str(trainer.precision), "sources": sources({type(part) for part in parts})}
+    return {
+        "precision": str(trainer.precision),
+        "code": code(),
+        "sources": sources({type(part) for part in parts}),
+    }
 
 
 def _settings(config: str) -> dict[str, Any]:

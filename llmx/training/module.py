@@ -105,6 +105,9 @@ class LanguageModel(pl.LightningModule):
         )
         self.network: Network = self._built()
         _check_drafts("model.sampling.", self.network, self.sampling)
+        self.trained_on: dict[
+            str, float
+        ] = {}  # hash of each text in the weights -> how far, as a fraction, it was read
         if warm_start is not None:
             self._load_network(warm_start)
         with torch.device("cpu"):  # the network alone may be on the meta device
@@ -422,8 +425,13 @@ class LanguageModel(pl.LightningModule):
             for name, parameter in self.network.named_parameters():
                 if not parameter.isfinite().all():  # it would take the place of the last good one
                     self._diverged(f"{name} holds a number that is not finite")
+        trained_on, data = dict(self.trained_on), self._data()
+        if data is not None:
+            text = data.source.sha256
+            trained_on[text] = max(data.split[0], trained_on.get(text, 0.0))
         checkpoint["llmx"] = {
             "leaking": self.leaking,
+            "trained_on": trained_on,
             "accumulate": self.trainer.accumulate_grad_batches,
             "precision": str(self.trainer.precision),
         }
@@ -431,6 +439,7 @@ class LanguageModel(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         held = checkpoint.get("llmx", {})
         self.leaking = self.leaking or held.get("leaking", False)
+        self.trained_on = held.get("trained_on", {})
         if self._trainer is not None and self.trainer.state.fn == "fit":
             accumulate = self.trainer.accumulate_grad_batches
             if held.get("accumulate", accumulate) != accumulate:  # Lightning counts the epoch's batches, not its steps
@@ -471,11 +480,13 @@ class LanguageModel(pl.LightningModule):
         return model.to(map_location)
 
     def _load_network(self, path: str) -> None:
+        checkpoint = read_checkpoint(path)
         weights = {
             key.removeprefix("network."): value
-            for key, value in read_checkpoint(path)["state_dict"].items()
+            for key, value in checkpoint["state_dict"].items()
             if key.startswith("network.")
         }
+        self.trained_on = checkpoint.get("llmx", {}).get("trained_on", {})
         try:
             self.network.load_state_dict(weights)
         except RuntimeError as error:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -35,21 +36,43 @@ def provenance() -> dict[str, Any]:
 
 
 def sources(classes: Iterable[type]) -> dict[str, str]:
-    """Module -> hash of its file, for the modules of classes and of what they inherit from that no version tells of:
-    those outside llmx, torch and lightning."""
-    names = {base.__module__ for cls in classes for base in cls.__mro__}
-    found = {}
-    for name in sorted(names):
-        if name.split(".")[0] not in {*_VERSIONED, *sys.stdlib_module_names}:
-            file = getattr(sys.modules.get(name), "__file__", None)
-            if file is not None and Path(file).is_file():
-                found[name] = file_hash(file)
-    return found
+    """Module -> hash of its file, for the modules of classes, of what they inherit from, and of what these modules
+    import, as far as no version tells of them: not llmx, torch, lightning, nor imports from installed packages."""
+    waiting = {base.__module__ for cls in classes for base in cls.__mro__}
+    found: dict[str, str] = {}
+    while waiting:
+        name = waiting.pop()
+        file = _file(name)
+        if name in found or name.split(".")[0] in {*_VERSIONED, *sys.stdlib_module_names} or file is None:
+            continue
+        found[name] = file_hash(file)
+        for value in vars(sys.modules[name]).values():
+            imported = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
+            if not isinstance(imported, str):
+                continue
+            theirs = _file(imported)
+            if theirs is not None and {"site-packages", "dist-packages"}.isdisjoint(theirs.parts):
+                waiting.add(imported)
+    return dict(sorted(found.items()))
+
+
+def code() -> str:
+    """Hash of llmx's own sources."""
+    package = Path(llmx.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package).as_posix()} {file_hash(path)} ".encode())
+    return digest.hexdigest()
 
 
 def file_hash(path: str | Path) -> str:
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _file(module: str) -> Path | None:
+    file = getattr(sys.modules.get(module), "__file__", None)
+    return Path(file) if file is not None and Path(file).is_file() else None
 
 
 def _git(*arguments: str) -> str | None:

@@ -11,8 +11,9 @@ import yaml
 
 from llmx.cli import main
 from llmx.comparison.runs import find_runs, grouped
-from llmx.comparison.table import compare
+from llmx.comparison.table import caption, compare
 from llmx.errors import UserError
+from llmx.training.provenance import code, file_hash
 from tests.tiny import TEXT, network, newest_run
 
 MINE = """
@@ -188,10 +189,36 @@ def test_seeds_of_other_averaging_precision_or_sources_are_no_seeds_of_one_netwo
     assert "precision=bf16-mixed" in groups[2].name
 
 
+def test_what_a_file_of_ones_own_imports_is_part_of_it(lab, monkeypatch):
+    Path("halves.py").write_text("def half(x):\n    return x / 2\n")
+    Path("halved.py").write_text("from halves import half\n" + MINE)  # modules that no other test imports
+    mixer = '{"class_path": "halved.Mine", "init_args": {"heads": 2}}'
+    mine = ["--model.network.init_args.block.init_args.mixer", mixer]
+    first = fit("--seed_everything", 1, *mine)
+    kept = json.loads((first / "run.json").read_text())["sources"]
+    assert kept == {name: file_hash(f"{name}.py") for name in ("halved", "halves")}
+    Path("halves.py").write_text("def half(x):\n    return x / 3\n")
+    fit("--seed_everything", 2, *mine)
+    assert ["source of halves=" in group.name for group in grouped(find_runs(["lightning_logs"]))] == [True, True]
+
+
+def test_rows_of_other_states_of_llmx_are_told_apart_below_the_table(lab, monkeypatch):
+    fit("--seed_everything", 1)
+    fit("--seed_everything", 2)
+    assert "sources of llmx" not in caption(compare(grouped(find_runs(["lightning_logs"]))))
+    monkeypatch.setattr("llmx.training.callbacks.code", lambda: "0123456789")
+    fit("--seed_everything", 3)
+    own = code()[:8]
+    said = caption(compare(grouped(find_runs(["lightning_logs"]))))
+    assert "same sources of llmx (run.json: code): " in said
+    assert "01234567: Decoder" in said
+    assert f"{own}: Decoder" in said
+
+
 def test_a_run_of_a_version_that_kept_less_is_read(lab):
     folder = fit()
     record = json.loads((folder / "run.json").read_text())
-    for key in ("sources", "warm_start", "continued", "audit", "leaking", "precision"):
+    for key in ("sources", "warm_start", "continued", "audit", "leaking", "precision", "code"):
         record.pop(key, None)
     (folder / "run.json").write_text(json.dumps(record))
     (group,) = grouped(find_runs([str(folder)]))
