@@ -71,11 +71,11 @@ class Context:
     def add_loss(self, loss: Tensor) -> None:
         self.auxiliary = self.auxiliary + loss
 
-    def at(self, t: int) -> Context:
-        """The context of the single token at index t, for `step`."""
-        one = Context(self.tokens[:, t], self.positions[:, t], self.embedding[:, t])
-        one.store = {name: value[:, t] for name, value in self.store.items()}
-        return one
+    def at(self, where: int | slice) -> Context:
+        """The context of the single token at an index, for `step`, or of a piece."""
+        part = Context(self.tokens[:, where], self.positions[:, where], self.embedding[:, where])
+        part.store = {name: value[:, where] for name, value in self.store.items()}
+        return part
 
 
 class Component(nn.Module):

@@ -100,11 +100,13 @@ def audit_forms(network: Network, max_length: int, seed: int = 0) -> FormsReport
             copy = perturbed_copy(exact_copy(network), 0.1, generator).eval().requires_grad_(True)
         seed_all(seed)
         tokens = torch.randint(copy.vocab_size, (ROWS, length), generator=generator)
-        divergences = _compare(copy, tokens, generator)
+        weights = torch.randn(*tokens.shape, copy.vocab_size, generator=generator, dtype=torch.float64)
+        divergences = _compare(copy, tokens, weights)
         if not divergences and max_length > length:
             length = min(max_length, MOST)
             tokens = torch.randint(copy.vocab_size, (ROWS, length), generator=generator)
-            divergences = _compare_outputs(copy, tokens)
+            with torch.no_grad():
+                divergences = _compare(copy, tokens, None)
     return FormsReport(tuple(divergences), None, length, time.perf_counter() - started)
 
 
@@ -114,13 +116,12 @@ def segmentations(length: int) -> list[tuple[int, ...]]:
     return [cut for cut in dict.fromkeys(cuts) if min(cut) > 0]
 
 
-def _compare(network: Network, tokens: Tokens, generator: torch.Generator) -> list[Divergence]:
-    """The first difference of each kind."""
-    parameters = dict(network.named_parameters())
-    weights = torch.randn(*tokens.shape, network.vocab_size, generator=generator, dtype=torch.float64)
+def _compare(network: Network, tokens: Tokens, weights: Tensor | None) -> list[Divergence]:
+    """The first difference, of outputs if there is one; of gradients of outputs times weights, if these are given."""
+    parameters = {} if weights is None else dict(network.named_parameters())
 
     def differentiated(logits: Logits) -> tuple[Tensor, dict[str, Tensor]]:
-        if not parameters:
+        if weights is None or not parameters:
             return logits.detach(), {}
         gradients = torch.autograd.grad(
             (logits * weights).sum(), list(parameters.values()), allow_unused=True, materialize_grads=True
@@ -144,16 +145,6 @@ def _compare(network: Network, tokens: Tokens, generator: torch.Generator) -> li
         worst = max(sizes, key=lambda what: (sizes[what] > TOLERANCE and what == "outputs", sizes[what]))
         if sizes[worst] > TOLERANCE:
             return [Divergence(worst, lengths, _culprit(network, tokens, lengths), sizes[worst])]
-    return []
-
-
-@torch.no_grad()
-def _compare_outputs(network: Network, tokens: Tokens) -> list[Divergence]:
-    outputs = network(tokens)
-    for lengths in segmentations(tokens.shape[1]):
-        size = _difference(outputs, _in_pieces(network, tokens, lengths), outputs.abs().max().item())
-        if size > TOLERANCE:
-            return [Divergence("outputs", lengths, _culprit(network, tokens, lengths), size)]
     return []
 
 
@@ -199,14 +190,8 @@ def _culprit(network: Network, tokens: Tokens, lengths: Sequence[int]) -> str:
                 mixed, state = part.step(x[:, start], state, whole.at(start))
                 mixed = mixed[:, None]
             else:
-                mixed, state = part.prefill(x[:, piece], state, _cut(whole, piece))
+                mixed, state = part.prefill(x[:, piece], state, whole.at(piece))
             if _difference(output[:, piece], mixed, output.abs().max().item()) > TOLERANCE:
                 return f"{names[part]} ({type(part).__name__})"
             start += length
     return type(network).__name__
-
-
-def _cut(context: Context, piece: slice) -> Context:
-    cut = Context(context.tokens[:, piece], context.positions[:, piece], context.embedding[:, piece])
-    cut.store = {name: value[:, piece] for name, value in context.store.items()}
-    return cut
