@@ -45,28 +45,17 @@ from llmx.errors import UserError
 from llmx.explain import explain
 from llmx.matching import match
 from llmx.protocol import CountingNetwork, Network
-from llmx.training.callbacks import (
-    BestCheckpoint,
-    EndWithValidation,
-    LastCheckpoint,
-    LearningRate,
-    ProgressBar,
-    RunRecord,
-    Samples,
-    StopOnSignal,
-    TokensPerSecond,
-    ValidationLosses,
-    check_same_data,
-    run_folder,
-)
+from llmx.training.callbacks import LearningRate, ProgressBar, Samples, TokensPerSecond
 from llmx.training.checkpoints import CheckpointFiles, read_checkpoint
 from llmx.training.fastpath import fast_precision
-from llmx.training.logger import RunLogger
+from llmx.training.logger import RunLogger, run_folder
 from llmx.training.maps import MixerMaps
 from llmx.training.metrics import bits, perplexity
 from llmx.training.module import LanguageModel
 from llmx.training.optimizers import parameter_groups
 from llmx.training.predictions import write_predictions
+from llmx.training.record import RunRecord, ValidationLosses, check_same_data
+from llmx.training.saving import BestCheckpoint, EndWithValidation, LastCheckpoint, StopOnSignal
 from llmx.training.trainer import Trainer
 from llmx.yaml_files import parse_yaml
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -102,3 +103,16 @@ class RunLogger(TensorBoardLogger):
             except FileExistsError:
                 version += 1
         return version
+
+
+def tensorboard(trainer: pl.Trainer) -> Any:
+    """The SummaryWriter of the run, if it has one."""
+    loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+    return loggers[0].experiment if loggers and not trainer.fast_dev_run else None  # type: ignore[attr-defined]
+
+
+def run_folder(trainer: pl.Trainer) -> Path | None:
+    """The folder of the run, if it keeps one."""
+    # not trainer.log_dir: that is a broadcast, which hangs where one rank alone asks
+    folder = trainer.logger.log_dir if trainer.logger is not None else None
+    return Path(folder) if folder and not trainer.fast_dev_run else None  # type: ignore[attr-defined]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from llmx.audits.probes import copied, undisturbed
 from llmx.errors import UserError
 from llmx.protocol import Network
-from llmx.training.callbacks import tensorboard
+from llmx.training.logger import tensorboard
 from llmx.training.module import LanguageModel
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
-from llmx.training.callbacks import run_folder
+from llmx.training.logger import run_folder
 from llmx.training.module import LanguageModel
 
 

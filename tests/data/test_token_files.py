@@ -182,7 +182,7 @@ from llmx import Decoder, LanguageModel, TextDataModule
 from llmx.blocks.prenorm import PreNormBlock
 from llmx.feedforward.swiglu import SwiGLU
 from llmx.mixers.attention import Attention
-from llmx.training.callbacks import peak_bytes
+from llmx.training.record import peak_bytes
 import torch
 
 started = time.perf_counter()
