@@ -12,11 +12,9 @@ import inspect
 import json
 import logging
 import os
-import re
 import signal
 import sys
 import threading
-import traceback
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -33,16 +31,18 @@ from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.multiprocessing.spawn import ProcessException, ProcessExitedException
+from torch.multiprocessing.spawn import ProcessException
 from torch.optim import Optimizer
 
+from llmx.arguments import newest_run, option, replaced, root_of, without_trust
 from llmx.base_config import config_text, read_config, with_bases, with_list_entries
 from llmx.budget import Budget, Plan, budget
 from llmx.composition import build, check_imports, import_collection, to_config
 from llmx.data.datamodule import Split, TextDataModule
-from llmx.describe import Description, describe
+from llmx.describe import Description
 from llmx.errors import UserError
 from llmx.explain import explain
+from llmx.failures import lost, too_large
 from llmx.matching import match
 from llmx.protocol import CountingNetwork, Network
 from llmx.training.callbacks import LearningRate, ProgressBar, Samples, TokensPerSecond
@@ -57,7 +57,7 @@ from llmx.training.predictions import write_predictions
 from llmx.training.record import RunRecord, ValidationLosses, check_same_data
 from llmx.training.saving import BestCheckpoint, EndWithValidation, LastCheckpoint, StopOnSignal
 from llmx.training.trainer import Trainer
-from llmx.yaml_files import parse_yaml
+from llmx.trying import built_network, check_window, described_network
 
 GROUPS: dict[str, type] = {"model": LanguageModel, "data": TextDataModule}
 OTHER_VERBS = {  # modules with a run(arguments) -> exit code
@@ -65,9 +65,6 @@ OTHER_VERBS = {  # modules with a run(arguments) -> exit code
     "sweep": "llmx.sweep.command",
 }
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a write to a full disk raises, without the file's name
-TORN = ("gloo", "nccl", "pair closure")  # one of them is in what torch raises where another process is lost
-TOO_LARGE = re.compile("can't allocate memory|Storage size calculation overflowed")  # torch, of a CPU
-SMALL = 50_000_000  # parameters of a network that is described by running it, where shapes alone do not do
 
 
 def main(args: list[str] | None = None) -> int:
@@ -94,7 +91,7 @@ def main(args: list[str] | None = None) -> int:
             raise
         message = f"{error.filename or 'writing'}: {error.strerror}"
     except (ProcessException, MemoryError, RuntimeError) as error:
-        known = _too_large(error) or _lost(error)
+        known = too_large(error) or lost(error)
         if known is None:
             raise
         message = known
@@ -255,13 +252,13 @@ class CLI(LightningCLI):
 
     def _with_run(self, arguments: list[str]) -> list[str]:
         """The arguments, with the configuration of the run that --ckpt_path names put before what they say."""
-        arguments = _trusting(arguments)
-        path = _option(arguments, "--ckpt_path")
+        arguments = without_trust(arguments)
+        path = option(arguments, "--ckpt_path")
         if path is None or not arguments or arguments[0] not in self.subcommands():
             return arguments
         if path == "last":
-            path = str(_newest_run(_root(arguments)))
-            arguments = _replaced(arguments, "--ckpt_path", path)
+            path = str(newest_run(root_of(arguments)))
+            arguments = replaced(arguments, "--ckpt_path", path)
         self.checkpoint = read_checkpoint(path)
         resumable = {"optimizer_states", "lr_schedulers"} <= self.checkpoint.keys()
         if arguments[0] == "fit" and not (resumable and "fit_loop" in self.checkpoint.get("loops", {})):
@@ -270,7 +267,7 @@ class CLI(LightningCLI):
             )
         folder = Path(path).parent
         self.run = folder.parent if folder.name == "checkpoints" else folder
-        if _option(arguments, "--config") or _option(arguments, "-c"):
+        if option(arguments, "--config") or option(arguments, "-c"):
             return arguments
         config = self.run / "config.yaml"
         if arguments[0] == "fit" and config.is_file():
@@ -328,7 +325,7 @@ class CLI(LightningCLI):
         if self.run is not None:
             self._check_same_network()
         if not never_whole:
-            self._check_window()
+            check_window(self.model.network, self.model.window)
         self._let_it_count()
         if verb == "fit":
             self.model.audit_causality(self.datamodule)  # before there is a run folder
@@ -465,38 +462,6 @@ class CLI(LightningCLI):
                 "Without --config a checkpoint brings its own network along."
             )
 
-    def _check_window(self) -> None:
-        network, window = self.model.network, self.model.window
-        names = {module: name for name, module in network.named_modules()}
-
-        def check(part: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if not isinstance(output, torch.Tensor) or output.shape != args[0].shape:
-                what = _shape(output.shape) if isinstance(output, torch.Tensor) else f"a {type(output).__name__}"
-                raise UserError(
-                    f"model.network: {names[part]} ({type(part).__name__}) gives {what} for {_shape(args[0].shape)}; "
-                    "its output has the shape of its input"
-                )
-
-        parts = {part for block in network.layers for part in (block.mixer, block.feed_forward)}
-        handles = [part.register_forward_hook(check) for part in parts]
-        try:
-            with torch.no_grad():
-                outputs = network(torch.zeros(1, window, dtype=torch.int64))
-            if outputs.ndim != 3:
-                raise UserError(
-                    f"model.network: gives {_shape(outputs.shape)} for {(1, window)}, not a row of logits a token; "
-                    "blocks of several streams stand at all layers or at none"
-                )
-        except UserError:
-            raise
-        except Exception as error:
-            if isinstance(error, ValueError) and _frame(error).filename.startswith(str(Path(__file__).parent)):
-                raise UserError(f"model.network does not take windows of {window} (data.window): {error}") from error
-            raise UserError(_stuck(window, error)) from error
-        finally:
-            for handle in handles:
-                handle.remove()
-
     # --------------------------------------------------------------------------------------------------- the verbs
     def before_fit(self) -> None:
         if self.trainer.strategy.launcher is not None:
@@ -582,7 +547,7 @@ class CLI(LightningCLI):
             self._match(settings, vocab_size, length)
             return
         model = to_config(_plain(settings.model))
-        description = _described(model["network"], vocab_size, length)
+        description = described_network(model["network"], vocab_size, length)
         step = self._budget(settings, model, description)
         if settings.format == "json":
             print(json.dumps(description.to_dict() | ({"step": step.to_dict()} if step else {}), indent=2))
@@ -627,124 +592,18 @@ class CLI(LightningCLI):
 
         def built(network: Any) -> Network:
             try:
-                return _built(network, vocab_size, "meta")
+                return built_network(network, vocab_size, "meta")
             except (RuntimeError, TypeError):
-                return _built(network, vocab_size, "cpu")
+                return built_network(network, vocab_size, "cpu")
 
         def described(network: Any, length: int) -> Description:
-            return _described(network, vocab_size, length)
+            return described_network(network, vocab_size, length)
 
         found = match(own, to, settings.match, settings.by, built, described)
         print(f"# {found.said(settings.to)}\n{yaml.safe_dump(found.changes, sort_keys=False)}", end="", flush=True)
         if not found.holds:
             self.exit_code = 1
             sys.stderr.write(f"NOT MATCHED, this is the nearest: {found.said(settings.to)}\n")
-
-
-def _described(config: Any, vocab_size: int, length: int) -> Description:
-    """Builds the network where it takes no memory, and for real only where that fails or says too little."""
-
-    def described(device: str) -> Description:
-        return describe(_built(config, vocab_size, device), length)
-
-    try:
-        description = described("meta")
-        return described("cpu") if description.uncounted and description.parameters <= SMALL else description
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"model.network does not take a sequence of {length} (--length): {error}") from error
-    except (RuntimeError, TypeError):  # not what a shape alone allows
-        pass
-    try:
-        return described("cpu")
-    except RuntimeError as error:
-        raise UserError(_stuck(length, error)) from error
-
-
-def _built(config: Any, vocab_size: int, device: str) -> Network:
-    """Raises UserError for a network that cannot be built, RuntimeError for one that needs numbers where none are."""
-    try:
-        with torch.device(device):
-            return build(config, vocab_size, "model.network")
-    except UserError as error:
-        if device == "meta" and isinstance(error.__cause__, RuntimeError):
-            raise error.__cause__ from None
-        raise
-
-
-def _stuck(length: int, error: Exception) -> str:
-    """What torch says of shapes and memory, or Python of a mistake, with the line of the component."""
-    frame = _frame(error)
-    place = f"{frame.filename}, line {frame.lineno}, in {frame.name}"
-    kind = "" if isinstance(error, RuntimeError) else f"{type(error).__name__}: "
-    return f"model.network: a window of {length} does not pass {place}: {kind}{' '.join(str(error).split())[:300]}"
-
-
-def _frame(error: Exception) -> traceback.FrameSummary:
-    """The last place outside torch."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return [frame for frame in frames if not frame.filename.startswith(str(Path(torch.__file__).parent))][-1]
-
-
-def _option(arguments: list[str], name: str) -> str | None:
-    """The last value of an option, given as `--name value` or `--name=value`."""
-    value = None
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
-        if argument == name:
-            value = following
-        elif argument.startswith(f"{name}="):
-            value = argument.split("=", 1)[1]
-    return value
-
-
-def _replaced(arguments: list[str], name: str, value: str) -> list[str]:
-    """The arguments with another value for an option that is given."""
-    result = list(arguments)
-    for i, argument in enumerate(arguments):
-        if argument == name:
-            result[i + 1] = value
-        elif argument.startswith(f"{name}="):
-            result[i] = f"{name}={value}"
-    return result
-
-
-def _trusting(arguments: list[str]) -> list[str]:
-    """The arguments without --trust, once the modules that it names are imported.
-
-    Raises:
-        UserError: for a module that cannot be imported.
-    """
-    names = _option(arguments, "--trust")
-    if names is None:
-        return arguments
-    for name in names.split(","):
-        try:
-            importlib.import_module(name.strip())
-        except (ImportError, ValueError, TypeError) as error:
-            raise UserError(f"trust: {name!r} cannot be imported: {error}") from error
-    place = next(i for i, argument in enumerate(arguments) if argument.split("=")[0] == "--trust")
-    rest = place + (1 if "=" in arguments[place] else 2)
-    return _trusting([*arguments[:place], *arguments[rest:]])
-
-
-def _root(arguments: list[str]) -> Path:
-    """The folder that the runs are below: as the command line or its config says, or here."""
-    root = _option(arguments, "--trainer.default_root_dir")
-    config = _option(arguments, "--config") or _option(arguments, "-c")
-    if root is None and config is not None:
-        trainer = parse_yaml(config, "config").get("trainer")  # `with_bases` has read it
-        root = trainer.get("default_root_dir") if isinstance(trainer, dict) else None
-    return Path(root or ".")
-
-
-def _newest_run(root: Path) -> Path:
-    """The last checkpoint of the newest run below a root folder."""
-    paths = (root / "lightning_logs").glob("version_*/checkpoints/last.ckpt")
-    found = [p for p in paths if p.is_file() and p.parent.parent.name.removeprefix("version_").isdecimal()]
-    if not found:
-        raise UserError(f"ckpt_path: 'last' found no run with a checkpoint below {root / 'lightning_logs'}")
-    return max(found, key=lambda path: int(path.parent.parent.name.removeprefix("version_")))
 
 
 def _leave_on_signals() -> dict[int, Any]:
@@ -756,32 +615,6 @@ def _leave_on_signals() -> dict[int, Any]:
     if threading.current_thread() is not threading.main_thread():
         return {}
     return {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
-
-
-def _too_large(error: Exception) -> str | None:
-    """What to say where memory was refused; None for any other error."""
-    if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not TOO_LARGE.search(str(error)):
-        return None
-    return (
-        f"out of memory: {' '.join(str(error).split())[:200]}. data.batch_size, data.window, model.network or "
-        "model.sampling.max_new_tokens asks for more than there is"
-    )
-
-
-def _lost(error: Exception) -> str | None:
-    """What to say where another process of a run failed; None for any other error."""
-    text = " ".join(str(error).split())
-    if isinstance(error, ProcessException):  # of processes that were forked off
-        text = str(error).rpartition(f"{UserError.__module__}.{UserError.__name__}: ")[2].strip()
-        known = isinstance(error, ProcessExitedException) or text != str(error).strip()
-        return f"trainer: process {error.error_index} failed: {text}" if known else None
-    torn = dist.is_initialized() and any(name in text.lower() for name in TORN)
-    if not torn and not isinstance(error, dist.DistError):
-        return None
-    return (
-        "trainer: another process of this run is gone or does not answer; fit --ckpt_path last goes on from the last "
-        f"checkpoint ({text[:200]})"
-    )
 
 
 def _sharding(strategy: Any) -> bool:

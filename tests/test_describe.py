@@ -239,7 +239,7 @@ def test_every_config_sums_to_the_network_that_it_builds(capsys, monkeypatch, tm
     config = read_config(path)
     arguments = [] if "vocab_size" in config else ["--vocab_size", V]
     built = []
-    monkeypatch.setattr("llmx.cli.build", lambda *given: built.append(given) or build(*given))
+    monkeypatch.setattr("llmx.trying.build", lambda *given: built.append(given) or build(*given))
     found = described(capsys, "--config", path, *arguments)
     assert sum(group["parameters"] for group in found["groups"].values()) == found["parameters"]
     assert found["uncounted"] is None
@@ -452,7 +452,7 @@ def test_a_network_that_cannot_be_built_or_run_without_numbers_is_described_all_
 
 
 def test_a_large_network_that_cannot_run_without_numbers_has_no_flops(corpus, capsys, monkeypatch):
-    monkeypatch.setattr("llmx.cli.SMALL", 100)
+    monkeypatch.setattr("llmx.trying.SMALL", 100)
     path = write("asking.yaml", prenorm(f"{__name__}.Asking"), vocab_size=9)
     assert described(capsys, "--config", path)["flops_per_token"] is None
     assert main(["describe", "--config", path]) == 0
