@@ -24,6 +24,7 @@ import torch
 from tensorboard.util.tensor_util import make_ndarray
 
 import llmx.cli
+import llmx.training.run
 from llmx.training.callbacks import Samples
 from llmx.training.checkpoints import read_checkpoint
 
@@ -90,7 +91,7 @@ def _run(said: Path, environment: dict[str, str], before: Callable[[], None] | N
     os.chdir(said.parent)
     os.environ.update(environment)
     torch.set_num_threads(1)
-    llmx.cli.Samples = partial(Samples, max_new_tokens=8)  # type: ignore[assignment, misc]
+    llmx.training.run.Samples = partial(Samples, max_new_tokens=8)  # type: ignore[assignment, misc]
     if before is not None:
         before()
     sys.exit(call())

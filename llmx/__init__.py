@@ -9,15 +9,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llmx.data.datamodule import TextDataModule
     from llmx.networks.decoder import Decoder
+    from llmx.training.logger import RunLogger
     from llmx.training.module import LanguageModel
+    from llmx.training.run import run_callbacks
 
-__all__ = ["Decoder", "LanguageModel", "TextDataModule"]
+__all__ = ["Decoder", "LanguageModel", "RunLogger", "TextDataModule", "run_callbacks"]
 __version__ = "0.1.0"
 
 _HOMES = {
     "Decoder": "llmx.networks.decoder",
     "LanguageModel": "llmx.training.module",
+    "RunLogger": "llmx.training.logger",
     "TextDataModule": "llmx.data.datamodule",
+    "run_callbacks": "llmx.training.run",
 }
 
 

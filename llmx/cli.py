@@ -45,7 +45,7 @@ from llmx.explain import explain
 from llmx.failures import lost, too_large
 from llmx.matching import match
 from llmx.protocol import CountingNetwork, Network
-from llmx.training.callbacks import LearningRate, ProgressBar, Samples, TokensPerSecond
+from llmx.training.callbacks import ProgressBar
 from llmx.training.checkpoints import CheckpointFiles, read_checkpoint
 from llmx.training.fastpath import fast_precision
 from llmx.training.logger import RunLogger, run_folder
@@ -54,8 +54,9 @@ from llmx.training.metrics import bits, perplexity
 from llmx.training.module import LanguageModel
 from llmx.training.optimizers import parameter_groups
 from llmx.training.predictions import write_predictions
-from llmx.training.record import RunRecord, ValidationLosses, check_same_data
-from llmx.training.saving import BestCheckpoint, EndWithValidation, LastCheckpoint, StopOnSignal
+from llmx.training.record import check_same_data
+from llmx.training.run import run_callbacks
+from llmx.training.saving import StopOnSignal
 from llmx.training.trainer import Trainer
 from llmx.trying import built_network, check_window, described_network
 
@@ -158,6 +159,7 @@ class CLI(LightningCLI):
         self.callbacks = callbacks
         self.dry = dry
         self.run: Path | None = None  # the run that --ckpt_path belongs to
+        self.chosen = False  # whether its checkpoint is the best of several by its validation loss
         import_collection()
         verbs = self.subcommands()
         if arguments and arguments[0] in verbs:  # making the parsers of the others takes most of the time of all this
@@ -266,6 +268,7 @@ class CLI(LightningCLI):
                 f"ckpt_path: {path} holds weights alone, which --model.warm_start takes, and no state of a run"
             )
         folder = Path(path).parent
+        self.chosen = Path(path).name == "best.ckpt"
         self.run = folder.parent if folder.name == "checkpoints" else folder
         if option(arguments, "--config") or option(arguments, "-c"):
             return arguments
@@ -423,17 +426,8 @@ class CLI(LightningCLI):
 
     def _callbacks(self, trainer: Any) -> list[Callback]:
         config = self._parser("fit").dump(self.config["fit"], skip_none=False)
-        callbacks = [
-            LearningRate(),
-            TokensPerSecond(),
-            Samples(),
-            EndWithValidation(),
-            StopOnSignal(),
-            ValidationLosses(),
-            RunRecord(config, self.command),
-            *self.callbacks,
-        ]
-        return callbacks + ([] if trainer.enable_checkpointing is False else [BestCheckpoint(), LastCheckpoint()])
+        checkpoints = trainer.enable_checkpointing is not False
+        return [*run_callbacks(config, self.command, checkpoints), *self.callbacks]
 
     def _logger(self, trainer: Any) -> RunLogger:
         """A new version_N, or the run that is resumed, its curve cut where the checkpoint was written."""
@@ -490,6 +484,8 @@ class CLI(LightningCLI):
             line.append(f"{100 * seen:.3g} % of this {split} split is text that its weights were trained on.")
         if self.model.leaking:
             line.append("LEAKING: this network sees the future, its numbers mean nothing.")
+        if self.chosen and split == "val" and self.subcommand == "validate":
+            line.append("Its weights were chosen for the lowest loss on a val split, which makes it a little too low.")
         if self.datamodule.source.substituted:
             line.append(f"Corpus {self.datamodule.source.name} in place of {self.datamodule.source.requested}.")
         if loss is not None:

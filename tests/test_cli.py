@@ -281,6 +281,15 @@ def test_text_that_the_weights_were_trained_on_is_named_beside_the_loss(lab, cap
     assert half.replace("val", "test") in capsys.readouterr().out
 
 
+def test_a_loss_that_chose_its_weights_is_told_from_one_that_did_not(lab, capsys):
+    folder = fit()
+    chosen = "chosen for the lowest loss on a val split"
+    run("validate", "--ckpt_path", folder / "checkpoints/last.ckpt")
+    assert chosen not in capsys.readouterr().out
+    run("validate", "--ckpt_path", folder / "checkpoints/best.ckpt")
+    assert chosen in capsys.readouterr().out
+
+
 def test_a_command_that_lacks_the_essential_is_told_what(lab, capsys):
     assert "fit, validate, test, predict, audit, describe" in fails(capsys)
     assert "--config" in fails(capsys, "fit", "--trainer.max_steps", 5)

@@ -59,7 +59,9 @@ def run(tmp_path_factory):
             arguments += ["--trainer.max_steps", "2", "--trainer.limit_val_batches", "2"]
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("LLMX_CACHE", str(folder / "cache"))
-                patch.setattr("llmx.cli.Samples", partial(Samples, max_new_tokens=20))  # a tenth, for the sake of time
+                patch.setattr(
+                    "llmx.training.run.Samples", partial(Samples, max_new_tokens=20)
+                )  # a tenth, for the sake of time
                 quiet = ["--trainer.enable_progress_bar", "false"]
                 assert main(["fit", "--config", str(CONFIGS / f"{name}.yaml"), *arguments, *quiet]) == 0
             made[name] = folder / "lightning_logs" / "version_0"

@@ -108,6 +108,7 @@ class LanguageModel(pl.LightningModule):
         self.trained_on: dict[
             str, float
         ] = {}  # hash of each text in the weights -> how far, as a fraction, it was read
+        self.warm_start = None if warm_start is None else str(warm_start)
         if warm_start is not None:
             self._load_network(warm_start)
         with torch.device("cpu"):  # the network alone may be on the meta device

@@ -14,7 +14,7 @@ import numpy as np
 import rich
 import torch
 import yaml
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelSummary, ProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
@@ -67,7 +67,7 @@ class RunRecord(Callback):
     run that has ended); and fills TensorBoard's HParams tab.
 
     Args:
-        config: the run's full configuration as YAML; where there is none (a notebook), the hyperparameters are kept.
+        config: the run's full configuration as YAML; where there is none (a notebook), one is made of the objects.
         command: what the run comes from, where it is not the command of this process.
     """
 
@@ -90,8 +90,7 @@ class RunRecord(Callback):
         folder = run_folder(trainer)
         if folder is None:
             return
-        settings = {"model": dict(pl_module.hparams), "data": dict(_data(trainer).hparams)}
-        config = self.config or yaml.safe_dump(settings, sort_keys=False)
+        config = self.config or _config_of_objects(trainer, pl_module)
         now = {**_used(trainer, pl_module), "config": _settings(config)}
         if trainer.global_step:
             self._go_on(folder, now, trainer, pl_module)
@@ -99,7 +98,7 @@ class RunRecord(Callback):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "metrics.json").unlink(missing_ok=True)
         (folder / "config.yaml").write_text(config)
-        warm_start = now["config"]["model"].get("warm_start")
+        warm_start = pl_module.warm_start
         record = self._record(trainer, pl_module)
         record["warm_start"] = warm_start and {"file": warm_start, "sha256": file_hash(warm_start)}
         _write_json(folder / "run.json", record)
@@ -247,6 +246,29 @@ def _used(trainer: pl.Trainer, pl_module: LanguageModel) -> dict[str, Any]:
         "code": code(),
         "sources": sources({type(part) for part in parts}),
     }
+
+
+def _config_of_objects(trainer: pl.Trainer, pl_module: LanguageModel) -> str:
+    """What a configuration of them would say; of callbacks the classes alone."""
+    seed = os.environ.get("PL_GLOBAL_SEED")
+    model = {key: value for key, value in pl_module.hparams.items() if key not in ("tokenizer", "window")}
+    lightnings = Callback.__module__.rpartition(".")[0]  # where all of them are, as configurations name them
+    names = []
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        kind = type(callback)
+        module = lightnings if kind.__module__.startswith(f"{lightnings}.") else kind.__module__
+        if not isinstance(callback, ProgressBar | ModelSummary) and not module.startswith("llmx."):
+            names.append(f"{module}.{kind.__qualname__}")
+    kept = ("max_steps", "max_epochs", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
+    settings = {key: getattr(trainer, key) for key in kept}
+    settings["callbacks"] = [{"class_path": name} for name in names]
+    content = {
+        "seed_everything": None if seed is None else int(seed),
+        "trainer": settings,
+        "model": model | {"warm_start": pl_module.warm_start},
+        "data": dict(_data(trainer).hparams),
+    }
+    return yaml.safe_dump(json.loads(json.dumps(content, default=str)), sort_keys=False)  # paths as text
 
 
 def _settings(config: str) -> dict[str, Any]:

@@ -3,16 +3,23 @@
 import json
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import EMAWeightAveraging
 
+from llmx import Decoder, LanguageModel, RunLogger, TextDataModule, run_callbacks
+from llmx.blocks.prenorm import PreNormBlock
 from llmx.cli import main
 from llmx.comparison.runs import find_runs, grouped
 from llmx.comparison.table import caption, compare
 from llmx.errors import UserError
+from llmx.feedforward.swiglu import SwiGLU
+from llmx.mixers.attention import Attention
 from llmx.training.provenance import code, file_hash
 from tests.tiny import TEXT, network, newest_run
 
@@ -213,6 +220,36 @@ def test_rows_of_other_states_of_llmx_are_told_apart_below_the_table(lab, monkey
     assert "same sources of llmx (run.json: code): " in said
     assert "01234567: Decoder" in said
     assert f"{own}: Decoder" in said
+
+
+def fit_in_a_notebook(seed, warm_start=None, **trainer):
+    seed_everything(seed, verbose=False)
+    data = TextDataModule(corpus="corpus.txt", window=8, batch_size=4)
+    block = partial(PreNormBlock, mixer=partial(Attention, heads=2), feed_forward=partial(SwiGLU, hidden=8))
+    decoder = partial(Decoder, dim=8, depth=1, block=block)
+    model = LanguageModel(decoder, data.tokenizer, data.window, warm_start=warm_start)
+    logger, callbacks = RunLogger(".", "lightning_logs"), [*run_callbacks(), *trainer.pop("callbacks", [])]
+    settings = {"max_steps": 2, "accelerator": "cpu", "enable_progress_bar": False} | trainer
+    Trainer(**settings, logger=logger, callbacks=callbacks).fit(model, datamodule=data)
+    return newest_run()
+
+
+def test_runs_of_a_notebook_are_compared_and_continued_like_others(lab):
+    first = fit_in_a_notebook(1)
+    fit_in_a_notebook(2)
+    fit_in_a_notebook(3, gradient_clip_val=0.5)
+    fit_in_a_notebook(4, callbacks=[EMAWeightAveraging()])
+    groups = grouped(find_runs(["lightning_logs"]))
+    assert [[run.seed for run in group.runs] for group in groups] == [[1, 2], [3], [4]]
+    assert groups[1].name == "Decoder (gradient_clip_val=0.5)"
+    assert "callbacks.0.class_path=lightning.pytorch.callbacks.EMAWeightAveraging" in groups[2].name
+    fit_in_a_notebook(5, first / "checkpoints/last.ckpt")
+    with pytest.raises(UserError, match=rf"warm start is none in .*, {first}/checkpoints/last.ckpt \(sha256"):
+        compare(grouped(find_runs(["lightning_logs"])))
+    checkpoint = str(first / "checkpoints/last.ckpt")
+    assert main(["fit", "--ckpt_path", checkpoint, "--trainer.max_steps", "4"]) == 0
+    assert metrics(first)["step"] == 4
+    assert list(json.loads((first / "run.json").read_text())["continued"]) == ["2"]
 
 
 def test_a_run_of_a_version_that_kept_less_is_read(lab):
