@@ -218,7 +218,7 @@ def _matching(rows: Sequence[Row]) -> str:
 
 def render(comparison: Comparison) -> RenderableType:
     """For people: what was reached, what it cost, and what has to be said about it."""
-    results = _table("val loss", f"minus {comparison.baseline}", "p", "seeds", "perplexity")
+    results = _table("val loss", "difference", "p", "seeds", "perplexity")
     costs = _table("bits", "parameters", "train FLOPs", "tokens/s", "memory", "state", "writes")
     for row in comparison.rows:
         name = Text(row.name)
@@ -258,8 +258,11 @@ def caption(comparison: Comparison) -> str:
         lines.append(
             "* 95 % over blocks of the validation text, for want of a second seed: it says nothing about seeds"
         )
-    if any(row.difference is not None and row.difference.basis == "pairs" for row in comparison.rows):
-        lines.append("differences: of runs of the same seed, which read the same windows")
+    differences = [row.difference for row in comparison.rows if row.difference is not None]
+    if differences:
+        pairs = any(difference.basis == "pairs" for difference in differences)
+        paired = ", of runs of the same seed, which read the same windows" if pairs else ""
+        lines.append(f"difference: to {comparison.baseline}{paired}")
     if any(row.adjusted_p is not None for row in comparison.rows):
         lines.append("p: two-sided, after Holm over all rows")
     if comparison.differing:
