@@ -105,9 +105,8 @@ class LanguageModel(pl.LightningModule):
         )
         self.network: Network = self._built()
         _check_drafts("model.sampling.", self.network, self.sampling)
-        self.trained_on: dict[
-            str, float
-        ] = {}  # hash of each text in the weights -> how far, as a fraction, it was read
+        # hash of each text that went into the weights -> the fraction of it that did, from its beginning
+        self.trained_on: dict[str, float] = {}
         self.warm_start = None if warm_start is None else str(warm_start)
         if warm_start is not None:
             self._load_network(warm_start)
