@@ -16,8 +16,9 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from llmx.audits.causality import CAST_TOLERANCE, LEAST, MAX_ROWS, MAX_WORK, Breach, Casts, change_of, seams, windows
+from llmx.audits.findings import Breach
 from llmx.audits.probes import copied, exact_copy, perturbed_copy, seed_all, undisturbed
+from llmx.audits.trials import CAST_TOLERANCE, LEAST, MAX_ROWS, MAX_WORK, Casts, change_of, seams, windows
 from llmx.protocol import Losses, Network
 from llmx.shapes import Tokens
 

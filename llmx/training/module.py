@@ -20,7 +20,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from llmx.audits.causality import CausalityError, CausalityReport, audit_causality
+from llmx.audits.causality import audit_causality
+from llmx.audits.findings import CausalityError, CausalityReport
 from llmx.audits.running import audit_run
 from llmx.composition import build, to_config
 from llmx.data.datamodule import Prompts, TextDataModule

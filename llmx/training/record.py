@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
 
-from llmx.audits.causality import influence_figure
+from llmx.audits.findings import influence_figure
 from llmx.data.datamodule import TextDataModule
 from llmx.data.windows import Batch
 from llmx.describe import parameters

@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from llmx.audits.causality import CausalityError, CausalityReport, audit_causality, influence_figure, seams
+from llmx.audits.causality import audit_causality
+from llmx.audits.findings import CausalityError, CausalityReport, influence_figure
+from llmx.audits.trials import seams
 from llmx.blocks.prenorm import PreNormBlock
 from llmx.errors import UserError
 from llmx.feedforward.swiglu import SwiGLU
