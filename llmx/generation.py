@@ -174,7 +174,8 @@ def generate(
             _go_on(network, text, start, window, sampling, noise, decode_at_once)
         return text[:, start:]
     finally:
-        network.train(was_training)
+        if was_training:
+            network.train()
 
 
 def _go_on(

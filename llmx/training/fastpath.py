@@ -53,8 +53,14 @@ def _few_rows(graph: torch.fx.GraphModule, inputs: Sequence[torch.Tensor]) -> An
 
     table: dict[Any, Callable[..., Any]] = dict(select_decomp_table())
     table |= {torch.ops.aten.mm.default: _mm, torch.ops.aten.addmm.default: _addmm}
-    # the inputs are always the network's own weights and state, and checking their shapes is a tenth of a step
-    patches = {"size_asserts": False, "cpp.min_chunk_size": WORTH_A_THREAD}
+    patches = {
+        "size_asserts": False,  # the inputs are always the network's own weights and state; a tenth of a step
+        "cpp.min_chunk_size": WORTH_A_THREAD,
+        # what a product reads is computed once, and not again in the sum of each of its outputs
+        "realize_opcount_threshold": 2,
+        "realize_reads_threshold": 1,
+        "realize_acc_reads_threshold": 1,
+    }
     return compile_fx(graph, inputs, config_patches=patches, decompositions=table)
 
 
