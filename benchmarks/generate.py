@@ -105,7 +105,7 @@ def _copy(into: Any, what: Any) -> None:
             target.copy_(source)
 
 
-def prepare_ours(calls: int, compiled: bool, replayed: bool = False) -> Measure:
+def prepare_ours(least: float, compiled: bool, replayed: bool = False) -> Measure:
     network = ours(SETTINGS["founding"]).to(DEVICE)
     decode_at_once: Decode = compiled_decode() if compiled else decode
     if replayed:
@@ -115,10 +115,10 @@ def prepare_ours(calls: int, compiled: bool, replayed: bool = False) -> Measure:
         prompts = torch.zeros(text.batch_size, text.prompt, dtype=torch.int64, device=DEVICE)
         return generate(network, prompts, text.window, Sampling(text.new, text.temperature), decode_at_once)
 
-    return partial(_measure, continued, calls)
+    return partial(_measure, continued, least)
 
 
-def prepare_transformers(build: Callable[..., Any], calls: int) -> Measure:
+def prepare_transformers(build: Callable[..., Any], least: float) -> Measure:
     networks = {window: build(replace(SETTINGS["founding"], window=window)).to(DEVICE).eval() for window in WINDOWS}
 
     def continued(text: Text) -> Tensor:
@@ -128,15 +128,20 @@ def prepare_transformers(build: Callable[..., Any], calls: int) -> Measure:
         tokens = networks[text.window].generate(prompts, attention_mask=torch.ones_like(prompts), **options)
         return tokens[:, text.prompt :]
 
-    return partial(_measure, continued, calls)
+    return partial(_measure, continued, least)
 
 
-def _measure(continued: Generate, calls: int, text: Text) -> float:
-    """Tokens per second over all rows, or seconds a call. Raises RuntimeError for a continuation that stops early."""
-    start = now()
-    for _ in range(calls):
+def _measure(continued: Generate, least: float, text: Text) -> float:
+    """Tokens per second over all rows, or seconds a call, in as many calls as take `least` seconds.
+
+    Raises:
+        RuntimeError: for a continuation that stops early.
+    """
+    calls, start, seconds = 0, now(), 0.0
+    while seconds < least:
         tokens = continued(text)
-    seconds = (now() - start) / calls
+        calls, seconds = calls + 1, now() - start
+    seconds /= calls
     if tokens.shape != (text.batch_size, text.new):
         raise RuntimeError(f"generated {tuple(tokens.shape)} tokens instead of {(text.batch_size, text.new)}")
     return seconds if text.unit == "s" else tokens.numel() / seconds
@@ -144,22 +149,22 @@ def _measure(continued: Generate, calls: int, text: Text) -> float:
 
 def main() -> int:
     options = parser(__doc__)
-    options.add_argument("--calls", type=int, default=5, help="calls a round")
+    options.add_argument("--seconds", type=float, default=1.0, help="that a contender has for a case in each round")
     chosen = options.parse_args()
     use_threads(chosen.threads)
-    calls = chosen.calls
+    least = chosen.seconds
     flags = {"precision": "32-true", "compile": False, "cache": True}
     written_out = {**flags, "attention": "written out"}
     contenders = [
-        Contender("llmx, compiled", partial(prepare_ours, calls, True), {**written_out, "compile": True}),
-        Contender("llmx, eager", partial(prepare_ours, calls, False), written_out),
-        Contender("transformers Llama", partial(prepare_transformers, hf_llama, calls), {**flags, "attention": "sdpa"}),
-        Contender("transformers GPT-2", partial(prepare_transformers, hf_gpt2, calls), {**flags, "attention": "sdpa"}),
+        Contender("llmx, compiled", partial(prepare_ours, least, True), {**written_out, "compile": True}),
+        Contender("llmx, eager", partial(prepare_ours, least, False), written_out),
+        Contender("transformers Llama", partial(prepare_transformers, hf_llama, least), {**flags, "attention": "sdpa"}),
+        Contender("transformers GPT-2", partial(prepare_transformers, hf_gpt2, least), {**flags, "attention": "sdpa"}),
     ]
     if DEVICE.type == "cuda":
         contenders[2:2] = [
-            Contender("llmx, compiled, CUDA graph", partial(prepare_ours, calls, True, True), contenders[0].flags),
-            Contender("llmx, eager, CUDA graph", partial(prepare_ours, calls, False, True), written_out),
+            Contender("llmx, compiled, CUDA graph", partial(prepare_ours, least, True, True), contenders[0].flags),
+            Contender("llmx, eager, CUDA graph", partial(prepare_ours, least, False, True), written_out),
         ]
     return finish("generation", measure_in_turns(contenders, cases(), chosen.repeats), chosen)
 
