@@ -470,10 +470,16 @@ class CLI(LightningCLI):
         self._print_result("val", None if final is None else final.item(), places)
 
     def after_validate(self) -> None:
-        self._print_result("val", self.trainer.callback_metrics["val/loss"].item(), [])
+        self._print_measured("val")
 
     def after_test(self) -> None:
-        self._print_result("test", self.trainer.callback_metrics["test/loss"].item(), [])
+        self._print_measured("test")
+
+    def _print_measured(self, split: Split) -> None:
+        loss = self.trainer.callback_metrics.get(f"{split}/loss")
+        if loss is None:
+            raise UserError(f"trainer.limit_{split}_batches: no batch of the {split} split is left to measure")
+        self._print_result(split, loss.item(), [])
 
     def _print_result(self, split: Split, loss: float | None, places: list[str]) -> None:
         if not self.trainer.is_global_zero:

@@ -302,6 +302,9 @@ def test_a_loss_of_a_part_of_the_split_says_so(lab, capsys):
     assert "Only 1 of " in capsys.readouterr().out
     run("test", "--ckpt_path", last, "--data.split", "[0.4, 0.3, 0.3]", "--trainer.limit_test_batches", 1)
     assert "batches of this test split were measured" in capsys.readouterr().out
+    assert "trainer.limit_val_batches: no batch" in fails(
+        capsys, "validate", "--ckpt_path", last, "--trainer.limit_val_batches", 0
+    )
 
 
 def test_a_command_that_lacks_the_essential_is_told_what(lab, capsys):
