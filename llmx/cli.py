@@ -488,11 +488,9 @@ class CLI(LightningCLI):
         seen = self.datamodule.share_within(split, self.model.trained_on.get(self.datamodule.source.sha256, 0.0))
         if loss is not None and seen:
             line.append(f"{100 * seen:.3g} % of this {split} split is text that its weights were trained on.")
-        if loss is not None:
-            measured = sum(getattr(self.trainer, f"num_{split}_batches"))
-            whole = len(getattr(self.trainer, f"{split}_dataloaders"))
-            if measured < whole:  # trainer.limit_val_batches and the like
-                line.append(f"Only {measured} of {whole} batches of this {split} split were measured.")
+        measured = self.trainer.callback_metrics.get(f"{split}/measured")
+        if measured is not None and measured < 1:
+            line.append(f"Only {100 * measured:.3g} % of this {split} split was measured.")
         if self.model.leaking:
             line.append("LEAKING: this network sees the future, its numbers mean nothing.")
         if self.chosen and split == "val" and self.subcommand == "validate":

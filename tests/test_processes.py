@@ -20,7 +20,7 @@ from tests.tiny import TEXT, network, newest_run
 pytestmark = pytest.mark.xdist_group("processes")  # the fixture's runs once, whatever the number of workers
 
 CHECKOUT = Path(__file__).parent.parent
-# 142 training windows, so step 18 ends an epoch with 6 of 8; 50 validation windows, so the last batch has 2 of 8
+# 118 training windows, so step 15 ends an epoch with 6 of 8; 42 validation windows, so the last batch has 2 of 8
 DATA = {"corpus": "corpus.txt", "window": 16, "batch_size": 8, "split": [0.03, 0.15, 0.82]}
 TRAINER = {
     "max_steps": 20,
@@ -113,6 +113,12 @@ def test_one_process_and_four_validate_a_checkpoint_alike(runs, capsys, name):
         said.append(capsys.readouterr().out.splitlines()[-1])
     assert said[0] == said[1]
     assert f"val loss {curve(runs[name], 'val/loss')[19]:.4f} " in said[0]
+
+
+def test_a_part_of_the_split_is_told_by_processes_that_the_command_forked(runs, capsys):
+    command = ["validate", "--ckpt_path", str(runs["1"] / "checkpoints/last.ckpt"), "--trainer.accelerator=cpu"]
+    assert main([*command, "--trainer.limit_val_batches=3", *WAYS["4"]]) == 0
+    assert "Only 50 % of this val split was measured" in capsys.readouterr().out  # 3 batches of 6
 
 
 class PowerCut(Callback):

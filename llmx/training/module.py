@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -379,6 +379,10 @@ class LanguageModel(pl.LightningModule):
         self.log(f"{split}/loss", loss, prog_bar=True, rank_zero_only=False, sync_dist=False)
         self.log(f"{split}/perplexity", perplexity(loss), prog_bar=split == "val")
         self.log(f"{split}/bits_per_char", bits(loss))
+        loader = getattr(self.trainer, f"{split}_dataloaders")
+        if isinstance(loader, Sized):  # less than 1 under trainer.limit_val_batches and the like
+            batches = sum(getattr(self.trainer, f"num_{split}_batches"))
+            self.log(f"{split}/measured", batches / len(loader), logger=False)
 
     # -------------------------------------------------------------------------------------------------- generation
     def predict_step(self, batch: Prompts, batch_idx: int) -> list[dict[str, Any]]:
