@@ -332,6 +332,13 @@ def test_compilation_changes_nothing_but_speed_and_happens_once_a_mode(lab):
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)  # fp32, fused sums in another order
 
 
+def test_a_run_that_ends_in_its_warm_up_says_so(lab, caplog):
+    fit("--model.schedule.warmup_steps", 3)
+    assert "model.schedule" not in caplog.text
+    fit("--model.schedule.warmup_steps", 7)
+    assert "in 6 steps the learning rate rises to 75 % of that of model.optimizer" in caplog.text
+
+
 def test_without_a_compiler_the_run_is_eager_and_says_so(lab, monkeypatch, caplog):
     monkeypatch.setenv("CXX", "no-such-compiler")
     folder = fit("--model.compile", "true")

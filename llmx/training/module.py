@@ -330,6 +330,13 @@ class LanguageModel(pl.LightningModule):
             scheduler.optimizer.param_groups, self._initial, scheduler.lr_lambdas, strict=True
         ):
             group.update(initial, initial_lr=initial["lr"], lr=initial["lr"] * rate(scheduler.last_epoch))
+        steps = range(0, self.total_steps, 1 + self.total_steps // 1000)
+        highest = max(map(scheduler.lr_lambdas[0], steps), default=1.0)
+        if highest < 0.9:
+            rank_zero_info(
+                f"model.schedule: in {self.total_steps:,} steps the learning rate rises to {100 * highest:.3g} % of "
+                "that of model.optimizer, and no further."
+            )
         self.set_optimizer_mode(training=True)
 
     def on_train_end(self) -> None:
