@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from llmx.comparison.runs import mark
 from llmx.comparison.statistics import Estimate
-from llmx.comparison.table import Comparison, Row, caption, short
+from llmx.comparison.table import Comparison, Row, caption, measured_on, short
 
 TITLES = {
     "loss": "Validation loss",
@@ -35,7 +35,6 @@ def report(comparison: Comparison, figures: Mapping[str, Figure]) -> str:
     """The page as HTML; figures are inside it."""
     rows = comparison.rows
     groups = list(dict.fromkeys(name for row in rows for name in row.parameters_of))
-    protocol = ", ".join(f"{key} {value}" for key, value in comparison.protocol.items() if key != "sha256")
     images = "\n".join(
         f'<h2>{TITLES[name]}</h2>\n<img alt="{TITLES[name]}" src="data:image/png;base64,{_png(figure)}">'
         for name, figure in figures.items()
@@ -47,7 +46,7 @@ def report(comparison: Comparison, figures: Mapping[str, Figure]) -> str:
 <style>{STYLE}</style></head>
 <body>
 <h1>{len(rows)} configurations</h1>
-<p>Measured on: {escape(protocol)}. Differences are to {escape(comparison.baseline)}.</p>
+<p>{escape(measured_on(comparison))}. Differences are to {escape(comparison.baseline)}.</p>
 {_table("results", RESULTS, rows, [_results(row) for row in rows])}
 {_table("costs", COSTS, rows, [_costs(row) for row in rows])}
 <p class="note">{escape(caption(comparison))}</p>

@@ -219,7 +219,7 @@ def _matching(rows: Sequence[Row]) -> str:
 def render(comparison: Comparison) -> RenderableType:
     """For people: what was reached, what it cost, and what has to be said about it."""
     results = _table("val loss", "difference", "p", "seeds", "perplexity")
-    costs = _table("bits", "parameters", "train FLOPs", "tokens/s", "memory", "state", "writes")
+    costs = _table("bits", "parameters", "FLOPs", "tokens/s", "memory", "state", "writes")
     for row in comparison.rows:
         name = Text(row.name)
         if mark(row):
@@ -236,7 +236,7 @@ def render(comparison: Comparison) -> RenderableType:
         numbers = (row.training_flops, row.tokens_per_second, row.peak_bytes, row.state_bytes)
         shortly = (short(number) for number in (*numbers, row.generated_tokens_per_second))
         costs.add_row(*first, f"{row.bits_per_character:.3f}", f"{row.parameters:,}", *shortly)
-    return Lines(results, costs, Text(caption(comparison), style="dim"))
+    return Lines(results, costs, Text(f"{measured_on(comparison)}\n{caption(comparison)}", style="dim"))
 
 
 def _table(*numbers: str) -> Table:
@@ -246,6 +246,12 @@ def _table(*numbers: str) -> Table:
     for heading in numbers:
         table.add_column(heading, justify="right", no_wrap=True)
     return table
+
+
+def measured_on(comparison: Comparison) -> str:
+    """The protocol that the rows share."""
+    shared = (f"{key} {_plain(value)}" for key, value in comparison.protocol.items() if key != "sha256")
+    return f"Measured on: {', '.join(shared)}"
 
 
 def caption(comparison: Comparison) -> str:
@@ -277,7 +283,7 @@ def caption(comparison: Comparison) -> str:
     if len(by_code) > 1:
         said = "; ".join(f"{code}: {', '.join(names)}" for code, names in by_code.items())
         lines.append(f"not all trained by the same sources of llmx (run.json: code): {said}")
-    lines.append("memory and state in bytes; writes: tokens/s in generation, one row")
+    lines.append("FLOPs: of training; memory and state in bytes; writes: tokens/s in generation, one row")
     return "\n".join([*lines, *([comparison.matching] if comparison.matching else [])])
 
 

@@ -181,7 +181,9 @@ def test_with_one_seed_the_interval_is_over_the_text_and_says_so(here, capsys):
     assert {row.loss.basis for row in comparison.rows} == {"text"}
     assert comparison.rows[0].difference.basis == "text"
     assert main(["compare", "lightning_logs"]) == 0
-    assert "it says nothing about seeds" in " ".join(capsys.readouterr().out.split())
+    said = " ".join(capsys.readouterr().out.split())
+    assert "it says nothing about seeds" in said
+    assert f"characters validated {len(groups_of()[0].losses):,}" in said
 
 
 @pytest.mark.parametrize(
