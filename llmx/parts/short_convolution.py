@@ -47,17 +47,23 @@ class ShortConvolution(nn.Module):
         """One token, (B, D) -> (B, D)."""
         seen = torch.cat((state.to(x.dtype), x[:, None]), 1)  # (B, w, D)
         y = (seen * self.taps.to(x.dtype)).sum(1)
-        return y if self.bias is None else y + self.bias.to(x.dtype), seen[:, 1:]
+        return y if self.bias is None else y + self.bias.to(x.dtype), _alone(seen[:, 1:])
 
     def prefill(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """From any state, (B, T, D) -> (B, T, D)."""
         seen = torch.cat((state.to(x.dtype), x), 1)
-        return self._convolve(seen), seen[:, x.shape[1] :]
+        return self._convolve(seen), _alone(seen[:, x.shape[1] :])
 
     def _convolve(self, seen: Tensor) -> Tensor:
         """(B, w - 1 + T, D) -> (B, T, D)"""
         y = _Convolution.apply(seen, self.taps.to(seen.dtype))
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+def _alone(part: Tensor) -> Tensor:
+    """A copy: a view would keep all of the piece alive, and have other strides than the state that a text begins with,
+    for which decoding would be compiled twice. (One row counts as contiguous, whatever its stride.)"""
+    return part.clone(memory_format=torch.contiguous_format)
 
 
 class _Convolution(torch.autograd.Function):

@@ -4,7 +4,7 @@ import ctypes
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -49,24 +49,24 @@ def compiled_decode() -> Decode:
 def _few_rows(graph: torch.fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Any:
     """Inductor, with the products of few rows written out."""
     from torch._inductor.compile_fx import compile_fx
-    from torch._inductor.decomposition import select_decomp_table
+    from torch.fx.experimental.proxy_tensor import make_fx
 
-    table: dict[Any, Callable[..., Any]] = dict(select_decomp_table())
-    table |= {torch.ops.aten.mm.default: _mm, torch.ops.aten.addmm.default: _addmm}
     patches = {
         "size_asserts": False,  # the inputs are always the network's own weights and state; a tenth of a step
         "cpp.min_chunk_size": WORTH_A_THREAD,
-        # what a product reads is computed once, and not again in the sum of each of its outputs
-        "realize_opcount_threshold": 2,
-        "realize_reads_threshold": 1,
-        "realize_acc_reads_threshold": 1,
     }
-    return compile_fx(graph, inputs, config_patches=patches, decompositions=table)
+    # here and not by Inductor's own table of decompositions, with which it keeps nothing for the next process
+    written_out = make_fx(graph, {torch.ops.aten.mm.default: _mm, torch.ops.aten.addmm.default: _addmm})(*inputs)
+    return compile_fx(written_out, list(inputs), config_patches=patches)
 
 
 def _mm(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     if left.shape[0] > FEW_ROWS:
         return NotImplemented
+    left = left.contiguous()
+    # what is strided is computed once, and not again in the sum of each output; with Inductor's thresholds for that set
+    # low, Hyena wrote another text
+    left = left.as_strided(left.shape, left.stride())
     return (left[:, None] * right.t()).sum(-1)
 
 
