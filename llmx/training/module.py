@@ -428,7 +428,7 @@ class LanguageModel(pl.LightningModule):
         long = long and not isinstance(self.network, CountingNetwork)
         if not long or sampling.speculate or self.hparams["compile"] is False or not can_compile():
             return generate(self.network, prompts, self.window, sampling)
-        rank_zero_info("A long generation: its step is compiled first, which takes about 20 seconds, once.")
+        rank_zero_info("A long generation: its step is compiled first, in half a minute, or seconds if it was before.")
         return generate(self.network, prompts, self.window, sampling, compiled_decode())
 
     # ------------------------------------------------------------------------------------------------- checkpoints
