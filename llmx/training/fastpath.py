@@ -4,7 +4,7 @@ import ctypes
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -56,7 +56,9 @@ def _few_rows(graph: torch.fx.GraphModule, inputs: Sequence[torch.Tensor]) -> An
         "cpp.min_chunk_size": WORTH_A_THREAD,
     }
     # here and not by Inductor's own table of decompositions, with which it keeps nothing for the next process
-    written_out = make_fx(graph, {torch.ops.aten.mm.default: _mm, torch.ops.aten.addmm.default: _addmm})(*inputs)
+    table: dict[Any, Callable[..., Any]] = {torch.ops.aten.mm.default: _mm, torch.ops.aten.addmm.default: _addmm}
+    with torch.inference_mode(any(isinstance(x, torch.Tensor) and x.is_inference() for x in inputs)):
+        written_out = make_fx(graph, table)(*inputs)
     return compile_fx(written_out, list(inputs), config_patches=patches)
 
 

@@ -44,7 +44,8 @@ def test_memory_that_a_step_frees_serves_the_next_one():
 
 
 @pytest.mark.skipif(not can_compile(), reason="no compiler")
-def test_compiled_decoding_writes_the_same_text_and_is_compiled_once():
+@pytest.mark.parametrize("inference", [False, True])  # the latter as in `predict`
+def test_compiled_decoding_writes_the_same_text_and_is_compiled_once(inference):
     """With a mixer that Inductor, told to keep more between its loops, computed wrongly from the third token on."""
     block = partial(PreNormBlock, mixer=partial(Hyena, max_length=32), feed_forward=SwiGLU)
     torch.manual_seed(0)
@@ -52,6 +53,7 @@ def test_compiled_decoding_writes_the_same_text_and_is_compiled_once():
     prompt, sampling = torch.zeros(1, 1, dtype=torch.int64), Sampling(20, temperature=0)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compiled = generate(network, prompt, 32, sampling, compiled_decode())
+    with torch.inference_mode(inference):
+        compiled = generate(network, prompt, 32, sampling, compiled_decode())
     assert compiled.tolist() == generate(network, prompt, 32, sampling).tolist()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # every state has the strides of the first
