@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -57,7 +58,8 @@ def _few_rows(graph: torch.fx.GraphModule, inputs: Sequence[torch.Tensor]) -> An
     }
     # here and not by Inductor's own table of decompositions, with which it keeps nothing for the next process
     table: dict[Any, Callable[..., Any]] = {torch.ops.aten.mm.default: _mm, torch.ops.aten.addmm.default: _addmm}
-    with torch.inference_mode(any(isinstance(x, torch.Tensor) and x.is_inference() for x in inputs)):
+    inference = any(isinstance(x, torch.Tensor) and x.is_inference() for x in inputs)  # as in `predict`
+    with torch.inference_mode() if inference else nullcontext():  # inference_mode(False) would turn gradients on
         written_out = make_fx(graph, table)(*inputs)
     return compile_fx(written_out, list(inputs), config_patches=patches)
 
