@@ -13,7 +13,7 @@ import torch
 from llmx.generation import Decode, decode
 
 COMPILE_FROM = 2000  # steps: about where a faster step has paid for half a minute of compiling
-COMPILE_DECODING_FROM = 10_000  # tokens in turn: compiling pays from 4,000 on if it was done before, or 22,000
+COMPILE_DECODING_FROM = 10_000  # tokens in turn: compiling pays from 4,000 on if it was done before, or 23,000
 FEW_ROWS = 4  # up to so many, a matrix product is written out when decoding compiles
 WORTH_A_THREAD = 2**16  # numbers a thread goes over in the time that waking it takes, when decoding
 
