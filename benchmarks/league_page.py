@@ -236,7 +236,7 @@ def _cells(rank: int, row: Row, paired: bool) -> list[str]:
         f"{mean_seconds:,.0f}",
     ]
     if paired:
-        cells.insert(5, "" if row.over_text is None else f"{_half(row.over_text):.4f}")
+        cells.insert(5, "" if row.over_text is None else f"{row.over_text.half:.4f}")
     return cells
 
 
@@ -291,11 +291,7 @@ def _stale(entry: Entry) -> bool:
 
 
 def _with_interval(estimate: Estimate, form: str) -> str:
-    return f"{estimate.value:{form}} ± {_half(estimate):.4f}"
-
-
-def _half(estimate: Estimate) -> float:
-    return (estimate.high - estimate.low) / 2
+    return f"{estimate.value:{form}} ± {estimate.half:.4f}"
 
 
 def _listed(values: Iterable[Any]) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
 from matplotlib.figure import Figure
 
 from llmx.comparison.runs import mark
+from llmx.comparison.settings import short_key, shown
 from llmx.comparison.statistics import Estimate
 from llmx.comparison.table import Comparison, Row, caption, measured_on, short
 
@@ -51,6 +53,7 @@ def report(comparison: Comparison, figures: Mapping[str, Figure]) -> str:
 {_table("costs", COSTS, rows, [_costs(row) for row in rows])}
 <p class="note">{escape(caption(comparison))}</p>
 {images}
+{_unlike(comparison)}
 <h2>Parameters</h2>
 {_table("parameters", ("", "network", *groups), rows, of_groups)}
 </body>
@@ -67,6 +70,20 @@ def _table(id: str, headings: Sequence[str], rows: Sequence[Row], cells: Sequenc
     return f"""<div class="wide"><table id="{id}"><thead><tr>{head}</tr></thead><tbody>
 {body}
 </tbody></table></div>"""
+
+
+def _unlike(comparison: Comparison) -> str:
+    """A line a setting."""
+    lines = [
+        (row, (short_key(key), shown(own), shown(theirs)))
+        for row in comparison.rows
+        for key, (theirs, own) in row.unlike.items()
+    ]
+    if not lines:
+        return ""
+    headings = ("", "network", "setting", "here", comparison.baseline)
+    cells = [[escape(text) for text in texts] for _, texts in lines]
+    return f"<h2>Settings unlike the baseline's</h2>\n{_table('settings', headings, [row for row, _ in lines], cells)}"
 
 
 def _first(row: Row) -> tuple[str, str]:
@@ -94,6 +111,8 @@ def _costs(row: Row) -> list[str]:
 
 
 def _interval(estimate: Estimate, form: str) -> str:
+    if not math.isfinite(estimate.half):
+        return "*"
     return f"{estimate.low:{form}} to {estimate.high:{form}}{'*' if estimate.basis == 'text' else ''}"
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from llmx.comparison.settings import flat, short_key, shown
 from llmx.errors import UserError
 from llmx.reports.curves import Curve, name_of, read_curves
 from llmx.yaml_files import read_yaml
@@ -143,17 +144,23 @@ class Run:
         return {key: self.record["data"][key] for key in PROTOCOL} | seen
 
     @cached_property
-    def settings(self) -> dict[str, Any]:
-        """The flat configuration without the seed and what has no say in the result; with the precision really used,
-        the hash of the sources of classes outside llmx, and what was changed where the run was continued."""
+    def nested_settings(self) -> dict[str, Any]:
+        """The configuration without the seed and what has no say in the result; with the precision really used, the
+        hash of the sources of classes outside llmx, and what was changed where the run was continued."""
         settings = _settings(self.config, self.record)
-        before = settings | {"seed_everything": self.seed}
+        before = dict(flat(settings)) | {"seed_everything": self.seed}
+        continued: dict[str, Any] = {}
         for step, leg in self.record.get("continued", {}).items():
-            now = _settings(leg["config"], leg) | {"seed_everything": leg["config"].get("seed_everything")}
+            now = dict(flat(_settings(leg["config"], leg))) | {"seed_everything": leg["config"].get("seed_everything")}
             changed = [key for key in now.keys() | before.keys() if now.get(key) != before.get(key)]
-            settings |= {f"continued.from step {step} {_short(key)}": now.get(key) for key in changed}
+            continued |= {f"from step {step} {short_key(key)}": now.get(key) for key in changed}
             before = now
-        return settings
+        return settings | {"continued": continued}
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The same, flat."""
+        return dict(flat(self.nested_settings))
 
     @cached_property
     def losses(self) -> np.ndarray:
@@ -329,7 +336,7 @@ def grouped(runs: Iterable[Run]) -> list[Group]:
 
 def _told_apart(name: str, mine: dict[str, Any], rivals: Sequence[dict[str, Any]]) -> str:
     keys = {key for rival in rivals for key in mine.keys() | rival.keys() if mine.get(key) != rival.get(key)}
-    said = ", ".join(f"{_short(key)}={str(mine[key])[:100]}" for key in sorted(keys) if key in mine)
+    said = ", ".join(f"{short_key(key)}={shown(mine[key])}" for key in sorted(keys) if key in mine)
     if not said:
         return name
     return f"{name[:-1]}, {said})" if name.endswith(")") else f"{name} ({said})"
@@ -348,20 +355,7 @@ def _settings(config: dict[str, Any], used: dict[str, Any]) -> dict[str, Any]:
     if "precision" in used:
         trainer["precision"] = used["precision"]
     sources = {f"source of {module}": str(hashed)[:12] for module, hashed in used.get("sources", {}).items()}
-    return dict(_flat(kept | {"trainer": trainer, "sources": sources}))
-
-
-def _flat(values: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
-    pairs = values.items() if isinstance(values, dict) else enumerate(values)
-    for key, value in pairs:
-        if isinstance(value, dict | list):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _short(key: str) -> str:
-    return key.replace(".init_args", "").split(".", 1)[-1]
+    return kept | {"trainer": trainer, "sources": sources}
 
 
 def _by_number(path: str) -> list[Any]:

@@ -18,7 +18,10 @@ from rich.table import Table
 from rich.text import Text
 
 from llmx.comparison.runs import SEEN, Group, Run, mark
+from llmx.comparison.settings import changes, short_key, shown
 from llmx.comparison.statistics import (
+    BLOCK,
+    FEWEST,
     Estimate,
     difference_of_pairs,
     difference_over_seeds,
@@ -31,6 +34,7 @@ from llmx.describe import MATCHED, apart
 from llmx.errors import UserError
 from llmx.training.metrics import bits, perplexity
 
+UNLIKE = 8  # settings of a row that the terminal shows
 TOKENS = "tokens"
 EQUAL: dict[str, Callable[[Run], float | None]] = {  # what else runs may have had the same of
     "flops": lambda run: run.training_flops,
@@ -53,6 +57,7 @@ class Row:
     parameters_of:   by group
     seconds:         wall-clock of the fit; not of runs that were stopped and went on
     generated_tokens_per_second: one row
+    unlike:          settings that differ from the baseline's: (its value, that of this row), None where there is none
     code:            hashes of llmx's sources, shortened
     """
 
@@ -74,6 +79,7 @@ class Row:
     peak_bytes: float | None
     state_bytes: float | None
     generated_tokens_per_second: float | None
+    unlike: dict[str, tuple[Any, Any]]
     code: list[str]
     folders: list[str]
 
@@ -93,7 +99,8 @@ class Comparison:
     matching: str
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """As JSON has it; an interval that nobody knows is null."""
+        return asdict(self, dict_factory=lambda pairs: {k: None if v in (-math.inf, math.inf) else v for k, v in pairs})
 
 
 def compare(
@@ -131,11 +138,11 @@ def compare(
         )
         raise UserError(f"these runs may not be ranked: {said}. --unranked shows them side by side")
     if not ranked:
-        rows = [_row(group, None) for group in groups]
+        rows = [_row(group, against, None) for group in groups]
     else:
         differences = [None if group is against else _difference(group, against) for group in groups]
         ps = iter(holm([d.p for d in differences if d is not None and d.p is not None]))
-        rows = [_row(g, d, None if d is None else next(ps)) for g, d in zip(groups, differences, strict=True)]
+        rows = [_row(g, against, d, None if d is None else next(ps)) for g, d in zip(groups, differences, strict=True)]
         rows.sort(key=lambda row: (row.leaking, row.unaudited, row.loss.value))
         rows = [row if mark(row) else replace(row, rank=rank) for rank, row in enumerate(rows, 1)]
     shared = {key: value for key, value in groups[0].runs[0].protocol.items() if key not in unequal}
@@ -163,7 +170,7 @@ def _difference(group: Group, baseline: Group) -> Estimate:
     return difference_over_text(group.losses, baseline.losses)
 
 
-def _row(group: Group, difference: Estimate | None, adjusted_p: float | None = None) -> Row:
+def _row(group: Group, baseline: Group, difference: Estimate | None, adjusted_p: float | None = None) -> Row:
     runs = group.runs
     network = runs[0].record["network"]
     estimate = mean_over_seeds(group.values) if len(runs) > 1 else mean_over_text(group.losses)
@@ -187,6 +194,10 @@ def _row(group: Group, difference: Estimate | None, adjusted_p: float | None = N
         peak_bytes=_mean(runs, lambda run: run.metrics["peak_bytes"]),
         state_bytes=network["state_bytes"],
         generated_tokens_per_second=_mean(runs, lambda run: run.metrics["generated_tokens_per_second"]),
+        unlike={
+            key: (theirs, own)
+            for key, theirs, own in changes(baseline.runs[0].nested_settings, runs[0].nested_settings)
+        },
         code=sorted(set().union(*(run.code for run in runs))),
         folders=[str(run.folder) for run in runs],
     )
@@ -236,7 +247,20 @@ def render(comparison: Comparison) -> RenderableType:
         numbers = (row.training_flops, row.tokens_per_second, row.peak_bytes, row.state_bytes)
         shortly = (short(number) for number in (*numbers, row.generated_tokens_per_second))
         costs.add_row(*first, f"{row.bits_per_character:.3f}", f"{row.parameters:,}", *shortly)
-    return Lines(results, costs, Text(f"{measured_on(comparison)}\n{caption(comparison)}", style="dim"))
+    unlike = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    unlike.add_column("network", overflow="fold", min_width=10)
+    unlike.add_column(f"unlike {comparison.baseline}, whose settings are in brackets", overflow="fold")
+    for row in comparison.rows:
+        if row.unlike:
+            unlike.add_row(Text(row.name), Text(_unlike(row)))
+    notes = Text(f"{measured_on(comparison)}\n{caption(comparison)}", style="dim")
+    return Lines(results, costs, *([unlike] if unlike.row_count else []), notes)
+
+
+def _unlike(row: Row) -> str:
+    said = [f"{short_key(key)} {shown(own)} ({shown(theirs)})" for key, (theirs, own) in row.unlike.items()]
+    left = len(said) - UNLIKE
+    return ", ".join(said if left <= 0 else [*said[:UNLIKE], f"and {left} more (report.html)"])
 
 
 def _table(*numbers: str) -> Table:
@@ -264,6 +288,8 @@ def caption(comparison: Comparison) -> str:
         lines.append(
             "* 95 % over blocks of the validation text, for want of a second seed: it says nothing about seeds"
         )
+        if comparison.rows[0].loss.half == math.inf:
+            lines.append(f"no interval of a row: fewer than {FEWEST * BLOCK:,} characters were validated")
     differences = [row.difference for row in comparison.rows if row.difference is not None]
     if differences:
         pairs = any(difference.basis == "pairs" for difference in differences)
@@ -289,7 +315,8 @@ def caption(comparison: Comparison) -> str:
 
 def _with_interval(estimate: Estimate, form: str) -> str:
     mark = "*" if estimate.basis == "text" else " "
-    return f"{estimate.value:{form}} ± {(estimate.high - estimate.low) / 2:.4f}{mark}"
+    half = f" ± {estimate.half:.4f}" if math.isfinite(estimate.half) else ""
+    return f"{estimate.value:{form}}{half}{mark}"
 
 
 def short(value: float | None) -> str:

@@ -1,5 +1,7 @@
 """Intervals and tests against scipy's, and against how often they hold what they promise."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -8,6 +10,7 @@ from scipy import stats
 
 from llmx.comparison.statistics import (
     BLOCK,
+    FEWEST,
     block_means,
     difference_of_pairs,
     difference_over_seeds,
@@ -119,9 +122,9 @@ def test_pairing_sees_a_difference_that_the_spread_of_the_text_would_hide():
 
 
 def test_no_difference_is_no_finding():
-    losses = related(5000, np.random.default_rng(6))
+    losses = related(FEWEST * BLOCK, np.random.default_rng(6))
     assert difference_over_text(losses, losses).p == 1
-    ps = [mean_over_text(related(5000, np.random.default_rng(seed))).p for seed in range(100)]
+    ps = [mean_over_text(related(FEWEST * BLOCK, np.random.default_rng(seed))).p for seed in range(100)]
     assert sum(p < 0.05 for p in ps) <= 15
     assert np.median(ps) > 0.3
 
@@ -130,6 +133,12 @@ def test_draws_repeat_and_a_constant_text_has_no_spread():
     losses = related(3000, np.random.default_rng(7))
     assert np.array_equal(block_means(losses, 1), block_means(losses, 1))
     assert block_means(np.full(3 * BLOCK + 1, 2.0), 0) == pytest.approx(2.0)
+
+
+def test_of_a_short_text_nothing_is_known():
+    short = related(FEWEST * BLOCK - 1, np.random.default_rng(8)) + 1
+    estimate = mean_over_text(short)
+    assert (estimate.value, estimate.half, estimate.p) == (short.mean(), math.inf, 1)
 
 
 def test_a_text_shorter_than_a_block_is_one_block():

@@ -15,7 +15,7 @@ from llmx.comparison.runs import find_runs, grouped
 from llmx.comparison.table import compare, short
 from llmx.errors import UserError
 
-CHARACTERS = 400
+CHARACTERS = 10_000  # enough for an interval over them
 
 
 def make_run(folder, config="configs/llama.yaml", seed=1, loss=1.5, **changes):
@@ -186,12 +186,47 @@ def test_with_one_seed_the_interval_is_over_the_text_and_says_so(here, capsys):
     assert f"characters validated {len(groups_of()[0].losses):,}" in said
 
 
+def test_few_characters_have_no_interval_and_no_small_p(here, capsys):
+    """Of one block each draw is the same: an interval of no width."""
+    make_run("lightning_logs/version_1", characters=300)
+    make_run("lightning_logs/version_2", config="configs/gru.yaml", characters=300, loss=1.4)
+    assert main(["compare", "lightning_logs"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"1 gru 1\.4000\* -0\.1000\* 1\.000 ", said)
+    assert "fewer than 10,000 characters were validated" in said
+    best = json.loads(Path("comparison/comparison.json").read_text())["rows"][0]
+    assert best["loss"] == {"value": best["loss"]["value"], "low": None, "high": None, "basis": "text", "p": None}
+    assert "-0.1000</td><td>*</td>" in Path("comparison/report.html").read_text()
+
+
+def test_settings_unlike_those_of_the_baseline_are_listed_whatever_the_row_is_called(here, capsys):
+    """An idea that also has another number of heads, and another learning rate."""
+    heads = lambda mixer, heads: {"class_path": f"llmx.{mixer}", "init_args": {"heads": heads}}  # noqa: E731
+    idea = {"class_path": "Decoder", "init_args": {"mixer": heads("Attention", 8), "norms": ["A", "B"]}}
+    plain = {"class_path": "Decoder", "init_args": {"mixer": heads("Attention", 4), "norms": ["A", "C"], "tied": None}}
+    other = {"class_path": "Decoder", "init_args": {"mixer": heads("LSTM", 4), "norms": ["A"]}}
+    for name, network, lr in (("llama", plain, 0.003), ("idea", idea, 0.003), ("<lstm>", other, 0.009)):
+        settings = {"model": {"network": network, "optimizer": {"init_args": {"lr": lr}}}}
+        make_run(f"lightning_logs/{name[1:]}", config=f"configs/{name}.yaml", settings=settings)
+    assert main(["compare", "lightning_logs", "--baseline", "llama"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "idea network.mixer.heads 8 (4), network.norms.1 B (C)" in said
+    assert "<lstm> network.mixer LSTM (Attention), network.norms" in said
+    assert "optimizer.lr 0.009 (0.003)" in said
+    rows = {row["name"]: row["unlike"] for row in json.loads(Path("comparison/comparison.json").read_text())["rows"]}
+    assert rows["llama"] == {}
+    assert rows["<lstm>"]["model.network.init_args.mixer"] == [heads("Attention", 4), heads("LSTM", 4)]
+    page = Path("comparison/report.html").read_text()
+    assert "<td>idea</td><td>network.mixer.heads</td><td>8</td><td>4</td>" in page
+    assert "<td>&lt;lstm&gt;</td><td>network.mixer</td><td>LSTM</td><td>Attention</td>" in page
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         ({"window": 16}, "window is 8 in llama, 16 in gru"),
         ({"tokens": 6400}, "tokens seen is 640 in llama, 6,400 in gru"),
-        ({"characters": 300}, "characters validated is 400 in llama, 300 in gru"),
+        ({"characters": 300}, "characters validated is 10,000 in llama, 300 in gru"),
     ],
 )
 def test_unequal_protocols_are_not_ranked(here, capsys, change, said):
