@@ -11,9 +11,8 @@ from html import escape
 from matplotlib.figure import Figure
 
 from llmx.comparison.runs import mark
-from llmx.comparison.settings import short_key, shown
 from llmx.comparison.statistics import Estimate
-from llmx.comparison.table import Comparison, Row, caption, measured_on, short
+from llmx.comparison.table import Comparison, Row, caption, measured_on, short, unlike, unlike_heading
 
 TITLES = {
     "loss": "Validation loss",
@@ -26,6 +25,7 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px }
 th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
 th:nth-child(2), td:nth-child(2) { text-align: left; white-space: normal }
+#settings th, #settings td { text-align: left; white-space: normal }
 .wide { overflow-x: auto; margin: 1rem 0 } .marked { color: #b00020 } .note { color: #555; white-space: pre-line }
 img { max-width: 100%; height: auto }
 """
@@ -73,17 +73,12 @@ def _table(id: str, headings: Sequence[str], rows: Sequence[Row], cells: Sequenc
 
 
 def _unlike(comparison: Comparison) -> str:
-    """A line a setting."""
-    lines = [
-        (row, (short_key(key), shown(own), shown(theirs)))
-        for row in comparison.rows
-        for key, (theirs, own) in row.unlike.items()
-    ]
-    if not lines:
+    rows = [row for row in comparison.rows if row.unlike]
+    if not rows:
         return ""
-    headings = ("", "network", "setting", "here", comparison.baseline)
-    cells = [[escape(text) for text in texts] for _, texts in lines]
-    return f"<h2>Settings unlike the baseline's</h2>\n{_table('settings', headings, [row for row, _ in lines], cells)}"
+    headings = ("", "network", unlike_heading(comparison))
+    cells = [[escape(", ".join(unlike(row)))] for row in rows]
+    return f"<h2>Settings</h2>\n{_table('settings', headings, rows, cells)}"
 
 
 def _first(row: Row) -> tuple[str, str]:

@@ -247,20 +247,24 @@ def render(comparison: Comparison) -> RenderableType:
         numbers = (row.training_flops, row.tokens_per_second, row.peak_bytes, row.state_bytes)
         shortly = (short(number) for number in (*numbers, row.generated_tokens_per_second))
         costs.add_row(*first, f"{row.bits_per_character:.3f}", f"{row.parameters:,}", *shortly)
-    unlike = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    unlike.add_column("network", overflow="fold", min_width=10)
-    unlike.add_column(f"unlike {comparison.baseline}, whose settings are in brackets", overflow="fold")
+    settings = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    settings.add_column("network", overflow="fold", min_width=10)
+    settings.add_column(unlike_heading(comparison), overflow="fold")
     for row in comparison.rows:
-        if row.unlike:
-            unlike.add_row(Text(row.name), Text(_unlike(row)))
+        if said := unlike(row):
+            more = [f"and {len(said) - UNLIKE} more (report.html)"] if len(said) > UNLIKE else []
+            settings.add_row(Text(row.name), Text(", ".join([*said[:UNLIKE], *more])))
     notes = Text(f"{measured_on(comparison)}\n{caption(comparison)}", style="dim")
-    return Lines(results, costs, *([unlike] if unlike.row_count else []), notes)
+    return Lines(results, costs, *([settings] if settings.row_count else []), notes)
 
 
-def _unlike(row: Row) -> str:
-    said = [f"{short_key(key)} {shown(own)} ({shown(theirs)})" for key, (theirs, own) in row.unlike.items()]
-    left = len(said) - UNLIKE
-    return ", ".join(said if left <= 0 else [*said[:UNLIKE], f"and {left} more (report.html)"])
+def unlike_heading(comparison: Comparison) -> str:
+    return f"unlike {comparison.baseline} (which has)"
+
+
+def unlike(row: Row) -> list[str]:
+    """The settings of a row that differ from the baseline's, whose own are in brackets."""
+    return [f"{short_key(key)} {shown(own)} ({shown(theirs)})" for key, (theirs, own) in row.unlike.items()]
 
 
 def _table(*numbers: str) -> Table:

@@ -217,8 +217,8 @@ def test_settings_unlike_those_of_the_baseline_are_listed_whatever_the_row_is_ca
     assert rows["llama"] == {}
     assert rows["<lstm>"]["model.network.init_args.mixer"] == [heads("Attention", 4), heads("LSTM", 4)]
     page = Path("comparison/report.html").read_text()
-    assert "<td>idea</td><td>network.mixer.heads</td><td>8</td><td>4</td>" in page
-    assert "<td>&lt;lstm&gt;</td><td>network.mixer</td><td>LSTM</td><td>Attention</td>" in page
+    assert "<td>idea</td><td>network.mixer.heads 8 (4), network.norms.1 B (C)</td>" in page
+    assert "<td>&lt;lstm&gt;</td><td>network.mixer LSTM (Attention)" in page
 
 
 @pytest.mark.parametrize(
