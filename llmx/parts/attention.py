@@ -66,6 +66,20 @@ def masked_attention(
     return mixed.view(batch, heads, time, value.shape[-1])
 
 
+def past_attention(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, cap: float | None = None, sink: Tensor | None = None
+) -> Tensor:
+    """`masked_attention` for a prefill or a step, by PyTorch's fused kernel where several positions are read at once
+    and nothing but the bias changes the scores: in fp32 a prompt of 128 takes 0.9 of the time, 64 of them 0.6. A single
+    position is no faster, of 64 rows slower, and written out it compiles into one function with the rest of a step."""
+    batch, heads, time, _ = query.shape
+    groups, slots = key.shape[1:3]
+    if time == 1 or cap is not None or sink is not None:
+        return masked_attention(query, key, value, bias, cap=cap, sink=sink)
+    bias = bias.expand(batch, groups, heads // groups, time, slots).flatten(1, 2)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, enable_gqa=groups != heads)
+
+
 def write(cache: Tensor, new: Tensor, slots: Tensor) -> Tensor:
     """Puts new (B, T, G, K) into the cache (B, G, S, K) at slots (B, T); in place while gradients are off."""
     if torch.is_grad_enabled():
@@ -113,14 +127,9 @@ def attend_cache(
     """
     cache = KeyValues(write(cache.key, key, positions), write(cache.value, value, positions))
     hidden = past_bias(positions, cache.key.shape[2], query.dtype)
-    mixed = masked_attention(
-        query.transpose(1, 2),
-        cache.key.to(query.dtype),
-        cache.value.to(query.dtype),
-        hidden if bias is None else hidden + bias,
-        cap=cap,
-        sink=sink,
-    )
+    bias = hidden if bias is None else hidden + bias
+    keys, values = cache.key.to(query.dtype), cache.value.to(query.dtype)
+    mixed = past_attention(query.transpose(1, 2), keys, values, bias, cap, sink)
     return mixed.transpose(1, 2).flatten(2), cache
 
 

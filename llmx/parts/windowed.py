@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmx.parts.attention import KeyValues, masked_attention, write
+from llmx.parts.attention import KeyValues, masked_attention, past_attention, write
 
 
 def window_attention(
@@ -74,5 +74,5 @@ def attend_ring(
     lag = positions[:, :, None] - held[:, None]  # (B, T, S), or (B, T, S + T)
     hidden = (lag < 0) | (lag >= window) | (held[:, None] < 0)
     bias = torch.zeros_like(hidden, dtype=query.dtype).masked_fill(hidden, float("-inf"))[:, None, None]
-    mixed = masked_attention(query.transpose(1, 2), keys, values, bias, cap=cap, sink=sink)
+    mixed = past_attention(query.transpose(1, 2), keys, values, bias, cap, sink)
     return mixed.transpose(1, 2).flatten(2), ring

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from llmx.parts.attention import causal_attention, masked_attention
+from llmx.parts.attention import causal_attention, masked_attention, past_attention
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}  # float64, sums in another order
 
@@ -58,6 +58,19 @@ def test_masked_attention_leaves_hidden_slots_out_for_each_row():
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None], enable_gqa=True)
     bias = torch.zeros(2, 1, 1, 3, 3, dtype=q.dtype).masked_fill(~visible[:, None, None], float("-inf"))
     assert_close(masked_attention(q, k, v, bias), expected, **EXACT)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1, 3, 5), (1, 2, 3, 3, 5), (2, 2, 1, 1, 5), (1, 1, 3, 3, 1)])
+@pytest.mark.parametrize("value", [4, 3])
+@pytest.mark.parametrize("over", [{}, {"cap": 2.0}, {"sink": torch.arange(6.0).double()}])
+def test_past_attention_is_masked_attention_whatever_the_bias_broadcasts_over(shape, value, over):
+    q, k, v = heads(2, 6, 2, 5, 4, value)
+    bias = torch.randn(shape, dtype=q.dtype, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    inputs = [x.requires_grad_() for x in (q[:, :, :3].clone(), k, v)] + [bias]
+    ours, expected = past_attention(*inputs, **over), masked_attention(*inputs, **over)
+    assert_close(ours, expected, **EXACT)
+    upstream = torch.randn(ours.shape, dtype=q.dtype, generator=torch.Generator().manual_seed(2))
+    assert_close(*(torch.autograd.grad(x, inputs, upstream) for x in (ours, expected)), **EXACT)
 
 
 def test_dropout_changes_the_output_and_keeps_its_expectation():
