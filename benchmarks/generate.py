@@ -154,7 +154,7 @@ def main() -> int:
     use_threads(chosen.threads)
     least = chosen.seconds
     flags = {"precision": "32-true", "compile": False, "cache": True}
-    written_out = {**flags, "attention": "written out"}
+    written_out = {**flags, "attention": "written out, sdpa for a prompt"}
     contenders = [
         Contender("llmx, compiled", partial(prepare_ours, least, True), {**written_out, "compile": True}),
         Contender("llmx, eager", partial(prepare_ours, least, False), written_out),
