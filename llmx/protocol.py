@@ -157,6 +157,13 @@ class Stateless(StatefulFeedForward):
         return self(x, context), state
 
 
+class Pointwise(Stateless):
+    """One whose `forward` takes any (..., D), and looks at nothing else than x: a step is the same call."""
+
+    def step(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
+        return self(x, context), state
+
+
 class Block(Component, ABC):
     """Mixer, feed-forward, norm and residual: one layer of a stack. Its state is the pair of its components' states."""
 

@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from llmx.parts.init import normal_, residual_std
-from llmx.protocol import Context, Site, Stateless
+from llmx.protocol import Context, Pointwise, Site
 from llmx.shapes import Hidden
 
 
-class GeGLU(Stateless):
+class GeGLU(Pointwise):
     """(B, T, D) -> (B, T, D).
 
     Args:

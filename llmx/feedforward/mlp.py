@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmx.parts.init import normal_, residual_std
-from llmx.protocol import Context, Site, Stateless
+from llmx.protocol import Context, Pointwise, Site
 from llmx.shapes import Hidden
 
 Activation = Literal["relu", "gelu", "gelu_tanh", "relu_squared"]
 
 
-class MLP(Stateless):
+class MLP(Pointwise):
     """(B, T, D) -> (B, T, D).
 
     Args:

@@ -14,11 +14,11 @@ from torch import nn
 
 from llmx.parts.init import normal_
 from llmx.parts.unit_norm import LearnedScale, renormalise_
-from llmx.protocol import Context, Site, Stateless
+from llmx.protocol import Context, Pointwise, Site
 from llmx.shapes import Hidden
 
 
-class NGPTSwiGLU(Stateless):
+class NGPTSwiGLU(Pointwise):
     """(B, T, D) -> (B, T, D).
 
     Args:

@@ -1,10 +1,10 @@
 """Nothing in the feed-forward slot: adds 0 to the stream, where a mixer is to be looked at by itself."""
 
-from llmx.protocol import Context, Site, Stateless
+from llmx.protocol import Context, Pointwise, Site
 from llmx.shapes import Hidden
 
 
-class NoFeedForward(Stateless):
+class NoFeedForward(Pointwise):
     """(B, T, D) -> zeros (B, T, D)."""
 
     def __init__(self, site: Site):

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from llmx.parts.init import normal_, residual_std
-from llmx.protocol import Context, Site, Stateless
+from llmx.protocol import Context, Pointwise, Site
 from llmx.shapes import Hidden
 
 
-class SwiGLU(Stateless):
+class SwiGLU(Pointwise):
     """(B, T, D) -> (B, T, D).
 
     Args:

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from llmx.parts.attention import KeyValues, attend_cache, biased_causal_attention, empty_cache
+from llmx.parts.attention import KeyValues, attend_cache, biased_causal_attention, empty_cache, places
 from llmx.parts.init import normal_, residual_std
 from llmx.protocol import Context, Site, StatefulMixer
 from llmx.shapes import Hidden
@@ -57,17 +57,17 @@ class ALiBiAttention(StatefulMixer):
         return empty_cache(self.out.weight, batch_size, self.heads, max_length, self.head_dim, self.head_dim)
 
     def step(self, x: Tensor, state: KeyValues, context: Context) -> tuple[Tensor, KeyValues]:  # type: ignore[override]
-        mixed, state = self._attend(x[:, None], state, context.positions[:, None])
+        mixed, state = self._attend(x[:, None], state, context)
         return self.out(mixed[:, 0]), state
 
     def prefill(self, x: Hidden, state: KeyValues, context: Context) -> tuple[Hidden, KeyValues]:  # type: ignore[override]
-        mixed, state = self._attend(x, state, context.positions)
+        mixed, state = self._attend(x, state, context)
         return self.out(mixed), state
 
-    def _attend(self, x: Hidden, state: KeyValues, positions: Tensor) -> tuple[Hidden, KeyValues]:
+    def _attend(self, x: Hidden, state: KeyValues, context: Context) -> tuple[Hidden, KeyValues]:
         query, key, value = self._project(x)
         slots = torch.arange(state.key.shape[2], device=x.device)[None]
-        return attend_cache(query, key, value, state, positions, self._bias(positions, slots, query))
+        return attend_cache(query, key, value, state, context, self._bias(places(context), slots, query))
 
     def _project(self, x: Hidden) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value, (B, T, H, K) each."""

@@ -67,17 +67,18 @@ class Attention(StatefulMixer):
 
     def step(self, x: Tensor, state: KeyValues, context: Context) -> tuple[Tensor, KeyValues]:  # type: ignore[override]
         query, key, value = (heads[:, None] for heads in self._project(x, context))
-        mixed, state = attend_cache(query, key, value, state, context.positions[:, None])
+        mixed, state = attend_cache(query, key, value, state, context)
         return self.out(mixed[:, 0]), state
 
     def prefill(self, x: Hidden, state: KeyValues, context: Context) -> tuple[Hidden, KeyValues]:  # type: ignore[override]
-        mixed, state = attend_cache(*self._project(x, context), state, context.positions)
+        mixed, state = attend_cache(*self._project(x, context), state, context)
         return self.out(mixed), state
 
     def _project(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated query (B, T, H, K), rotated key (B, T, G, K), value (B, T, G, K), without T in `step`."""
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
         # split, not slices: its gradient is one concatenation, that of slices a sum of padded tensors
-        query, key, value = heads.split((self.heads, self.kv_heads, self.kv_heads), -2)
+        both, value = heads.split((self.heads + self.kv_heads, self.kv_heads), -2)
         table = shared_table(context, self.head_dim, self.rotary_base, x.dtype)
-        return rotate(query, table), rotate(key, table), value
+        query, key = rotate(both, table).split((self.heads, self.kv_heads), -2)
+        return query, key, value

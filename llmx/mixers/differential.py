@@ -70,14 +70,14 @@ class DifferentialAttention(StatefulMixer):
 
     def step(self, x: Tensor, state: KeyValues, context: Context) -> tuple[Tensor, KeyValues]:  # type: ignore[override]
         query, key, value = (heads[:, None] for heads in self._project(x, context))
-        mixed, state = self._attend(query, key, value, state, context.positions[:, None])
+        mixed, state = self._attend(query, key, value, state, context)
         return mixed[:, 0], state
 
     def prefill(self, x: Hidden, state: KeyValues, context: Context) -> tuple[Hidden, KeyValues]:  # type: ignore[override]
-        return self._attend(*self._project(x, context), state, context.positions)
+        return self._attend(*self._project(x, context), state, context)
 
     def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, state: KeyValues, positions: Tensor
+        self, query: Tensor, key: Tensor, value: Tensor, state: KeyValues, context: Context
     ) -> tuple[Hidden, KeyValues]:
         """Each of a head's two queries sees its own half of the slots' keys."""
         first, second = query.chunk(2, 2)  # (B, T, H, K)
@@ -85,7 +85,7 @@ class DifferentialAttention(StatefulMixer):
         # the width of the keys is 2 K here, hence the factor that makes the scale 1 / sqrt(K)
         halves = torch.stack((torch.cat((first, nothing), -1), torch.cat((nothing, second), -1)), 3) * math.sqrt(2)
         both = torch.cat(key.chunk(2, 2), -1)  # (B, T, G, 2 K)
-        mixed, state = attend_cache(halves.flatten(2, 3), both, value, state, positions)
+        mixed, state = attend_cache(halves.flatten(2, 3), both, value, state, context)
         return self._difference(*mixed.unflatten(-1, (self.heads, 2, -1)).unbind(3)), state
 
     def _difference(self, first: Tensor, second: Tensor) -> Hidden:

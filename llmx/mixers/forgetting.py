@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmx.parts.attention import KeyValues, attend_cache, biased_causal_attention, empty_cache, write
+from llmx.parts.attention import KeyValues, attend_cache, biased_causal_attention, empty_cache, places, write
 from llmx.parts.init import normal_, residual_std
 from llmx.protocol import Context, Site, StatefulMixer
 from llmx.shapes import Hidden
@@ -73,18 +73,18 @@ class ForgettingAttention(StatefulMixer):
         )
 
     def step(self, x: Tensor, state: ForgettingState, context: Context) -> tuple[Tensor, ForgettingState]:  # type: ignore[override]
-        mixed, state = self._attend(x[:, None], state, context.positions[:, None])
+        mixed, state = self._attend(x[:, None], state, context)
         return mixed[:, 0], state
 
     def prefill(self, x: Hidden, state: ForgettingState, context: Context) -> tuple[Hidden, ForgettingState]:  # type: ignore[override]
-        return self._attend(x, state, context.positions)
+        return self._attend(x, state, context)
 
-    def _attend(self, x: Hidden, state: ForgettingState, positions: Tensor) -> tuple[Hidden, ForgettingState]:
+    def _attend(self, x: Hidden, state: ForgettingState, context: Context) -> tuple[Hidden, ForgettingState]:
         query, key, value, log_gate = self._project(x)
         total = state.total[:, None] + log_gate.cumsum(1)  # (B, T, H)
-        sums = write(state.sums, total[..., None], positions)
+        sums = write(state.sums, total[..., None], places(context))
         bias = _decay(total.transpose(1, 2), sums[..., 0], value)
-        mixed, cache = attend_cache(query, key, value, state.cache, positions, bias)
+        mixed, cache = attend_cache(query, key, value, state.cache, context, bias)
         return self.out(mixed), ForgettingState(cache, sums, total[:, -1])
 
     def _project(self, x: Hidden) -> tuple[Tensor, Tensor, Tensor, Tensor]:

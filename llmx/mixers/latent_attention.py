@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from llmx.parts.attention import causal_attention, past_bias, write
+from llmx.parts.attention import causal_attention, past_bias, places, write
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.norm import RMSNorm
 from llmx.parts.rotary import rotate, shared_table
@@ -97,16 +97,17 @@ class LatentAttention(StatefulMixer):
 
     def step(self, x: Tensor, state: LatentState, context: Context) -> tuple[Tensor, LatentState]:  # type: ignore[override]
         query, rotated, latent, shared = (part[:, None] for part in self._project(x, context))
-        mixed, state = self._attend(query, rotated, latent, shared, state, context.positions[:, None])
+        mixed, state = self._attend(query, rotated, latent, shared, state, context)
         return mixed[:, 0], state
 
     def prefill(self, x: Hidden, state: LatentState, context: Context) -> tuple[Hidden, LatentState]:  # type: ignore[override]
-        return self._attend(*self._project(x, context), state, context.positions)
+        return self._attend(*self._project(x, context), state, context)
 
     def _attend(
-        self, query: Tensor, rotated: Tensor, latent: Tensor, shared: Tensor, state: LatentState, positions: Tensor
+        self, query: Tensor, rotated: Tensor, latent: Tensor, shared: Tensor, state: LatentState, context: Context
     ) -> tuple[Hidden, LatentState]:
-        """Attention of T tokens at positions (B, T) among the latents."""
+        """Attention of the T tokens of a prefill, or of the one of a step, among the latents."""
+        positions = places(context)
         state = LatentState(
             write(state.latent, latent[:, :, None], positions), write(state.key, shared[:, :, None], positions)
         )
@@ -114,7 +115,7 @@ class LatentAttention(StatefulMixer):
         up_key, up_value = self.up.weight.view(self.heads, 2 * self.head_dim, self.latent).chunk(2, 1)  # (H, N, C)
         absorbed = torch.einsum("bthn,hnc->bhtc", query, up_key.to(query.dtype))
         scores = absorbed @ latents.transpose(-1, -2) + rotated.transpose(1, 2) @ keys.transpose(-1, -2)  # (B, H, T, S)
-        bias = past_bias(positions, latents.shape[2], scores.dtype)[:, 0]  # (B, 1, T, S)
+        bias = past_bias(context, latents.shape[2], scores.dtype)[:, 0]  # (B, 1, T, S)
         weights = (scores * (self.head_dim + self.rotary_dim) ** -0.5 + bias).softmax(-1)
         mixed = torch.einsum("bhtc,hnc->bthn", weights @ latents, up_value.to(query.dtype))
         return self.out(mixed.flatten(2)), state

@@ -58,11 +58,11 @@ class PlainAttention(StatefulMixer):
         return empty_cache(self.out.weight, batch_size, self.kv_heads, max_length, self.head_dim, self.head_dim)
 
     def step(self, x: Tensor, state: KeyValues, context: Context) -> tuple[Tensor, KeyValues]:  # type: ignore[override]
-        mixed, state = attend_cache(*self._project(x[:, None]), state, context.positions[:, None])
+        mixed, state = attend_cache(*self._project(x[:, None]), state, context)
         return self.out(mixed[:, 0]), state
 
     def prefill(self, x: Hidden, state: KeyValues, context: Context) -> tuple[Hidden, KeyValues]:  # type: ignore[override]
-        mixed, state = attend_cache(*self._project(x), state, context.positions)
+        mixed, state = attend_cache(*self._project(x), state, context)
         return self.out(mixed), state
 
     def _project(self, x: Hidden) -> tuple[Tensor, Tensor, Tensor]:

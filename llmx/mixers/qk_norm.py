@@ -73,11 +73,11 @@ class QKNormAttention(StatefulMixer):
 
     def step(self, x: Tensor, state: KeyValues, context: Context) -> tuple[Tensor, KeyValues]:  # type: ignore[override]
         query, key, value = (heads[:, None] for heads in self._project(x, context))
-        mixed, state = attend_cache(query, key, value, state, context.positions[:, None])
+        mixed, state = attend_cache(query, key, value, state, context)
         return self.out(mixed[:, 0]), state
 
     def prefill(self, x: Hidden, state: KeyValues, context: Context) -> tuple[Hidden, KeyValues]:  # type: ignore[override]
-        mixed, state = attend_cache(*self._project(x, context), state, context.positions)
+        mixed, state = attend_cache(*self._project(x, context), state, context)
         return self.out(mixed), state
 
     def _project(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:

@@ -85,6 +85,7 @@ class SlidingWindowAttention(StatefulMixer):
     def _project(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated query (B, T, H, K), rotated key and value (B, T, G, K), without T in `step`."""
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
-        query, key, value = heads.split((self.heads, self.kv_heads, self.kv_heads), -2)
+        both, value = heads.split((self.heads + self.kv_heads, self.kv_heads), -2)
         table = shared_table(context, self.head_dim, self.rotary_base, x.dtype)
-        return rotate(query, table), rotate(key, table), value
+        query, key = rotate(both, table).split((self.heads, self.kv_heads), -2)
+        return query, key, value

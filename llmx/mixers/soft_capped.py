@@ -71,20 +71,21 @@ class SoftCappedAttention(StatefulMixer):
 
     def step(self, x: Tensor, state: KeyValues, context: Context) -> tuple[Tensor, KeyValues]:  # type: ignore[override]
         query, key, value = (heads[:, None] for heads in self._project(x, context))
-        mixed, state = attend_cache(query, key, value, state, context.positions[:, None], cap=self.cap)
+        mixed, state = attend_cache(query, key, value, state, context, cap=self.cap)
         return self.out(mixed[:, 0]), state
 
     def prefill(self, x: Hidden, state: KeyValues, context: Context) -> tuple[Hidden, KeyValues]:  # type: ignore[override]
         query, key, value = self._project(x, context)
-        mixed, state = attend_cache(query, key, value, state, context.positions, cap=self.cap)
+        mixed, state = attend_cache(query, key, value, state, context, cap=self.cap)
         return self.out(mixed), state
 
     def _project(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated query (B, T, H, K), rotated key and value (B, T, G, K), without T in `step`."""
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
-        query, key, value = heads.split((self.heads, self.kv_heads, self.kv_heads), -2)
+        both, value = heads.split((self.heads + self.kv_heads, self.kv_heads), -2)
         table = shared_table(context, self.head_dim, self.rotary_base, x.dtype)
-        return rotate(query, table), rotate(key, table), value
+        query, key = rotate(both, table).split((self.heads, self.kv_heads), -2)
+        return query, key, value
 
 
 class SoftCappedWindowAttention(StatefulMixer):
@@ -159,6 +160,7 @@ class SoftCappedWindowAttention(StatefulMixer):
     def _project(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated query (B, T, H, K), rotated key and value (B, T, G, K), without T in `step`."""
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
-        query, key, value = heads.split((self.heads, self.kv_heads, self.kv_heads), -2)
+        both, value = heads.split((self.heads + self.kv_heads, self.kv_heads), -2)
         table = shared_table(context, self.head_dim, self.rotary_base, x.dtype)
-        return rotate(query, table), rotate(key, table), value
+        query, key = rotate(both, table).split((self.heads, self.kv_heads), -2)
+        return query, key, value

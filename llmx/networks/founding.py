@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from llmx.parts.attention import causal_attention
 from llmx.parts.norm import RMSNorm
-from llmx.protocol import Block, Context, FeedForward, Mixer, Network, Site, Stateless
+from llmx.protocol import Block, Context, FeedForward, Mixer, Network, Pointwise, Site
 from llmx.shapes import Hidden, Tokens
 
 
@@ -94,7 +94,7 @@ class FoundingDifferentialAttention(Mixer):
         return self.out(normed.transpose(1, 2).flatten(2))
 
 
-class FoundingFeedForward(Stateless):
+class FoundingFeedForward(Pointwise):
     """W2 (silu(h) * W h), h = W1 x, all with bias."""
 
     def __init__(self, site: Site, hidden: int = 341):

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmx.protocol import Context
+
 WRITTEN_OUT_UP_TO = 256  # positions; memory is quadratic in them
 
 
@@ -90,10 +92,20 @@ def write(cache: Tensor, new: Tensor, slots: Tensor) -> Tensor:
     return cache
 
 
-def past_bias(positions: Tensor, slots: int, dtype: torch.dtype) -> Tensor:
-    """The bias that hides what lies behind a position: positions (B, T) -> (B, 1, 1, T, S), slot s for position s."""
-    hidden = torch.arange(slots, device=positions.device) > positions[:, :, None]  # (B, T, S)
-    return torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, float("-inf"))[:, None, None]
+def places(context: Context) -> Tensor:
+    """The positions of a prefill or a step, (B, T); T is 1 in a step."""
+    return context.positions if context.positions.dim() == 2 else context.positions[:, None]
+
+
+def past_bias(context: Context, slots: int, dtype: torch.dtype) -> Tensor:
+    """The bias that hides what lies behind a position, (B, 1, 1, T, S), slot s for position s: made once for all layers
+    of a prefill or a step."""
+    name = f"past {slots} {dtype}"
+    if name not in context.store:
+        hidden = torch.arange(slots, device=context.positions.device) > context.positions[..., None]
+        context.store[name] = torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, float("-inf"))
+    bias = context.store[name]  # (B, T, S), or (B, S)
+    return bias.view(len(bias), 1, 1, -1, slots)
 
 
 class KeyValues(NamedTuple):
@@ -115,18 +127,19 @@ def attend_cache(
     key: Tensor,
     value: Tensor,
     cache: KeyValues,
-    positions: Tensor,
+    context: Context,
     bias: Tensor | None = None,
     cap: float | None = None,
     sink: Tensor | None = None,
 ) -> tuple[Tensor, KeyValues]:
-    """Attention of T tokens at positions (B, T) over the cache with them in it.
+    """Attention of the T tokens of a prefill, or of the one of a step, over the cache with them in it.
 
     query (B, T, H, K), key (B, T, G, K), value (B, T, G, V), and a bias on the scores that broadcasts to
     (B, G, H/G, T, S) -> (B, T, H V) and the cache.
     """
+    positions = places(context)
     cache = KeyValues(write(cache.key, key, positions), write(cache.value, value, positions))
-    hidden = past_bias(positions, cache.key.shape[2], query.dtype)
+    hidden = past_bias(context, cache.key.shape[2], query.dtype)
     bias = hidden if bias is None else hidden + bias
     keys, values = cache.key.to(query.dtype), cache.value.to(query.dtype)
     mixed = past_attention(query.transpose(1, 2), keys, values, bias, cap, sink)
