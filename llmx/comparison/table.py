@@ -292,8 +292,8 @@ def caption(comparison: Comparison) -> str:
         lines.append(
             "* 95 % over blocks of the validation text, for want of a second seed: it says nothing about seeds"
         )
-        if comparison.rows[0].loss.half == math.inf:
-            lines.append(f"no interval of a row: fewer than {FEWEST * BLOCK:,} characters were validated")
+        if any(row.loss.half == math.inf for row in comparison.rows):
+            lines.append(f"no interval: fewer than {FEWEST * BLOCK:,} characters were validated")
     differences = [row.difference for row in comparison.rows if row.difference is not None]
     if differences:
         pairs = any(difference.basis == "pairs" for difference in differences)
