@@ -294,6 +294,11 @@ def peak_bytes(device: torch.device) -> int | None:
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
         return None
+    if sys.platform == "linux":
+        # not getrusage's, which begins with the memory of the process that has started this one
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        if "VmHWM" in status:
+            return 1024 * int(status["VmHWM"].split()[0])  # kilobytes
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
