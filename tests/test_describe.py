@@ -460,12 +460,14 @@ def test_a_large_network_that_cannot_run_without_numbers_has_no_flops(corpus, ca
 
 
 MEMORY = """
-import resource, sys
+import sys
+import torch
 from llmx.cli import main
 from llmx.composition import import_collection
+from llmx.training.record import peak_bytes
 
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform == "linux" else 1024**2)
+    return peak_bytes(torch.device("cpu")) // 1024**2
 
 import_collection()
 before = peak()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import textwrap
 from collections.abc import Callable, Sequence
 
@@ -36,7 +35,7 @@ def loss_figure(comparison: Comparison) -> Figure:
     axes = figure.subplots()
     for place, row in enumerate(rows):
         color = "tab:red" if mark(row) else "tab:blue" if row.loss.basis == "seeds" else "tab:gray"
-        if math.isfinite(row.loss.half):
+        if row.loss.known:
             axes.plot([row.loss.low, row.loss.high], [place, place], color=color, linewidth=2)
         axes.plot(row.loss.value, place, "o", color=color)
     axes.set_yticks(range(len(rows)), labels)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
@@ -106,7 +105,7 @@ def _costs(row: Row) -> list[str]:
 
 
 def _interval(estimate: Estimate, form: str) -> str:
-    if not math.isfinite(estimate.half):
+    if not estimate.known:
         return "*"
     return f"{estimate.low:{form}} to {estimate.high:{form}}{'*' if estimate.basis == 'text' else ''}"
 

@@ -49,6 +49,11 @@ class Estimate:
         """Of the interval."""
         return (self.high - self.low) / 2
 
+    @property
+    def known(self) -> bool:
+        """Whether there is an interval."""
+        return math.isfinite(self.half)
+
 
 def mean_over_seeds(values: np.ndarray, level: float = LEVEL) -> Estimate:
     """values (K,), K >= 2: mean and Student's interval."""

@@ -292,7 +292,7 @@ def caption(comparison: Comparison) -> str:
         lines.append(
             "* 95 % over blocks of the validation text, for want of a second seed: it says nothing about seeds"
         )
-        if any(row.loss.half == math.inf for row in comparison.rows):
+        if not all(row.loss.known for row in comparison.rows):
             lines.append(f"no interval: fewer than {FEWEST * BLOCK:,} characters were validated")
     differences = [row.difference for row in comparison.rows if row.difference is not None]
     if differences:
@@ -319,7 +319,7 @@ def caption(comparison: Comparison) -> str:
 
 def _with_interval(estimate: Estimate, form: str) -> str:
     mark = "*" if estimate.basis == "text" else " "
-    half = f" ± {estimate.half:.4f}" if math.isfinite(estimate.half) else ""
+    half = f" ± {estimate.half:.4f}" if estimate.known else ""
     return f"{estimate.value:{form}}{half}{mark}"
 
 

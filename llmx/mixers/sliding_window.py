@@ -74,12 +74,12 @@ class SlidingWindowAttention(StatefulMixer):
 
     def step(self, x: Tensor, state: KeyValues, context: Context) -> tuple[Tensor, KeyValues]:  # type: ignore[override]
         query, key, value = (heads[:, None] for heads in self._project(x, context))
-        mixed, state = attend_ring(query, key, value, state, context.positions[:, None], self.window)
+        mixed, state = attend_ring(query, key, value, state, context, self.window)
         return self.out(mixed[:, 0]), state
 
     def prefill(self, x: Hidden, state: KeyValues, context: Context) -> tuple[Hidden, KeyValues]:  # type: ignore[override]
         query, key, value = self._project(x, context)
-        mixed, state = attend_ring(query, key, value, state, context.positions, self.window)
+        mixed, state = attend_ring(query, key, value, state, context, self.window)
         return self.out(mixed), state
 
     def _project(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:

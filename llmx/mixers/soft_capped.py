@@ -149,12 +149,12 @@ class SoftCappedWindowAttention(StatefulMixer):
 
     def step(self, x: Tensor, state: KeyValues, context: Context) -> tuple[Tensor, KeyValues]:  # type: ignore[override]
         query, key, value = (heads[:, None] for heads in self._project(x, context))
-        mixed, state = attend_ring(query, key, value, state, context.positions[:, None], self.window, cap=self.cap)
+        mixed, state = attend_ring(query, key, value, state, context, self.window, cap=self.cap)
         return self.out(mixed[:, 0]), state
 
     def prefill(self, x: Hidden, state: KeyValues, context: Context) -> tuple[Hidden, KeyValues]:  # type: ignore[override]
         query, key, value = self._project(x, context)
-        mixed, state = attend_ring(query, key, value, state, context.positions, self.window, cap=self.cap)
+        mixed, state = attend_ring(query, key, value, state, context, self.window, cap=self.cap)
         return self.out(mixed), state
 
     def _project(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmx.parts.attention import KeyValues, masked_attention, past_attention, write
+from llmx.parts.attention import KeyValues, masked_attention, past_attention, places, write
+from llmx.protocol import Context
 
 
 def window_attention(
@@ -50,17 +51,18 @@ def attend_ring(
     key: Tensor,
     value: Tensor,
     ring: KeyValues,
-    positions: Tensor,
+    context: Context,
     window: int,
     cap: float | None = None,
     sink: Tensor | None = None,
 ) -> tuple[Tensor, KeyValues]:
-    """Attention of T tokens at positions (B, T), one after the other, over the ring and themselves.
+    """Attention of the T tokens of a prefill, or of the one of a step, over the ring and themselves.
 
     query (B, T, H, K), key (B, T, G, K), value (B, T, G, V), ring of min(w, room) slots -> (B, T, H V) and the ring.
     """
+    positions = places(context)
     size = ring.key.shape[2]
-    places = positions[:, -size:] % size
+    slots = positions[:, -size:] % size
     alone = positions.shape[1] == 1  # then the ring with the token in it is all that it sees
     newest = positions[:, :1] if alone else positions[:, :1] - 1  # in the ring, when attention looks at it
     held = newest - (newest - torch.arange(size, device=query.device)) % size  # (B, S), negative in an empty slot
@@ -68,7 +70,7 @@ def attend_ring(
         keys = torch.cat((ring.key.to(key.dtype), key.transpose(1, 2)), 2)
         values = torch.cat((ring.value.to(value.dtype), value.transpose(1, 2)), 2)
         held = torch.cat((held, positions), 1)
-    ring = KeyValues(write(ring.key, key[:, -size:], places), write(ring.value, value[:, -size:], places))
+    ring = KeyValues(write(ring.key, key[:, -size:], slots), write(ring.value, value[:, -size:], slots))
     if alone:
         keys, values = ring.key.to(key.dtype), ring.value.to(value.dtype)
     lag = positions[:, :, None] - held[:, None]  # (B, T, S), or (B, T, S + T)
