@@ -10,6 +10,12 @@ hypothesis.settings.register_profile("llmx", max_examples=15, deadline=None, der
 hypothesis.settings.load_profile("llmx")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Before any fixture of the test: what another test has drawn, here or in another process, is of no matter."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True)
 def console(monkeypatch):
     """rich's own console keeps the width that it finds when it is first used: every test has a new one."""
