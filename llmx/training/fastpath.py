@@ -61,6 +61,12 @@ def _few_rows(graph: torch.fx.GraphModule, inputs: Sequence[torch.Tensor]) -> An
     inference = any(isinstance(x, torch.Tensor) and x.is_inference() for x in inputs)  # as in `predict`
     with torch.inference_mode() if inference else nullcontext():  # inference_mode(False) would turn gradients on
         written_out = make_fx(graph, table)(*inputs)
+    values = [node.meta.get("val") for node in written_out.graph.nodes]
+    if not any(isinstance(value, torch.Tensor) and value.is_complex() for value in values):
+        # C++ makes the buffers too, for which Python takes as long as the loops take to fill them
+        patches |= {"cpp_wrapper": True, "memory_planning": True}
+    for node in written_out.graph.find_nodes(op="placeholder"):
+        node.meta.pop("val", None)  # of inference mode; the C++ wrapper would be traced with them
     return compile_fx(written_out, list(inputs), config_patches=patches)
 
 
