@@ -7,7 +7,7 @@
 
 The input gate is an exponential without bound, so memory and normaliser are kept divided by exp(m), m the largest
 exponent so far; h does not depend on m. K = D / (2 H), V = D / H. Time O(T (c + K) D) a sequence, memory O(T c) a head
-for chunks of c = 64; the state is C, n and m, (K V + K + 1) H numbers a sequence, whatever its length. No positions.
+for chunks of c = 32; the state is C, n and m, (K V + K + 1) H numbers a sequence, whatever its length. No positions.
 The traps: the 1 of the unscaled max(|n . q|, 1) has to be divided too, into exp(-m), or h changes with m; and a chunk
 needs the m of each of its rows, those of the memory before it included.
 """
@@ -24,7 +24,7 @@ from llmx.parts.linear_attention import carry, chunked, joined
 from llmx.protocol import Context, Site, StatefulMixer
 from llmx.shapes import Hidden
 
-CHUNK = 64
+CHUNK = 32
 EPS = 1e-6  # added to the normaliser
 
 
