@@ -63,7 +63,7 @@ def _few_rows(graph: torch.fx.GraphModule, inputs: Sequence[torch.Tensor]) -> An
         written_out = make_fx(graph, table)(*inputs)
     values = [node.meta.get("val") for node in written_out.graph.nodes]
     if not any(isinstance(value, torch.Tensor) and value.is_complex() for value in values):
-        # the buffers are made in C++ too, which has no calls for complex ones: Python takes as long as the loops for it
+        # C++ makes the buffers too, for which Python takes as long as the loops; it has no calls for complex numbers
         patches |= {"cpp_wrapper": True, "memory_planning": True}
     for node in written_out.graph.find_nodes(op="placeholder"):
         node.meta.pop("val", None)  # of inference mode; the C++ wrapper would be traced with them
