@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from llmx import LanguageModel
-from llmx.base_config import read_config
+from llmx.config.bases import read_config
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"

@@ -22,8 +22,7 @@ from benchmarks.device import DEVICE, now
 from benchmarks.harness import Case, Contender, Measure, finish, measure_in_turns, parser, use_threads
 from benchmarks.peers import SETTINGS, hf_gpt2, hf_llama, ours
 from llmx.generation import Decode, Sampling, decode, generate
-from llmx.protocol import Network, State
-from llmx.shapes import Tokens
+from llmx.protocol import Network, State, Tokens
 from llmx.training.fastpath import compiled_decode
 
 WINDOWS = (32, 256)

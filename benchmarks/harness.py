@@ -259,7 +259,7 @@ def record(title: str, results: Sequence[Result], options: Mapping[str, Any]) ->
 
 def conditions() -> dict[str, Any]:
     """Where, and with which versions of ours and of the peers, something was measured; as plain data."""
-    from llmx.training.provenance import provenance
+    from llmx.runs.provenance import provenance
 
     where = provenance()
     where["versions"] |= {package: _version(package) for package in PEER_PACKAGES}

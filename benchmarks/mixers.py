@@ -29,8 +29,8 @@ from benchmarks.device import DEVICE, now
 from benchmarks.harness import Case, Contender, Measure, Result, finish, measure_in_turns, parser, use_threads
 from benchmarks.peers import RECURRENT, Shape
 from benchmarks.train import Mode, prepare_loop
-from llmx.base_config import read_config
-from llmx.composition import components_by_name, from_config
+from llmx.config.bases import read_config
+from llmx.config.factories import components_by_name, from_config
 from llmx.protocol import Network
 from llmx.training.fastpath import fast_precision, keep_freed_memory
 

@@ -20,8 +20,7 @@ from llmx.feedforward.swiglu import SwiGLU
 from llmx.mixers.attention import Attention
 from llmx.networks.decoder import Decoder
 from llmx.parts.norm import RMSNorm
-from llmx.protocol import Network
-from llmx.shapes import Logits, Tokens
+from llmx.protocol import Logits, Network, Tokens
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from llmx.protocol import Network, State
-from llmx.shapes import Tokens
+from llmx.protocol import Network, State, Tokens
 
 AT_ONCE = 4  # tokens that one call of a compiled `decode` takes: more pays little and compiles for long
 

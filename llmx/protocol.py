@@ -4,6 +4,20 @@ A `Mixer` maps (B, T, D) to (B, T, D) in parallel form, for training. A `Statefu
 is the paper's equation for one token and the definition of the mixer; `prefill` takes many tokens from any state, and
 any segmentation of a sequence gives the same outputs. A `Block` combines mixer, feed-forward, norm and residual, a
 `Network` maps tokens to logits; both have the same methods.
+
+Dimensions:
+
+    B  batch                     sequences in a batch
+    T  time                      positions of a sequence
+    S  slots                     positions that a preallocated state has room for
+    D  dim                       width of the residual stream
+    H  heads                     query heads
+    G  kv_heads                  key/value heads (G divides H)
+    K  head_dim                  width of one head's query and key
+    V  vocabulary                distinct tokens (in a mixer: width of one head's value)
+    F  hidden                    width inside a feed-forward
+
+The aliases `Tokens`, `Hidden`, `Logits` and `Losses` document a signature; they are not checked.
 """
 
 from __future__ import annotations
@@ -13,18 +27,21 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmx.shapes import Hidden, Logits, Losses, Tokens
-
+Tokens = Tensor  # (B, T) int64
+Hidden = Tensor  # (B, T, D)
+Logits = Tensor  # (B, T, V)
+Losses = Tensor  # (B, T) float32, nats
 State = tuple[Any, ...]  # a pytree of tensors, batch first; every mixer defines its own NamedTuple beside itself
 IGNORE = -100  # a target that is not counted: padding, or a character that another window counts
 
 Built = TypeVar("Built")
+S = TypeVar("S", bound=State)
 
 
 @dataclass(frozen=True)
@@ -107,18 +124,18 @@ class FeedForward(Component, ABC):
         """(B, T, D) -> (B, T, D); the output at t depends on inputs up to t only."""
 
 
-class Stateful(ABC):
+class Stateful(ABC, Generic[S]):
     """What a mixer or feed-forward adds to go token by token."""
 
     @abstractmethod
-    def init_state(self, batch_size: int, max_length: int) -> State:
+    def init_state(self, batch_size: int, max_length: int) -> S:
         """The state before the first token, with room for `max_length` tokens where the state grows."""
 
     @abstractmethod
-    def step(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
+    def step(self, x: Tensor, state: S, context: Context) -> tuple[Tensor, S]:
         """One token, (B, D) -> (B, D): the recurrence, which defines the component."""
 
-    def prefill(self, x: Hidden, state: State, context: Context) -> tuple[Hidden, State]:
+    def prefill(self, x: Hidden, state: S, context: Context) -> tuple[Hidden, S]:
         """Many tokens from any state, (B, T, D) -> (B, T, D). Here a loop over `step`; override it with a fast form."""
         outputs = []
         written: dict[str, list[Tensor]] = {}
@@ -132,35 +149,35 @@ class Stateful(ABC):
         return torch.stack(outputs, 1), state
 
 
-class StatefulMixer(Mixer, Stateful):
+class StatefulMixer(Mixer, Stateful[S]):
     """A mixer that can also go token by token."""
 
 
-class StatefulFeedForward(FeedForward, Stateful):
+class StatefulFeedForward(FeedForward, Stateful[S]):
     """A feed-forward that looks at the tokens before, such as RWKV's channel mix, and can go token by token."""
 
 
-class Stateless(StatefulFeedForward):
+class Stateless(StatefulFeedForward[tuple[()]]):
     """A feed-forward that treats each position alone, as most do: `forward` is all there is to write."""
 
-    def init_state(self, batch_size: int, max_length: int) -> State:
+    def init_state(self, batch_size: int, max_length: int) -> tuple[()]:
         return ()
 
-    def step(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
+    def step(self, x: Tensor, state: tuple[()], context: Context) -> tuple[Tensor, tuple[()]]:
         whole = Context(context.tokens[:, None], context.positions[:, None], context.embedding[:, None])
         whole.store = {name: value[:, None] for name, value in context.store.items()}
         output = self(x[:, None], whole)[:, 0]
         context.store.update({name: value[:, 0] for name, value in whole.store.items()})
         return output, state
 
-    def prefill(self, x: Hidden, state: State, context: Context) -> tuple[Hidden, State]:
+    def prefill(self, x: Hidden, state: tuple[()], context: Context) -> tuple[Hidden, tuple[()]]:
         return self(x, context), state
 
 
 class Pointwise(Stateless):
     """One whose `forward` takes any (..., D), and looks at nothing else than x: a step is the same call."""
 
-    def step(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
+    def step(self, x: Tensor, state: tuple[()], context: Context) -> tuple[Tensor, tuple[()]]:
         return self(x, context), state
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import llmx.feedforward
 import llmx.mixers
-from llmx.audits.forms import segmentations
+from llmx.audits.equivalence import segmentations
 from llmx.protocol import Context, FeedForward, Mixer, Site, Stateful
 from tests.forms import assert_same_outputs_and_gradients, perturbed, pieces
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from llmx import LanguageModel
-from llmx.audits.forms import audit_forms
+from llmx.audits.equivalence import audit_forms
 from llmx.audits.parameters import audit_parameters
-from llmx.base_config import read_config
 from llmx.cli import execute, main
-from llmx.composition import build
+from llmx.config.bases import read_config
+from llmx.config.factories import build
 from llmx.sweep.space import read_space
 from llmx.training.callbacks import Samples
 from llmx.training.optimizers import parameter_groups

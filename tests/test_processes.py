@@ -13,7 +13,7 @@ import yaml
 from lightning.pytorch.callbacks import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from benchmarks.forked import processes
+from benchmarks.robustness.forked import processes
 from llmx.cli import main
 from tests.tiny import TEXT, network, newest_run
 

@@ -33,8 +33,7 @@ from llmx.audits.findings import CHECKS, CausalityReport
 from llmx.audits.probes import seed_all, undisturbed
 from llmx.audits.trials import LEAST, MAX_ROWS, Calls, Pass, Probe, Trial, View, change_of
 from llmx.errors import UserError
-from llmx.protocol import Network
-from llmx.shapes import Logits, Tokens
+from llmx.protocol import Logits, Network, Tokens
 
 LOSS_TOLERANCE = 1e-4  # nats, between a loss in float32 and the cross-entropy
 

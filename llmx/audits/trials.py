@@ -17,8 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from llmx.audits.findings import TOLERANCE, Breach
 from llmx.audits.probes import copied, exact_copy, perturbed_copy, seed_all
-from llmx.protocol import Network
-from llmx.shapes import Logits, Tokens
+from llmx.protocol import Logits, Network, Tokens
 
 CAST_TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-2, torch.bfloat16: 3e-2}  # where a network casts down inside
 SAME_SHAPE_TOLERANCE = 1e-6  # of these, but for FFTs: what has the same shape is rounded in the same way

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmx.feedforward.none import NoFeedForward
-from llmx.protocol import Block, Context, Mixer, Site, State, Stateful
-from llmx.shapes import Hidden
+from llmx.protocol import Block, Context, Hidden, Mixer, Site, State, Stateful
 
 
 class BareBlock(Block):

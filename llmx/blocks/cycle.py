@@ -4,8 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from llmx.protocol import Block, Context, FeedForward, Mixer, Site, State
-from llmx.shapes import Hidden
+from llmx.protocol import Block, Context, FeedForward, Hidden, Mixer, Site, State
 
 
 class Cycle(Block):

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from llmx.feedforward.none import NoFeedForward
 from llmx.parts.norm import Norm, RMSNorm
-from llmx.protocol import Block, Context, Mixer, Site, State, Stateful
-from llmx.shapes import Hidden
+from llmx.protocol import Block, Context, Hidden, Mixer, Site, State, Stateful
 
 
 class MixerOnlyBlock(Block):

@@ -7,8 +7,7 @@ from typing import NamedTuple, cast
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmx.protocol import Block, Context, FeedForward, Mixer, Run, Site, State, Stateful, advancing
-from llmx.shapes import Hidden
+from llmx.protocol import Block, Context, FeedForward, Hidden, Mixer, Run, Site, State, Stateful, advancing
 
 Form = Callable[..., tuple[Tensor, State]]  # a `step` or `prefill`
 

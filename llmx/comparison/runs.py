@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from llmx.comparison.settings import flat, short_key, shown
+from llmx.config.yaml import read_yaml
 from llmx.errors import UserError
-from llmx.reports.curves import Curve, name_of, read_curves
-from llmx.yaml_files import read_yaml
+from llmx.runs.curves import Curve, name_of, read_curves
 
 # what a run was measured on, and how much it has seen
 PROTOCOL = ("corpus", "sha256", "split", "vocab_size", "window", "val_stride", "val_count")

@@ -17,7 +17,6 @@ from rich.panel import Panel
 from rich.text import Text
 from torch import Tensor
 
-from llmx.archives import read_archive
 from llmx.data.corpora import NAMED, Corpus, load_corpus
 from llmx.data.token_files import TokenCorpus, TokenStream, is_token_folder, open_tokens
 from llmx.data.tokenizers import ByteTokenizer, CharacterTokenizer, Tokenizer, cached_tokens, tokenizer_from_config
@@ -32,6 +31,7 @@ from llmx.data.windows import (
     count_windows,
 )
 from llmx.errors import UserError
+from llmx.runs.archive import read_archive
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from llmx.parts.experts import Router, SwiGLUExperts, check_routing, load_of
 from llmx.parts.init import normal_, residual_std
-from llmx.protocol import Context, Site, Stateless
-from llmx.shapes import Hidden
+from llmx.protocol import Context, Hidden, Site, Stateless
 
 
 class DeepSeekMoE(Stateless):

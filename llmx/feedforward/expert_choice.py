@@ -14,8 +14,7 @@ well.
 import torch
 
 from llmx.parts.experts import Router, SwiGLUExperts
-from llmx.protocol import Context, FeedForward, Site
-from llmx.shapes import Hidden
+from llmx.protocol import Context, FeedForward, Hidden, Site
 
 
 class ExpertChoice(FeedForward):

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmx.parts.init import normal_, residual_std
-from llmx.protocol import Context, Pointwise, Site
-from llmx.shapes import Hidden
+from llmx.protocol import Context, Hidden, Pointwise, Site
 
 Activation = Literal["relu", "gelu", "gelu_tanh", "relu_squared"]
 

@@ -12,8 +12,7 @@ leave the router without a gradient; and the balance loss belongs to training, n
 """
 
 from llmx.parts.experts import Router, SwiGLUExperts, check_routing, load_of
-from llmx.protocol import Context, Site, Stateless
-from llmx.shapes import Hidden
+from llmx.protocol import Context, Hidden, Site, Stateless
 
 
 class MixtureOfExperts(Stateless):

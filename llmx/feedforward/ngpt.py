@@ -14,8 +14,7 @@ from torch import nn
 
 from llmx.parts.init import normal_
 from llmx.parts.unit_norm import LearnedScale, renormalise_
-from llmx.protocol import Context, Pointwise, Site
-from llmx.shapes import Hidden
+from llmx.protocol import Context, Hidden, Pointwise, Site
 
 
 class NGPTSwiGLU(Pointwise):

@@ -1,7 +1,6 @@
 """Nothing in the feed-forward slot: adds 0 to the stream, where a mixer is to be looked at by itself."""
 
-from llmx.protocol import Context, Pointwise, Site
-from llmx.shapes import Hidden
+from llmx.protocol import Context, Hidden, Pointwise, Site
 
 
 class NoFeedForward(Pointwise):

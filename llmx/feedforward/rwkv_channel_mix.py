@@ -13,15 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmx.protocol import Context, Site, StatefulFeedForward
-from llmx.shapes import Hidden
+from llmx.protocol import Context, Hidden, Site, StatefulFeedForward
 
 
 class ChannelMixState(NamedTuple):
     last: Tensor  # (B, D), x of the token before
 
 
-class RWKVChannelMix(StatefulFeedForward):
+class RWKVChannelMix(StatefulFeedForward[ChannelMixState]):
     """(B, T, D) -> (B, T, D).
 
     W_up starts orthogonal, W_down at 0; m starts spread over the channels, smaller the higher the layer.
@@ -51,10 +50,10 @@ class RWKVChannelMix(StatefulFeedForward):
     def init_state(self, batch_size: int, max_length: int) -> ChannelMixState:
         return ChannelMixState(self.down.weight.new_zeros(batch_size, self.down.out_features))
 
-    def step(self, x: Tensor, state: ChannelMixState, context: Context) -> tuple[Tensor, ChannelMixState]:  # type: ignore[override]
+    def step(self, x: Tensor, state: ChannelMixState, context: Context) -> tuple[Tensor, ChannelMixState]:
         return self._mix(x, state.last.to(x.dtype)), ChannelMixState(x)
 
-    def prefill(self, x: Hidden, state: ChannelMixState, context: Context) -> tuple[Hidden, ChannelMixState]:  # type: ignore[override]
+    def prefill(self, x: Hidden, state: ChannelMixState, context: Context) -> tuple[Hidden, ChannelMixState]:
         shifted = torch.cat((state.last.to(x.dtype)[:, None], x[:, :-1]), 1)
         return self._mix(x, shifted), ChannelMixState(x[:, -1])
 

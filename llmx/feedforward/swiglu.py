@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from llmx.parts.init import normal_, residual_std
-from llmx.protocol import Context, Pointwise, Site
-from llmx.shapes import Hidden
+from llmx.protocol import Context, Hidden, Pointwise, Site
 
 
 class SwiGLU(Pointwise):

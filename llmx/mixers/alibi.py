@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 from llmx.parts.attention import KeyValues, attend_cache, biased_causal_attention, empty_cache, places
 from llmx.parts.init import normal_, residual_std
-from llmx.protocol import Context, Site, StatefulMixer
-from llmx.shapes import Hidden
+from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
 
-class ALiBiAttention(StatefulMixer):
+class ALiBiAttention(StatefulMixer[KeyValues]):
     """(B, T, D) -> (B, T, D).
 
     Args:
@@ -56,11 +55,11 @@ class ALiBiAttention(StatefulMixer):
     def init_state(self, batch_size: int, max_length: int) -> KeyValues:
         return empty_cache(self.out.weight, batch_size, self.heads, max_length, self.head_dim, self.head_dim)
 
-    def step(self, x: Tensor, state: KeyValues, context: Context) -> tuple[Tensor, KeyValues]:  # type: ignore[override]
+    def step(self, x: Tensor, state: KeyValues, context: Context) -> tuple[Tensor, KeyValues]:
         mixed, state = self._attend(x[:, None], state, context)
         return self.out(mixed[:, 0]), state
 
-    def prefill(self, x: Hidden, state: KeyValues, context: Context) -> tuple[Hidden, KeyValues]:  # type: ignore[override]
+    def prefill(self, x: Hidden, state: KeyValues, context: Context) -> tuple[Hidden, KeyValues]:
         mixed, state = self._attend(x, state, context)
         return self.out(mixed), state
 

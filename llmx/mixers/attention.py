@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from llmx.parts.attention import KeyValues, attend_cache, causal_attention, empty_cache
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.rotary import rotate, shared_table
-from llmx.protocol import Context, Site, StatefulMixer
-from llmx.shapes import Hidden
+from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
 
-class Attention(StatefulMixer):
+class Attention(StatefulMixer[KeyValues]):
     """Multi-head causal attention with rotary positions and a key/value cache.
 
     Args:
@@ -65,12 +64,12 @@ class Attention(StatefulMixer):
     def init_state(self, batch_size: int, max_length: int) -> KeyValues:
         return empty_cache(self.out.weight, batch_size, self.kv_heads, max_length, self.head_dim, self.head_dim)
 
-    def step(self, x: Tensor, state: KeyValues, context: Context) -> tuple[Tensor, KeyValues]:  # type: ignore[override]
+    def step(self, x: Tensor, state: KeyValues, context: Context) -> tuple[Tensor, KeyValues]:
         query, key, value = (heads[:, None] for heads in self._project(x, context))
         mixed, state = attend_cache(query, key, value, state, context)
         return self.out(mixed[:, 0]), state
 
-    def prefill(self, x: Hidden, state: KeyValues, context: Context) -> tuple[Hidden, KeyValues]:  # type: ignore[override]
+    def prefill(self, x: Hidden, state: KeyValues, context: Context) -> tuple[Hidden, KeyValues]:
         mixed, state = attend_cache(*self._project(x, context), state, context)
         return self.out(mixed), state
 

@@ -22,8 +22,7 @@ from llmx.parts.delta import delta_rule, delta_step, l2_norm
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.norm import RMSNorm
 from llmx.parts.short_convolution import ShortConvolution
-from llmx.protocol import Context, Site, StatefulMixer
-from llmx.shapes import Hidden
+from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
 
 class DeltaNetState(NamedTuple):
@@ -31,7 +30,7 @@ class DeltaNetState(NamedTuple):
     memory: Tensor  # (B, H, K, K), S
 
 
-class DeltaNet(StatefulMixer):
+class DeltaNet(StatefulMixer[DeltaNetState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
@@ -72,13 +71,13 @@ class DeltaNet(StatefulMixer):
         memory = like.new_zeros(batch_size, self.heads, self.head_dim, self.head_dim, dtype=exact)
         return DeltaNetState(self.convolution.init_state(batch_size), memory)
 
-    def step(self, x: Tensor, state: DeltaNetState, context: Context) -> tuple[Tensor, DeltaNetState]:  # type: ignore[override]
+    def step(self, x: Tensor, state: DeltaNetState, context: Context) -> tuple[Tensor, DeltaNetState]:
         u, rate = self.project(x).split(self.widths, -1)
         u, convolution = self.convolution.step(u, state.convolution)
         mixed, memory = delta_step(*self._heads(u, rate), None, state.memory)
         return self._read(mixed), DeltaNetState(convolution, memory)
 
-    def prefill(self, x: Hidden, state: DeltaNetState, context: Context) -> tuple[Hidden, DeltaNetState]:  # type: ignore[override]
+    def prefill(self, x: Hidden, state: DeltaNetState, context: Context) -> tuple[Hidden, DeltaNetState]:
         u, rate = self.project(x).split(self.widths, -1)
         u, convolution = self.convolution.prefill(u, state.convolution)
         mixed, memory = delta_rule(*self._heads(u, rate), None, state.memory)

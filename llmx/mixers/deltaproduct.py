@@ -23,8 +23,7 @@ from llmx.parts.delta import delta_rule, delta_step, delta_write, l2_norm
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.norm import RMSNorm
 from llmx.parts.short_convolution import ShortConvolution
-from llmx.protocol import Context, Site, StatefulMixer
-from llmx.shapes import Hidden
+from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
 
 class DeltaProductState(NamedTuple):
@@ -32,7 +31,7 @@ class DeltaProductState(NamedTuple):
     memory: Tensor  # (B, H, K, K), S
 
 
-class DeltaProduct(StatefulMixer):
+class DeltaProduct(StatefulMixer[DeltaProductState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
@@ -77,7 +76,7 @@ class DeltaProduct(StatefulMixer):
         memory = like.new_zeros(batch_size, self.heads, self.head_dim, self.head_dim, dtype=exact)
         return DeltaProductState(self.convolution.init_state(batch_size), memory)
 
-    def step(self, x: Tensor, state: DeltaProductState, context: Context) -> tuple[Tensor, DeltaProductState]:  # type: ignore[override]
+    def step(self, x: Tensor, state: DeltaProductState, context: Context) -> tuple[Tensor, DeltaProductState]:
         u, rate = self.project(x).split(self.widths, -1)
         u, convolution = self.convolution.step(u, state.convolution)
         query, keys, values, betas = self._heads(u, rate)
@@ -87,7 +86,7 @@ class DeltaProduct(StatefulMixer):
         mixed, memory = delta_step(query, keys[:, -1], values[:, -1], betas[:, -1], None, memory)
         return self._read(mixed), DeltaProductState(convolution, memory)
 
-    def prefill(self, x: Hidden, state: DeltaProductState, context: Context) -> tuple[Hidden, DeltaProductState]:  # type: ignore[override]
+    def prefill(self, x: Hidden, state: DeltaProductState, context: Context) -> tuple[Hidden, DeltaProductState]:
         u, rate = self.project(x).split(self.widths, -1)
         u, convolution = self.convolution.prefill(u, state.convolution)
         output, memory = self._mix(u, rate, state.memory)

@@ -22,11 +22,10 @@ from llmx.parts.attention import KeyValues, attend_cache, causal_attention, empt
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.norm import RMSNorm
 from llmx.parts.rotary import rotate, shared_table
-from llmx.protocol import Context, Site, StatefulMixer
-from llmx.shapes import Hidden
+from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
 
-class DifferentialAttention(StatefulMixer):
+class DifferentialAttention(StatefulMixer[KeyValues]):
     """(B, T, D) -> (B, T, D).
 
     Args:
@@ -68,12 +67,12 @@ class DifferentialAttention(StatefulMixer):
         width = 2 * self.head_dim
         return empty_cache(self.out.weight, batch_size, self.kv_heads, max_length, width, width)
 
-    def step(self, x: Tensor, state: KeyValues, context: Context) -> tuple[Tensor, KeyValues]:  # type: ignore[override]
+    def step(self, x: Tensor, state: KeyValues, context: Context) -> tuple[Tensor, KeyValues]:
         query, key, value = (heads[:, None] for heads in self._project(x, context))
         mixed, state = self._attend(query, key, value, state, context)
         return mixed[:, 0], state
 
-    def prefill(self, x: Hidden, state: KeyValues, context: Context) -> tuple[Hidden, KeyValues]:  # type: ignore[override]
+    def prefill(self, x: Hidden, state: KeyValues, context: Context) -> tuple[Hidden, KeyValues]:
         return self._attend(*self._project(x, context), state, context)
 
     def _attend(

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from llmx.parts.attention import KeyValues, attend_cache, biased_causal_attention, empty_cache, places, write
 from llmx.parts.init import normal_, residual_std
-from llmx.protocol import Context, Site, StatefulMixer
-from llmx.shapes import Hidden
+from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
 
 class ForgettingState(NamedTuple):
@@ -30,7 +29,7 @@ class ForgettingState(NamedTuple):
     total: Tensor  # (B, H), F of the last token, float64
 
 
-class ForgettingAttention(StatefulMixer):
+class ForgettingAttention(StatefulMixer[ForgettingState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
@@ -72,11 +71,11 @@ class ForgettingAttention(StatefulMixer):
             like.new_zeros(batch_size, self.heads, dtype=torch.float64),
         )
 
-    def step(self, x: Tensor, state: ForgettingState, context: Context) -> tuple[Tensor, ForgettingState]:  # type: ignore[override]
+    def step(self, x: Tensor, state: ForgettingState, context: Context) -> tuple[Tensor, ForgettingState]:
         mixed, state = self._attend(x[:, None], state, context)
         return mixed[:, 0], state
 
-    def prefill(self, x: Hidden, state: ForgettingState, context: Context) -> tuple[Hidden, ForgettingState]:  # type: ignore[override]
+    def prefill(self, x: Hidden, state: ForgettingState, context: Context) -> tuple[Hidden, ForgettingState]:
         return self._attend(x, state, context)
 
     def _attend(self, x: Hidden, state: ForgettingState, context: Context) -> tuple[Hidden, ForgettingState]:

@@ -24,8 +24,7 @@ from llmx.parts.delta import delta_rule, delta_step, l2_norm
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.norm import RMSNorm
 from llmx.parts.short_convolution import ShortConvolution
-from llmx.protocol import Context, Site, StatefulMixer
-from llmx.shapes import Hidden
+from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
 FASTEST, SLOWEST = 0.1, 0.001  # softplus(d) at the start
 WEAKEST, STRONGEST = 0.01, 16.0  # exp(A_log) at the start
@@ -36,7 +35,7 @@ class GatedDeltaNetState(NamedTuple):
     memory: Tensor  # (B, H, K, V), S
 
 
-class GatedDeltaNet(StatefulMixer):
+class GatedDeltaNet(StatefulMixer[GatedDeltaNetState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
@@ -101,7 +100,7 @@ class GatedDeltaNet(StatefulMixer):
         memory = self.decay_log.new_zeros(batch_size, self.heads, self.key_dim, self.value_dim, dtype=exact)
         return GatedDeltaNetState(self.convolution.init_state(batch_size), memory)
 
-    def step(self, x: Tensor, state: GatedDeltaNetState, context: Context) -> tuple[Tensor, GatedDeltaNetState]:  # type: ignore[override]
+    def step(self, x: Tensor, state: GatedDeltaNetState, context: Context) -> tuple[Tensor, GatedDeltaNetState]:
         u, gate, beta, log_decay = self._project(x)
         u, convolution = self.convolution.step(u, state.convolution)
         query, key, value = self._heads(u)
@@ -109,7 +108,7 @@ class GatedDeltaNet(StatefulMixer):
         mixed, memory = delta_step(query, key, value, beta, log_decay[..., None], state.memory)
         return self._read(mixed, gate), GatedDeltaNetState(convolution, memory)
 
-    def prefill(self, x: Hidden, state: GatedDeltaNetState, context: Context) -> tuple[Hidden, GatedDeltaNetState]:  # type: ignore[override]
+    def prefill(self, x: Hidden, state: GatedDeltaNetState, context: Context) -> tuple[Hidden, GatedDeltaNetState]:
         u, gate, beta, log_decay = self._project(x)
         u, convolution = self.convolution.prefill(u, state.convolution)
         mixed, memory = delta_rule(*self._heads(u), beta, log_decay, state.memory)

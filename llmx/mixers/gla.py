@@ -19,15 +19,14 @@ from torch import Tensor, nn
 from llmx.parts.head_norm import HeadNorm
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.linear_attention import decay_step, vector_decay
-from llmx.protocol import Context, Site, StatefulMixer
-from llmx.shapes import Hidden
+from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
 
 class GatedLinearAttentionState(NamedTuple):
     memory: Tensor  # (B, H, K, V), S
 
 
-class GatedLinearAttention(StatefulMixer):
+class GatedLinearAttention(StatefulMixer[GatedLinearAttentionState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
@@ -67,14 +66,14 @@ class GatedLinearAttention(StatefulMixer):
         shape = (batch_size, self.heads, self.dim // (2 * self.heads), self.dim // self.heads)
         return GatedLinearAttentionState(like.new_zeros(shape, dtype=torch.promote_types(like.dtype, torch.float32)))
 
-    def step(  # type: ignore[override]
+    def step(
         self, x: Tensor, state: GatedLinearAttentionState, context: Context
     ) -> tuple[Tensor, GatedLinearAttentionState]:
         query, key, value, log_decay, gate = self._project(x)
         mixed, memory = decay_step(query, key, value, log_decay, state.memory)
         return self._read(mixed, gate), GatedLinearAttentionState(memory)
 
-    def prefill(  # type: ignore[override]
+    def prefill(
         self, x: Hidden, state: GatedLinearAttentionState, context: Context
     ) -> tuple[Hidden, GatedLinearAttentionState]:
         query, key, value, log_decay, gate = self._project(x)

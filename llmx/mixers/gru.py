@@ -17,15 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmx.protocol import Context, Site, StatefulMixer
-from llmx.shapes import Hidden
+from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
 
 class GRUState(NamedTuple):
     hidden: Tensor  # (B, D), h
 
 
-class GRU(StatefulMixer):
+class GRU(StatefulMixer[GRUState]):
     """One GRU layer, (B, T, D) -> (B, T, D), whose output is its hidden state.
 
     Input weights start uniform in +-1 / sqrt(D), recurrent ones orthogonal for each gate, biases at 0.
@@ -52,7 +51,7 @@ class GRU(StatefulMixer):
     def init_state(self, batch_size: int, max_length: int) -> GRUState:
         return GRUState(self.recurrent.weight.new_zeros(batch_size, self.recurrent.in_features))
 
-    def step(self, x: Tensor, state: GRUState, context: Context) -> tuple[Tensor, GRUState]:  # type: ignore[override]
+    def step(self, x: Tensor, state: GRUState, context: Context) -> tuple[Tensor, GRUState]:
         r, z, n = self.input(x).chunk(3, -1)
         past_r, past_z, past_n = self.recurrent(state.hidden).chunk(3, -1)
         keep = (z + past_z).sigmoid()
@@ -60,7 +59,7 @@ class GRU(StatefulMixer):
         hidden = (1 - keep) * new + keep * state.hidden
         return hidden, GRUState(hidden)
 
-    def prefill(self, x: Hidden, state: GRUState, context: Context) -> tuple[Hidden, GRUState]:  # type: ignore[override]
+    def prefill(self, x: Hidden, state: GRUState, context: Context) -> tuple[Hidden, GRUState]:
         with torch.autocast(x.device.type, enabled=False):
             return self._run(x.to(state.hidden.dtype), state)
 

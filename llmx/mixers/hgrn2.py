@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.linear_attention import decay_step, vector_decay
 from llmx.parts.norm import RMSNorm
-from llmx.protocol import Context, Site, StatefulMixer
-from llmx.shapes import Hidden
+from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
 BOUNDS = "hgrn2 bounds"  # in the context's store: (1, T, L, D), the same for all T, without T in `step`
 
@@ -31,7 +30,7 @@ class HGRN2State(NamedTuple):
     memory: Tensor  # (B, H, K, K), S
 
 
-class HGRN2(StatefulMixer):
+class HGRN2(StatefulMixer[HGRN2State]):
     """(B, T, D) -> (B, T, D).
 
     Args:
@@ -67,11 +66,11 @@ class HGRN2(StatefulMixer):
         exact = torch.promote_types(like.dtype, torch.float32)
         return HGRN2State(like.new_zeros(batch_size, self.heads, width, width, dtype=exact))
 
-    def step(self, x: Tensor, state: HGRN2State, context: Context) -> tuple[Tensor, HGRN2State]:  # type: ignore[override]
+    def step(self, x: Tensor, state: HGRN2State, context: Context) -> tuple[Tensor, HGRN2State]:
         mixed, memory = decay_step(*self._project(x, context), state.memory)
         return self._read(mixed), HGRN2State(memory)
 
-    def prefill(self, x: Hidden, state: HGRN2State, context: Context) -> tuple[Hidden, HGRN2State]:  # type: ignore[override]
+    def prefill(self, x: Hidden, state: HGRN2State, context: Context) -> tuple[Hidden, HGRN2State]:
         mixed, memory = vector_decay(*self._project(x, context), state.memory)
         return self._read(mixed), HGRN2State(memory)
 

@@ -22,8 +22,7 @@ from llmx.parts.attention import write
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.long_convolution import long_convolution
 from llmx.parts.short_convolution import ShortConvolution
-from llmx.protocol import Context, Site, StatefulMixer
-from llmx.shapes import Hidden
+from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
 FASTEST, SLOWEST = math.log(100) / 0.3, math.log(100) / 1.5  # a channel's window is at 1/100 after 0.3 L to 1.5 L
 FLOOR = 0.05  # of the window, below which it does not fall
@@ -35,7 +34,7 @@ class HyenaState(NamedTuple):
     taps: Tensor  # (B, S, D), h, the same for all rows
 
 
-class Hyena(StatefulMixer):
+class Hyena(StatefulMixer[HyenaState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
@@ -76,7 +75,7 @@ class Hyena(StatefulMixer):
         taps = self.filter(max_length).expand(batch_size, -1, -1)
         return HyenaState(self.short.init_state(batch_size), past, taps)
 
-    def step(self, x: Tensor, state: HyenaState, context: Context) -> tuple[Tensor, HyenaState]:  # type: ignore[override]
+    def step(self, x: Tensor, state: HyenaState, context: Context) -> tuple[Tensor, HyenaState]:
         projected, short = self.short.step(self.project(x), state.short)
         query, u = self._gate(projected)
         past = write(state.past, u[:, None, None], context.positions[:, None])
@@ -85,7 +84,7 @@ class Hyena(StatefulMixer):
         mixed = (taps * past[:, 0]).masked_fill(lags[..., None] < 0, 0.0).sum(1)
         return self._read(query, u, mixed), HyenaState(short, past, state.taps)
 
-    def prefill(self, x: Hidden, state: HyenaState, context: Context) -> tuple[Hidden, HyenaState]:  # type: ignore[override]
+    def prefill(self, x: Hidden, state: HyenaState, context: Context) -> tuple[Hidden, HyenaState]:
         projected, short = self.short.prefill(self.project(x), state.short)
         query, u = self._gate(projected)
         past = write(state.past, u[:, :, None], context.positions)

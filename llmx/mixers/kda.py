@@ -24,8 +24,7 @@ from llmx.parts.delta import delta_step, l2_norm, vector_delta_rule
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.norm import RMSNorm
 from llmx.parts.short_convolution import ShortConvolution
-from llmx.protocol import Context, Site, StatefulMixer
-from llmx.shapes import Hidden
+from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
 FASTEST, SLOWEST = 0.1, 0.001  # softplus(d) at the start
 STRONGEST = 16.0  # exp(A_log) at the start; the weakest is 1
@@ -36,7 +35,7 @@ class KDAState(NamedTuple):
     memory: Tensor  # (B, H, K, K), S
 
 
-class KDA(StatefulMixer):
+class KDA(StatefulMixer[KDAState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
@@ -96,13 +95,13 @@ class KDA(StatefulMixer):
         memory = like.new_zeros(batch_size, self.heads, self.head_dim, self.head_dim, dtype=exact)
         return KDAState(self.convolution.init_state(batch_size), memory)
 
-    def step(self, x: Tensor, state: KDAState, context: Context) -> tuple[Tensor, KDAState]:  # type: ignore[override]
+    def step(self, x: Tensor, state: KDAState, context: Context) -> tuple[Tensor, KDAState]:
         u, beta, log_decay, gate = self._project(x)
         u, convolution = self.convolution.step(u, state.convolution)
         mixed, memory = delta_step(*self._heads(u), beta, log_decay, state.memory)
         return self._read(mixed, gate), KDAState(convolution, memory)
 
-    def prefill(self, x: Hidden, state: KDAState, context: Context) -> tuple[Hidden, KDAState]:  # type: ignore[override]
+    def prefill(self, x: Hidden, state: KDAState, context: Context) -> tuple[Hidden, KDAState]:
         u, beta, log_decay, gate = self._project(x)
         u, convolution = self.convolution.prefill(u, state.convolution)
         mixed, memory = vector_delta_rule(*self._heads(u), beta, log_decay, state.memory)

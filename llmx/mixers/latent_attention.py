@@ -20,8 +20,7 @@ from llmx.parts.attention import causal_attention, past_bias, places, write
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.norm import RMSNorm
 from llmx.parts.rotary import rotate, shared_table
-from llmx.protocol import Context, Site, StatefulMixer
-from llmx.shapes import Hidden
+from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
 
 class LatentState(NamedTuple):
@@ -31,7 +30,7 @@ class LatentState(NamedTuple):
     key: Tensor  # (B, 1, S, R), the shared rotated key
 
 
-class LatentAttention(StatefulMixer):
+class LatentAttention(StatefulMixer[LatentState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
@@ -95,12 +94,12 @@ class LatentAttention(StatefulMixer):
             new_zeros(batch_size, 1, max_length, self.latent), new_zeros(batch_size, 1, max_length, self.rotary_dim)
         )
 
-    def step(self, x: Tensor, state: LatentState, context: Context) -> tuple[Tensor, LatentState]:  # type: ignore[override]
+    def step(self, x: Tensor, state: LatentState, context: Context) -> tuple[Tensor, LatentState]:
         query, rotated, latent, shared = (part[:, None] for part in self._project(x, context))
         mixed, state = self._attend(query, rotated, latent, shared, state, context)
         return mixed[:, 0], state
 
-    def prefill(self, x: Hidden, state: LatentState, context: Context) -> tuple[Hidden, LatentState]:  # type: ignore[override]
+    def prefill(self, x: Hidden, state: LatentState, context: Context) -> tuple[Hidden, LatentState]:
         return self._attend(*self._project(x, context), state, context)
 
     def _attend(

@@ -20,15 +20,14 @@ from torch import Tensor, nn
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.linear_attention import decay_step, scalar_decay
 from llmx.parts.norm import RMSNorm
-from llmx.protocol import Context, Site, StatefulMixer
-from llmx.shapes import Hidden
+from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
 
 class LightningState(NamedTuple):
     memory: Tensor  # (B, H, K, K), S
 
 
-class LightningAttention(StatefulMixer):
+class LightningAttention(StatefulMixer[LightningState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
@@ -64,12 +63,12 @@ class LightningAttention(StatefulMixer):
         exact = torch.promote_types(like.dtype, torch.float32)
         return LightningState(like.new_zeros(batch_size, self.heads, self.head_dim, self.head_dim, dtype=exact))
 
-    def step(self, x: Tensor, state: LightningState, context: Context) -> tuple[Tensor, LightningState]:  # type: ignore[override]
+    def step(self, x: Tensor, state: LightningState, context: Context) -> tuple[Tensor, LightningState]:
         query, key, value = self._project(x)
         mixed, memory = decay_step(query, key, value, self._log_decay(value)[:, None], state.memory)
         return self._read(mixed, x), LightningState(memory)
 
-    def prefill(self, x: Hidden, state: LightningState, context: Context) -> tuple[Hidden, LightningState]:  # type: ignore[override]
+    def prefill(self, x: Hidden, state: LightningState, context: Context) -> tuple[Hidden, LightningState]:
         query, key, value = self._project(x)
         log_decay = self._log_decay(value).expand(1, x.shape[1], -1)
         mixed, memory = scalar_decay(query, key, value, log_decay, state.memory)

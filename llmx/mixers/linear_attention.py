@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.linear_attention import scalar_decay
-from llmx.protocol import Context, Site, StatefulMixer
-from llmx.shapes import Hidden
+from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
 EPS = 1e-6  # added to the normaliser, whose features may round to 0
 
@@ -29,7 +28,7 @@ class LinearAttentionState(NamedTuple):
     normalizer: Tensor  # (B, H, K), z
 
 
-class LinearAttention(StatefulMixer):
+class LinearAttention(StatefulMixer[LinearAttentionState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
@@ -60,7 +59,7 @@ class LinearAttention(StatefulMixer):
         memory = like.new_zeros(batch_size, self.heads, self.head_dim, self.head_dim, dtype=exact)
         return LinearAttentionState(memory, memory[..., 0].clone())
 
-    def step(self, x: Tensor, state: LinearAttentionState, context: Context) -> tuple[Tensor, LinearAttentionState]:  # type: ignore[override]
+    def step(self, x: Tensor, state: LinearAttentionState, context: Context) -> tuple[Tensor, LinearAttentionState]:
         query, key, value = (heads.to(state.memory.dtype) for heads in self._project(x))  # (B, H, K)
         memory = state.memory + key[..., None] * value[..., None, :]
         normalizer = state.normalizer + key
@@ -69,7 +68,7 @@ class LinearAttention(StatefulMixer):
         mixed = (read / (weight + EPS)).flatten(1).to(x.dtype)
         return self.out(mixed), LinearAttentionState(memory, normalizer)
 
-    def prefill(self, x: Hidden, state: LinearAttentionState, context: Context) -> tuple[Hidden, LinearAttentionState]:  # type: ignore[override]
+    def prefill(self, x: Hidden, state: LinearAttentionState, context: Context) -> tuple[Hidden, LinearAttentionState]:
         both = torch.cat((state.memory, state.normalizer[..., None]), -1)
         output, both = self._mix(x, both)
         return output, LinearAttentionState(both[..., :-1], both[..., -1])

@@ -19,8 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from llmx.protocol import Context, Site, StatefulMixer
-from llmx.shapes import Hidden
+from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
 
 class LSTMState(NamedTuple):
@@ -28,7 +27,7 @@ class LSTMState(NamedTuple):
     cell: Tensor  # (B, D), c
 
 
-class LSTM(StatefulMixer):
+class LSTM(StatefulMixer[LSTMState]):
     """One LSTM layer, (B, T, D) -> (B, T, D), whose output is its hidden state.
 
     Input weights start uniform in +-1 / sqrt(D), recurrent ones orthogonal for each gate.
@@ -57,13 +56,13 @@ class LSTM(StatefulMixer):
         zeros = self.recurrent.weight.new_zeros(batch_size, self.recurrent.in_features)
         return LSTMState(zeros, zeros.clone())
 
-    def step(self, x: Tensor, state: LSTMState, context: Context) -> tuple[Tensor, LSTMState]:  # type: ignore[override]
+    def step(self, x: Tensor, state: LSTMState, context: Context) -> tuple[Tensor, LSTMState]:
         i, f, g, o = (self.input(x) + self.recurrent(state.hidden)).chunk(4, -1)
         cell = f.sigmoid() * state.cell + i.sigmoid() * g.tanh()
         hidden = o.sigmoid() * cell.tanh()
         return hidden, LSTMState(hidden, cell)
 
-    def prefill(self, x: Hidden, state: LSTMState, context: Context) -> tuple[Hidden, LSTMState]:  # type: ignore[override]
+    def prefill(self, x: Hidden, state: LSTMState, context: Context) -> tuple[Hidden, LSTMState]:
         with torch.autocast(x.device.type, enabled=False):
             return self._run(x.to(state.hidden.dtype), state)
 

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.selective_scan import selective_scan
 from llmx.parts.short_convolution import ShortConvolution
-from llmx.protocol import Context, Site, StatefulMixer
-from llmx.shapes import Hidden
+from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
 FASTEST, SLOWEST = 0.1, 0.001  # dt at the start
 
@@ -34,7 +33,7 @@ class MambaState(NamedTuple):
     memory: Tensor  # (B, F, N), h
 
 
-class Mamba(StatefulMixer):
+class Mamba(StatefulMixer[MambaState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
@@ -84,7 +83,7 @@ class Mamba(StatefulMixer):
         memory = self.decay_log.new_zeros(batch_size, *self.decay_log.shape, dtype=exact)
         return MambaState(self.convolution.init_state(batch_size), memory)
 
-    def step(self, x: Tensor, state: MambaState, context: Context) -> tuple[Tensor, MambaState]:  # type: ignore[override]
+    def step(self, x: Tensor, state: MambaState, context: Context) -> tuple[Tensor, MambaState]:
         u, gate = self.project(x).chunk(2, -1)
         u, convolution = self.convolution.step(u, state.convolution)
         u = F.silu(u)
@@ -92,7 +91,7 @@ class Mamba(StatefulMixer):
         memory = torch.exp(size[..., None] * rate) * state.memory + (size * u)[..., None] * write[:, None]
         return self._read((memory * read[:, None]).sum(-1), u, gate), MambaState(convolution, memory)
 
-    def prefill(self, x: Hidden, state: MambaState, context: Context) -> tuple[Hidden, MambaState]:  # type: ignore[override]
+    def prefill(self, x: Hidden, state: MambaState, context: Context) -> tuple[Hidden, MambaState]:
         u, gate = self.project(x).chunk(2, -1)
         u, convolution = self.convolution.prefill(u, state.convolution)
         mixed, memory = self._mix(F.silu(u), gate, state.memory)

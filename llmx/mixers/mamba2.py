@@ -24,8 +24,7 @@ from llmx.parts.init import normal_, residual_std
 from llmx.parts.linear_attention import decay_step, scalar_decay
 from llmx.parts.norm import RMSNorm
 from llmx.parts.short_convolution import ShortConvolution
-from llmx.protocol import Context, Site, StatefulMixer
-from llmx.shapes import Hidden
+from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
 FASTEST, SLOWEST = 0.1, 0.001  # dt at the start
 STRONGEST = 16.0  # exp(A_log) at the start; the weakest is 1
@@ -36,7 +35,7 @@ class Mamba2State(NamedTuple):
     memory: Tensor  # (B, H, N, P), S
 
 
-class Mamba2(StatefulMixer):
+class Mamba2(StatefulMixer[Mamba2State]):
     """(B, T, D) -> (B, T, D).
 
     Args:
@@ -84,14 +83,14 @@ class Mamba2(StatefulMixer):
         memory = self.skip.new_zeros(batch_size, self.heads, state, hidden // self.heads, dtype=exact)
         return Mamba2State(self.convolution.init_state(batch_size), memory)
 
-    def step(self, x: Tensor, state: Mamba2State, context: Context) -> tuple[Tensor, Mamba2State]:  # type: ignore[override]
+    def step(self, x: Tensor, state: Mamba2State, context: Context) -> tuple[Tensor, Mamba2State]:
         gate, u, steps = self.project(x).split(self.widths, -1)
         u, convolution = self.convolution.step(u, state.convolution)
         query, key, value, new, log_decay = self._recurrence(u, steps)
         mixed, memory = decay_step(query, key, new, log_decay[..., None], state.memory)
         return self._read(mixed, value, gate), Mamba2State(convolution, memory)
 
-    def prefill(self, x: Hidden, state: Mamba2State, context: Context) -> tuple[Hidden, Mamba2State]:  # type: ignore[override]
+    def prefill(self, x: Hidden, state: Mamba2State, context: Context) -> tuple[Hidden, Mamba2State]:
         gate, u, steps = self.project(x).split(self.widths, -1)
         u, convolution = self.convolution.prefill(u, state.convolution)
         query, key, value, new, log_decay = self._recurrence(u, steps)

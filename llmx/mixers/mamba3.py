@@ -27,8 +27,7 @@ from llmx.parts.init import normal_, residual_std
 from llmx.parts.linear_attention import scalar_decay
 from llmx.parts.norm import RMSNorm
 from llmx.parts.rotary import rotate_part
-from llmx.protocol import Context, Site, StatefulMixer
-from llmx.shapes import Hidden
+from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
 FASTEST, SLOWEST = 0.1, 0.001  # dt at the start
 WEAKEST = 1e-4  # the least softplus(a)
@@ -53,7 +52,7 @@ class Inputs(NamedTuple):
     turn: Tensor  # (B, T, H, R), in whole turns
 
 
-class Mamba3(StatefulMixer):
+class Mamba3(StatefulMixer[Mamba3State]):
     """(B, T, D) -> (B, T, D).
 
     Args:
@@ -111,7 +110,7 @@ class Mamba3(StatefulMixer):
         shapes = ((state, channels), (state,), (channels,), (angles,))
         return Mamba3State(*(self.skip.new_zeros(batch_size, self.heads, *shape, dtype=exact) for shape in shapes))
 
-    def step(self, x: Tensor, state: Mamba3State, context: Context) -> tuple[Tensor, Mamba3State]:  # type: ignore[override]
+    def step(self, x: Tensor, state: Mamba3State, context: Context) -> tuple[Tensor, Mamba3State]:
         new, gate = self._project(x)
         angle = _modulo(state.angle + new.turn)
         query, key = _turned(new.query, angle), _turned(new.key, angle)
@@ -121,7 +120,7 @@ class Mamba3(StatefulMixer):
         mixed = (query[..., None] * memory).sum(-2)
         return self._read(mixed, new.value, gate), Mamba3State(memory, key, new.value, angle)
 
-    def prefill(self, x: Hidden, state: Mamba3State, context: Context) -> tuple[Hidden, Mamba3State]:  # type: ignore[override]
+    def prefill(self, x: Hidden, state: Mamba3State, context: Context) -> tuple[Hidden, Mamba3State]:
         return self._mix(x, state)
 
     def _mix(self, x: Hidden, state: Mamba3State | None) -> tuple[Hidden, Mamba3State]:

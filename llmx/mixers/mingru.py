@@ -17,15 +17,14 @@ from torch import Tensor, nn
 
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.scan import scan
-from llmx.protocol import Context, Site, StatefulMixer
-from llmx.shapes import Hidden
+from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
 
 class MinGRUState(NamedTuple):
     hidden: Tensor  # (B, F), h
 
 
-class MinGRU(StatefulMixer):
+class MinGRU(StatefulMixer[MinGRUState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
@@ -54,13 +53,13 @@ class MinGRU(StatefulMixer):
         exact = torch.promote_types(like.dtype, torch.float32)
         return MinGRUState(like.new_zeros(batch_size, self.out.in_features, dtype=exact))
 
-    def step(self, x: Tensor, state: MinGRUState, context: Context) -> tuple[Tensor, MinGRUState]:  # type: ignore[override]
+    def step(self, x: Tensor, state: MinGRUState, context: Context) -> tuple[Tensor, MinGRUState]:
         gate, candidate = self.input(x).chunk(2, -1)
         z = gate.to(state.hidden.dtype).sigmoid()
         hidden = (1 - z) * state.hidden + z * candidate
         return self.out(hidden.to(x.dtype)), MinGRUState(hidden)
 
-    def prefill(self, x: Hidden, state: MinGRUState, context: Context) -> tuple[Hidden, MinGRUState]:  # type: ignore[override]
+    def prefill(self, x: Hidden, state: MinGRUState, context: Context) -> tuple[Hidden, MinGRUState]:
         hidden = scan(*self._recurrence(x), state.hidden)
         return self.out(hidden.to(x.dtype)), MinGRUState(hidden[:, -1])
 

@@ -18,15 +18,14 @@ from torch import Tensor, nn
 
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.scan import scan
-from llmx.protocol import Context, Site, StatefulMixer
-from llmx.shapes import Hidden
+from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
 
 class MinLSTMState(NamedTuple):
     hidden: Tensor  # (B, F), h
 
 
-class MinLSTM(StatefulMixer):
+class MinLSTM(StatefulMixer[MinLSTMState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
@@ -58,12 +57,12 @@ class MinLSTM(StatefulMixer):
         exact = torch.promote_types(like.dtype, torch.float32)
         return MinLSTMState(like.new_zeros(batch_size, self.out.in_features, dtype=exact))
 
-    def step(self, x: Tensor, state: MinLSTMState, context: Context) -> tuple[Tensor, MinLSTMState]:  # type: ignore[override]
+    def step(self, x: Tensor, state: MinLSTMState, context: Context) -> tuple[Tensor, MinLSTMState]:
         keep, write = self._recurrence(x)
         hidden = keep * state.hidden + write
         return self.out(hidden.to(x.dtype)), MinLSTMState(hidden)
 
-    def prefill(self, x: Hidden, state: MinLSTMState, context: Context) -> tuple[Hidden, MinLSTMState]:  # type: ignore[override]
+    def prefill(self, x: Hidden, state: MinLSTMState, context: Context) -> tuple[Hidden, MinLSTMState]:
         hidden = scan(*self._recurrence(x), state.hidden)
         return self.out(hidden.to(x.dtype)), MinLSTMState(hidden[:, -1])
 

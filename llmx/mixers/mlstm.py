@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from llmx.parts.head_norm import HeadNorm
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.linear_attention import carry, chunked, joined
-from llmx.protocol import Context, Site, StatefulMixer
-from llmx.shapes import Hidden
+from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
 CHUNK = 32
 EPS = 1e-6  # added to the normaliser
@@ -34,7 +33,7 @@ class MLSTMState(NamedTuple):
     stabilizer: Tensor  # (B, H), m
 
 
-class MLSTM(StatefulMixer):
+class MLSTM(StatefulMixer[MLSTMState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
@@ -76,7 +75,7 @@ class MLSTM(StatefulMixer):
         memory = like.new_zeros(shape, dtype=torch.promote_types(like.dtype, torch.float32))
         return MLSTMState(memory, memory[..., 0].clone(), memory[..., 0, 0].clone())
 
-    def step(self, x: Tensor, state: MLSTMState, context: Context) -> tuple[Tensor, MLSTMState]:  # type: ignore[override]
+    def step(self, x: Tensor, state: MLSTMState, context: Context) -> tuple[Tensor, MLSTMState]:
         query, key, value, gate, input_gate, log_forget = self._project(x)
         query, key, value = (part.to(state.memory.dtype) for part in (query, key, value))
         past = log_forget + state.stabilizer
@@ -89,7 +88,7 @@ class MLSTM(StatefulMixer):
         mixed = (read / (weight + EPS)[..., None]).to(gate.dtype)
         return self._read(mixed, gate), MLSTMState(memory, normalizer, stabilizer)
 
-    def prefill(self, x: Hidden, state: MLSTMState, context: Context) -> tuple[Hidden, MLSTMState]:  # type: ignore[override]
+    def prefill(self, x: Hidden, state: MLSTMState, context: Context) -> tuple[Hidden, MLSTMState]:
         query, key, value, gate, input_gate, log_forget = self._project(x)
         mixed, state = mlstm(query, key, value, input_gate, log_forget, state)
         return self._read(mixed, gate), state

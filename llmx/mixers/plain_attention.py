@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from llmx.parts.attention import KeyValues, attend_cache, causal_attention, empty_cache
 from llmx.parts.init import normal_, residual_std
-from llmx.protocol import Context, Site, StatefulMixer
-from llmx.shapes import Hidden
+from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
 
-class PlainAttention(StatefulMixer):
+class PlainAttention(StatefulMixer[KeyValues]):
     """(B, T, D) -> (B, T, D).
 
     Args:
@@ -57,11 +56,11 @@ class PlainAttention(StatefulMixer):
     def init_state(self, batch_size: int, max_length: int) -> KeyValues:
         return empty_cache(self.out.weight, batch_size, self.kv_heads, max_length, self.head_dim, self.head_dim)
 
-    def step(self, x: Tensor, state: KeyValues, context: Context) -> tuple[Tensor, KeyValues]:  # type: ignore[override]
+    def step(self, x: Tensor, state: KeyValues, context: Context) -> tuple[Tensor, KeyValues]:
         mixed, state = attend_cache(*self._project(x[:, None]), state, context)
         return self.out(mixed[:, 0]), state
 
-    def prefill(self, x: Hidden, state: KeyValues, context: Context) -> tuple[Hidden, KeyValues]:  # type: ignore[override]
+    def prefill(self, x: Hidden, state: KeyValues, context: Context) -> tuple[Hidden, KeyValues]:
         mixed, state = attend_cache(*self._project(x), state, context)
         return self.out(mixed), state
 

@@ -15,11 +15,10 @@ from llmx.parts.attention import KeyValues, attend_cache, causal_attention, empt
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.norm import RMSNorm
 from llmx.parts.rotary import rotate, shared_table
-from llmx.protocol import Context, Site, StatefulMixer
-from llmx.shapes import Hidden
+from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
 
-class QKNormAttention(StatefulMixer):
+class QKNormAttention(StatefulMixer[KeyValues]):
     """(B, T, D) -> (B, T, D).
 
     Args:
@@ -71,12 +70,12 @@ class QKNormAttention(StatefulMixer):
     def init_state(self, batch_size: int, max_length: int) -> KeyValues:
         return empty_cache(self.out.weight, batch_size, self.kv_heads, max_length, self.head_dim, self.head_dim)
 
-    def step(self, x: Tensor, state: KeyValues, context: Context) -> tuple[Tensor, KeyValues]:  # type: ignore[override]
+    def step(self, x: Tensor, state: KeyValues, context: Context) -> tuple[Tensor, KeyValues]:
         query, key, value = (heads[:, None] for heads in self._project(x, context))
         mixed, state = attend_cache(query, key, value, state, context)
         return self.out(mixed[:, 0]), state
 
-    def prefill(self, x: Hidden, state: KeyValues, context: Context) -> tuple[Hidden, KeyValues]:  # type: ignore[override]
+    def prefill(self, x: Hidden, state: KeyValues, context: Context) -> tuple[Hidden, KeyValues]:
         mixed, state = attend_cache(*self._project(x, context), state, context)
         return self.out(mixed), state
 

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from llmx.parts.init import normal_
 from llmx.parts.scan import scan
-from llmx.protocol import Context, Site, StatefulMixer
-from llmx.shapes import Hidden
+from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
 
 class QRNNState(NamedTuple):
@@ -27,7 +26,7 @@ class QRNNState(NamedTuple):
     cell: Tensor  # (B, D), c
 
 
-class QRNN(StatefulMixer):
+class QRNN(StatefulMixer[QRNNState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
@@ -56,14 +55,14 @@ class QRNN(StatefulMixer):
         inputs = like.new_zeros(batch_size, self.width - 1, self.dim)
         return QRNNState(inputs, like.new_zeros(batch_size, self.dim, dtype=exact))
 
-    def step(self, x: Tensor, state: QRNNState, context: Context) -> tuple[Tensor, QRNNState]:  # type: ignore[override]
+    def step(self, x: Tensor, state: QRNNState, context: Context) -> tuple[Tensor, QRNNState]:
         seen = torch.cat((state.inputs.to(x.dtype), x[:, None]), 1)  # (B, w, D)
         z, f, o = self.gates(seen.flatten(1)).to(state.cell.dtype).chunk(3, -1)
         f = f.sigmoid()
         cell = f * state.cell + (1 - f) * z.tanh()
         return (o.sigmoid() * cell).to(x.dtype), QRNNState(seen[:, 1:], cell)
 
-    def prefill(self, x: Hidden, state: QRNNState, context: Context) -> tuple[Hidden, QRNNState]:  # type: ignore[override]
+    def prefill(self, x: Hidden, state: QRNNState, context: Context) -> tuple[Hidden, QRNNState]:
         seen = torch.cat((state.inputs.to(x.dtype), x), 1)
         y, cell = self._pool(seen, state.cell)
         return y, QRNNState(seen[:, x.shape[1] :], cell)

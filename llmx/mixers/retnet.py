@@ -21,15 +21,14 @@ from llmx.parts.head_norm import HeadNorm
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.linear_attention import decay_step, scalar_decay
 from llmx.parts.rotary import rotate, shared_table
-from llmx.protocol import Context, Site, StatefulMixer
-from llmx.shapes import Hidden
+from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
 
 class RetentionState(NamedTuple):
     memory: Tensor  # (B, H, K, V), S
 
 
-class Retention(StatefulMixer):
+class Retention(StatefulMixer[RetentionState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
@@ -68,12 +67,12 @@ class Retention(StatefulMixer):
         shape = (batch_size, self.heads, self.dim // self.heads, self.value_dim // self.heads)
         return RetentionState(like.new_zeros(shape, dtype=torch.promote_types(like.dtype, torch.float32)))
 
-    def step(self, x: Tensor, state: RetentionState, context: Context) -> tuple[Tensor, RetentionState]:  # type: ignore[override]
+    def step(self, x: Tensor, state: RetentionState, context: Context) -> tuple[Tensor, RetentionState]:
         query, key, value, gate = self._project(x, context)
         mixed, memory = decay_step(query, key, value, self._log_decay(value)[:, None], state.memory)
         return self._read(mixed, gate), RetentionState(memory)
 
-    def prefill(self, x: Hidden, state: RetentionState, context: Context) -> tuple[Hidden, RetentionState]:  # type: ignore[override]
+    def prefill(self, x: Hidden, state: RetentionState, context: Context) -> tuple[Hidden, RetentionState]:
         query, key, value, gate = self._project(x, context)
         log_decay = self._log_decay(value).expand(1, x.shape[1], -1)
         mixed, memory = scalar_decay(query, key, value, log_decay, state.memory)

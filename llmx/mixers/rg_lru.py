@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.scan import scan
 from llmx.parts.short_convolution import ShortConvolution
-from llmx.protocol import Context, Site, StatefulMixer
-from llmx.shapes import Hidden
+from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
 SHARPNESS = 8.0  # c in the paper: log a = -c softplus(L) r
 SLOWEST, FASTEST = 0.999, 0.9  # a^c at the start
@@ -34,7 +33,7 @@ class RGLRUState(NamedTuple):
     hidden: Tensor  # (B, F), h
 
 
-class RGLRU(StatefulMixer):
+class RGLRU(StatefulMixer[RGLRUState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
@@ -75,14 +74,14 @@ class RGLRU(StatefulMixer):
         hidden = self.decay.new_zeros(batch_size, len(self.decay))
         return RGLRUState(self.convolution.init_state(batch_size), hidden.to(_exact(hidden)))
 
-    def step(self, x: Tensor, state: RGLRUState, context: Context) -> tuple[Tensor, RGLRUState]:  # type: ignore[override]
+    def step(self, x: Tensor, state: RGLRUState, context: Context) -> tuple[Tensor, RGLRUState]:
         u, gate = self.project(x).chunk(2, -1)
         u, convolution = self.convolution.step(u, state.convolution)
         a, b = self._recurrence(u, context.positions)
         hidden = a * state.hidden + b
         return self._read(hidden, gate), RGLRUState(convolution, hidden)
 
-    def prefill(self, x: Hidden, state: RGLRUState, context: Context) -> tuple[Hidden, RGLRUState]:  # type: ignore[override]
+    def prefill(self, x: Hidden, state: RGLRUState, context: Context) -> tuple[Hidden, RGLRUState]:
         u, gate = self.project(x).chunk(2, -1)
         u, convolution = self.convolution.prefill(u, state.convolution)
         hidden = scan(*self._recurrence(u, context.positions), state.hidden)

@@ -22,8 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmx.parts.dplr import dplr
-from llmx.protocol import Context, Site, StatefulMixer
-from llmx.shapes import Hidden
+from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
 FIRST_VALUE = "first value of RWKV-7"  # in the context's store: (B, T, D), without T in `step`
 FASTEST = -math.exp(-0.5)  # the log decay that no channel exceeds
@@ -45,7 +44,7 @@ class Rows(NamedTuple):
     rate: Tensor  # a
 
 
-class RWKV7(StatefulMixer):
+class RWKV7(StatefulMixer[RWKV7State]):
     """(B, T, D) -> (B, T, D): what the paper calls time mixing.
 
     All layers need the same width, for the first layer's values to fit.
@@ -122,7 +121,7 @@ class RWKV7(StatefulMixer):
         memory = like.new_zeros(batch_size, self.heads, self.head_dim, self.head_dim, dtype=exact)
         return RWKV7State(like.new_zeros(batch_size, like.shape[0]), memory)
 
-    def step(self, x: Tensor, state: RWKV7State, context: Context) -> tuple[Tensor, RWKV7State]:  # type: ignore[override]
+    def step(self, x: Tensor, state: RWKV7State, context: Context) -> tuple[Tensor, RWKV7State]:
         rows, gate = self._project(x, state.last.to(x.dtype), context)
         dtype = state.memory.dtype
         with torch.autocast(x.device.type, enabled=False):
@@ -132,7 +131,7 @@ class RWKV7(StatefulMixer):
             read = (memory * receptance).sum(-2)  # (B, H, K)
         return self._read(read, rows, gate), RWKV7State(x, memory)
 
-    def prefill(self, x: Hidden, state: RWKV7State, context: Context) -> tuple[Hidden, RWKV7State]:  # type: ignore[override]
+    def prefill(self, x: Hidden, state: RWKV7State, context: Context) -> tuple[Hidden, RWKV7State]:
         shifted = torch.cat((state.last.to(x.dtype)[:, None], x[:, :-1]), 1)
         output, memory = self._mix(x, shifted, state.memory, context)
         return output, RWKV7State(x[:, -1], memory)

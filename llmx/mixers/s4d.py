@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from llmx.parts.init import normal_
 from llmx.parts.long_convolution import long_convolution
-from llmx.protocol import Context, Site, StatefulMixer
-from llmx.shapes import Hidden
+from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
 FASTEST, SLOWEST = 0.1, 0.001  # dt at the start
 
@@ -30,7 +29,7 @@ class S4DState(NamedTuple):
     modes: Tensor  # (B, D, N / 2), h, complex
 
 
-class S4D(StatefulMixer):
+class S4D(StatefulMixer[S4DState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
@@ -64,12 +63,12 @@ class S4D(StatefulMixer):
         dtype = torch.promote_types(self.log_decay.dtype, torch.complex64)
         return S4DState(self.log_decay.new_zeros(batch_size, *self.log_decay.shape, dtype=dtype))
 
-    def step(self, x: Tensor, state: S4DState, context: Context) -> tuple[Tensor, S4DState]:  # type: ignore[override]
+    def step(self, x: Tensor, state: S4DState, context: Context) -> tuple[Tensor, S4DState]:
         exponent, write, read = self._discrete()
         modes = exponent.exp() * state.modes + write * x[..., None]
         return self._mix(x, 2 * (read * modes).real.sum(-1)), S4DState(modes)
 
-    def prefill(self, x: Hidden, state: S4DState, context: Context) -> tuple[Hidden, S4DState]:  # type: ignore[override]
+    def prefill(self, x: Hidden, state: S4DState, context: Context) -> tuple[Hidden, S4DState]:
         exponent, write, read = self._discrete()
         powers = _powers(exponent, x.shape[1])
         mixed = self._convolve(x, read * write, exponent)

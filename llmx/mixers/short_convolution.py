@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.short_convolution import ShortConvolution
-from llmx.protocol import Context, Site, State, StatefulMixer
-from llmx.shapes import Hidden
+from llmx.protocol import Context, Hidden, Site, State, StatefulMixer
 
 
 class GatedShortConvolution(StatefulMixer):

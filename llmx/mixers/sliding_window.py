@@ -14,11 +14,10 @@ from llmx.parts.attention import KeyValues, empty_cache
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.rotary import rotate, shared_table
 from llmx.parts.windowed import attend_ring, window_attention
-from llmx.protocol import Context, Site, StatefulMixer
-from llmx.shapes import Hidden
+from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
 
-class SlidingWindowAttention(StatefulMixer):
+class SlidingWindowAttention(StatefulMixer[KeyValues]):
     """(B, T, D) -> (B, T, D).
 
     Args:
@@ -72,12 +71,12 @@ class SlidingWindowAttention(StatefulMixer):
             self.out.weight, batch_size, self.kv_heads, min(self.window, max_length), self.head_dim, self.head_dim
         )
 
-    def step(self, x: Tensor, state: KeyValues, context: Context) -> tuple[Tensor, KeyValues]:  # type: ignore[override]
+    def step(self, x: Tensor, state: KeyValues, context: Context) -> tuple[Tensor, KeyValues]:
         query, key, value = (heads[:, None] for heads in self._project(x, context))
         mixed, state = attend_ring(query, key, value, state, context, self.window)
         return self.out(mixed[:, 0]), state
 
-    def prefill(self, x: Hidden, state: KeyValues, context: Context) -> tuple[Hidden, KeyValues]:  # type: ignore[override]
+    def prefill(self, x: Hidden, state: KeyValues, context: Context) -> tuple[Hidden, KeyValues]:
         query, key, value = self._project(x, context)
         mixed, state = attend_ring(query, key, value, state, context, self.window)
         return self.out(mixed), state

@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from llmx.parts.head_norm import HeadNorm
 from llmx.parts.init import normal_
 from llmx.parts.short_convolution import ShortConvolution
-from llmx.protocol import Context, Site, StatefulMixer
-from llmx.shapes import Hidden
+from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
 
 class SLSTMState(NamedTuple):
@@ -34,7 +33,7 @@ class SLSTMState(NamedTuple):
     stabilizer: Tensor  # (B, H, K), m
 
 
-class SLSTM(StatefulMixer):
+class SLSTM(StatefulMixer[SLSTMState]):
     """(B, T, D) -> (B, T, D).
 
     Recurrent weights start at 0. The bias of the forget gate starts between 5 and -7 over the channels of a head, the
@@ -79,7 +78,7 @@ class SLSTM(StatefulMixer):
         stabilizer = torch.full_like(zeros, float("-inf"))
         return SLSTMState(self.convolution.init_state(batch_size), zeros, zeros.clone(), zeros.clone(), stabilizer)
 
-    def step(self, x: Tensor, state: SLSTMState, context: Context) -> tuple[Tensor, SLSTMState]:  # type: ignore[override]
+    def step(self, x: Tensor, state: SLSTMState, context: Context) -> tuple[Tensor, SLSTMState]:
         mixed, short = self.convolution.step(x, state.short)
         hidden = torch.einsum("bhk,hkg->bhg", state.hidden, self.recurrent.to(state.hidden.dtype))
         i, f, z, o = (self._project(x, mixed) + hidden).chunk(4, -1)  # (B, H, K)
@@ -91,7 +90,7 @@ class SLSTM(StatefulMixer):
         hidden = o.sigmoid() * cell / normalizer
         return self.norm(hidden).to(x.dtype), SLSTMState(short, hidden, cell, normalizer, stabilizer)
 
-    def prefill(self, x: Hidden, state: SLSTMState, context: Context) -> tuple[Hidden, SLSTMState]:  # type: ignore[override]
+    def prefill(self, x: Hidden, state: SLSTMState, context: Context) -> tuple[Hidden, SLSTMState]:
         mixed, short = self.convolution.prefill(x, state.short)
         output, state = self._run(x, mixed, state)
         return output, state._replace(short=short)

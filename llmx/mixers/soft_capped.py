@@ -13,11 +13,10 @@ from llmx.parts.attention import KeyValues, attend_cache, biased_causal_attentio
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.rotary import rotate, shared_table
 from llmx.parts.windowed import attend_ring, window_attention
-from llmx.protocol import Context, Site, StatefulMixer
-from llmx.shapes import Hidden
+from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
 
-class SoftCappedAttention(StatefulMixer):
+class SoftCappedAttention(StatefulMixer[KeyValues]):
     """Over the whole past: (B, T, D) -> (B, T, D).
 
     Args:
@@ -69,12 +68,12 @@ class SoftCappedAttention(StatefulMixer):
     def init_state(self, batch_size: int, max_length: int) -> KeyValues:
         return empty_cache(self.out.weight, batch_size, self.kv_heads, max_length, self.head_dim, self.head_dim)
 
-    def step(self, x: Tensor, state: KeyValues, context: Context) -> tuple[Tensor, KeyValues]:  # type: ignore[override]
+    def step(self, x: Tensor, state: KeyValues, context: Context) -> tuple[Tensor, KeyValues]:
         query, key, value = (heads[:, None] for heads in self._project(x, context))
         mixed, state = attend_cache(query, key, value, state, context, cap=self.cap)
         return self.out(mixed[:, 0]), state
 
-    def prefill(self, x: Hidden, state: KeyValues, context: Context) -> tuple[Hidden, KeyValues]:  # type: ignore[override]
+    def prefill(self, x: Hidden, state: KeyValues, context: Context) -> tuple[Hidden, KeyValues]:
         query, key, value = self._project(x, context)
         mixed, state = attend_cache(query, key, value, state, context, cap=self.cap)
         return self.out(mixed), state
@@ -88,7 +87,7 @@ class SoftCappedAttention(StatefulMixer):
         return query, key, value
 
 
-class SoftCappedWindowAttention(StatefulMixer):
+class SoftCappedWindowAttention(StatefulMixer[KeyValues]):
     """Over the last `window` positions: (B, T, D) -> (B, T, D).
 
     Args:
@@ -147,12 +146,12 @@ class SoftCappedWindowAttention(StatefulMixer):
             self.out.weight, batch_size, self.kv_heads, min(self.window, max_length), self.head_dim, self.head_dim
         )
 
-    def step(self, x: Tensor, state: KeyValues, context: Context) -> tuple[Tensor, KeyValues]:  # type: ignore[override]
+    def step(self, x: Tensor, state: KeyValues, context: Context) -> tuple[Tensor, KeyValues]:
         query, key, value = (heads[:, None] for heads in self._project(x, context))
         mixed, state = attend_ring(query, key, value, state, context, self.window, cap=self.cap)
         return self.out(mixed[:, 0]), state
 
-    def prefill(self, x: Hidden, state: KeyValues, context: Context) -> tuple[Hidden, KeyValues]:  # type: ignore[override]
+    def prefill(self, x: Hidden, state: KeyValues, context: Context) -> tuple[Hidden, KeyValues]:
         query, key, value = self._project(x, context)
         mixed, state = attend_ring(query, key, value, state, context, self.window, cap=self.cap)
         return self.out(mixed), state

@@ -27,8 +27,7 @@ from llmx.parts.init import normal_, residual_std
 from llmx.parts.mini_batches import MiniBatches
 from llmx.parts.norm import RMSNorm
 from llmx.parts.short_convolution import ShortConvolution
-from llmx.protocol import Context, Site, StatefulMixer
-from llmx.shapes import Hidden
+from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
 FASTEST, SLOWEST = 0.1, 0.001  # alpha at the start, from head to head
 
@@ -51,7 +50,7 @@ class Rows(NamedTuple):
     log_momentum: Tensor  # (...), log eta
 
 
-class Titans(StatefulMixer):
+class Titans(StatefulMixer[TitansState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
@@ -95,7 +94,7 @@ class Titans(StatefulMixer):
         memory = exact.repeat(batch_size, 1, 1, 1)
         return TitansState(self.convolution.init_state(batch_size), memory, memory.clone(), torch.zeros_like(memory))
 
-    def step(self, x: Tensor, state: TitansState, context: Context) -> tuple[Tensor, TitansState]:  # type: ignore[override]
+    def step(self, x: Tensor, state: TitansState, context: Context) -> tuple[Tensor, TitansState]:
         u, gate, rates = self.project(x).split(self.widths, -1)
         u, convolution = self.convolution.step(u, state.convolution)
         query, key, value, rate, log_keep, log_momentum = (row[..., None] for row in self._rows(u, rates))
@@ -108,7 +107,7 @@ class Titans(StatefulMixer):
             read = (query.mT @ memory).squeeze(-2)
         return self._read(read, gate), TitansState(convolution, start, memory, momentum)
 
-    def prefill(self, x: Hidden, state: TitansState, context: Context) -> tuple[Hidden, TitansState]:  # type: ignore[override]
+    def prefill(self, x: Hidden, state: TitansState, context: Context) -> tuple[Hidden, TitansState]:
         u, gate, rates = self.project(x).split(self.widths, -1)
         u, convolution = self.convolution.prefill(u, state.convolution)
         state = state._replace(convolution=convolution)

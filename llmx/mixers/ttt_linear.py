@@ -24,8 +24,7 @@ from llmx.parts.init import normal_, residual_std
 from llmx.parts.mini_batches import MiniBatches
 from llmx.parts.norm import LayerNorm
 from llmx.parts.rotary import rotary_table, rotate
-from llmx.protocol import Context, Site, StatefulMixer
-from llmx.shapes import Hidden
+from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
 EPS = 1e-6  # of the LayerNorms
 
@@ -44,7 +43,7 @@ class Rows(NamedTuple):
     rate: Tensor  # (...), r
 
 
-class TTTLinear(StatefulMixer):
+class TTTLinear(StatefulMixer[TTTLinearState]):
     """(B, T, D) -> (B, T, D), as in the paper's Transformer backbone.
 
     Args:
@@ -96,7 +95,7 @@ class TTTLinear(StatefulMixer):
         first = first.to(torch.promote_types(first.dtype, torch.float32)).repeat(batch_size, 1, 1, 1)
         return TTTLinearState(first, torch.zeros_like(first))
 
-    def step(self, x: Tensor, state: TTTLinearState, context: Context) -> tuple[Tensor, TTTLinearState]:  # type: ignore[override]
+    def step(self, x: Tensor, state: TTTLinearState, context: Context) -> tuple[Tensor, TTTLinearState]:
         query, key, target, rate = self._project(x, context)
         with torch.autocast(x.device.type, enabled=False):
             place = context.positions % self.mini_batch  # (B,)
@@ -108,7 +107,7 @@ class TTTLinear(StatefulMixer):
             read = (query[..., None, :] @ here).squeeze(-2)
         return self._read(query, read, x.dtype), TTTLinearState(weights, gradient)
 
-    def prefill(self, x: Hidden, state: TTTLinearState, context: Context) -> tuple[Hidden, TTTLinearState]:  # type: ignore[override]
+    def prefill(self, x: Hidden, state: TTTLinearState, context: Context) -> tuple[Hidden, TTTLinearState]:
         rows = self._project(x, context)
         return self._train(rows, state, context.positions.expand(len(x), -1), x.dtype)
 

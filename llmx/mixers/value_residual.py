@@ -20,13 +20,12 @@ from llmx.parts.attention import KeyValues, attend_cache, causal_attention, empt
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.norm import NoNorm, Norm
 from llmx.parts.rotary import rotate, shared_table
-from llmx.protocol import Context, Site, StatefulMixer
-from llmx.shapes import Hidden
+from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
 FIRST_VALUE = "first value"  # in the context's store: (B, T, G K), without T in `step`
 
 
-class ValueResidualAttention(StatefulMixer):
+class ValueResidualAttention(StatefulMixer[KeyValues]):
     """Multi-head causal attention with rotary positions, its values mixed with those of the first such layer.
 
     All layers need the same `heads` and `kv_heads`, for the values to be of one width.
@@ -80,12 +79,12 @@ class ValueResidualAttention(StatefulMixer):
     def init_state(self, batch_size: int, max_length: int) -> KeyValues:
         return empty_cache(self.out.weight, batch_size, self.kv_heads, max_length, self.head_dim, self.head_dim)
 
-    def step(self, x: Tensor, state: KeyValues, context: Context) -> tuple[Tensor, KeyValues]:  # type: ignore[override]
+    def step(self, x: Tensor, state: KeyValues, context: Context) -> tuple[Tensor, KeyValues]:
         query, key, value = (heads[:, None] for heads in self._project(x, context))
         mixed, state = attend_cache(query, key, value, state, context)
         return self.out(mixed[:, 0]), state
 
-    def prefill(self, x: Hidden, state: KeyValues, context: Context) -> tuple[Hidden, KeyValues]:  # type: ignore[override]
+    def prefill(self, x: Hidden, state: KeyValues, context: Context) -> tuple[Hidden, KeyValues]:
         mixed, state = attend_cache(*self._project(x, context), state, context)
         return self.out(mixed), state
 

@@ -13,8 +13,22 @@ from llmx.networks.embeddings import TokenEmbedding
 from llmx.networks.heads import LinearHead
 from llmx.networks.stacks import Sequential
 from llmx.parts.norm import Norm, RMSNorm
-from llmx.protocol import Block, Context, Embedding, Head, Network, Run, Site, Stack, State, advancing
-from llmx.shapes import Hidden, Logits, Losses, Tokens
+from llmx.protocol import (
+    Block,
+    Context,
+    Embedding,
+    Head,
+    Hidden,
+    Logits,
+    Losses,
+    Network,
+    Run,
+    Site,
+    Stack,
+    State,
+    Tokens,
+    advancing,
+)
 
 
 class DecoderState(NamedTuple):

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from llmx.parts.attention import causal_attention
 from llmx.parts.norm import RMSNorm
-from llmx.protocol import Block, Context, FeedForward, Mixer, Network, Pointwise, Site
-from llmx.shapes import Hidden, Tokens
+from llmx.protocol import Block, Context, FeedForward, Hidden, Mixer, Network, Pointwise, Site, Tokens
 
 
 class FoundingNorm(nn.Module):

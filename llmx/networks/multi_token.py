@@ -19,8 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmx.parts.init import normal_
-from llmx.protocol import IGNORE, Head
-from llmx.shapes import Hidden, Tokens
+from llmx.protocol import IGNORE, Head, Hidden, Tokens
 
 
 class MultiTokenHead(Head):

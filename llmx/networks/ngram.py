@@ -20,8 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmx.protocol import Context, CountingNetwork
-from llmx.shapes import Hidden, Logits, Tokens
+from llmx.protocol import Context, CountingNetwork, Hidden, Logits, Tokens
 
 
 class NGramState(NamedTuple):

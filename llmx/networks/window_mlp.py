@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from llmx.parts.init import normal_
-from llmx.protocol import Context, Network
-from llmx.shapes import Hidden, Logits, Tokens
+from llmx.protocol import Context, Hidden, Logits, Network, Tokens
 
 
 class WindowMLPState(NamedTuple):

@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llmx.base_config import with_bases
 from llmx.cli import execute
+from llmx.config.bases import with_bases
 from llmx.errors import ArgumentParser, UserError
 from llmx.sweep.report import Report
 from llmx.sweep.space import Space, Values, read_space, with_point

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 import yaml
 
+from llmx.config.yaml import read_yaml
 from llmx.errors import UserError
-from llmx.yaml_files import read_yaml
 
 if TYPE_CHECKING:
     from optuna.trial import Trial

@@ -34,7 +34,7 @@ from llmx.comparison.runs import PROTOCOL
 from llmx.errors import UserError
 from llmx.sweep.report import DIED
 from llmx.sweep.space import Point, Space, flags, with_point
-from llmx.training.watch import Watch
+from llmx.sweep.watching import Watch
 
 HEARTBEAT = 15  # seconds
 GRACE = 120  # seconds without one, after which a trial's process counts as dead

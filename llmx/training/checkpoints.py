@@ -1,6 +1,6 @@
 """Checkpoints on disk: read as plain data alone, written whole or not at all, one readable message for what is wrong.
 
-Of the classes that a file names only those are imported that `llmx.composition` lets through.
+Of the classes that a file names only those are imported that `llmx.config.factories` lets through.
 """
 
 import os
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from llmx.archives import read_archive
 from llmx.errors import UserError
+from llmx.runs.archive import read_archive
 
 PARTIAL = "checkpoint.partial"  # one name: what a kill left behind the next write replaces
 PARTS: dict[str, type] = {  # what is in a checkpoint of a fit, as far as it is read

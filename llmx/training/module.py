@@ -22,16 +22,15 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from llmx.audits.causality import audit_causality
 from llmx.audits.findings import CausalityError, CausalityReport
-from llmx.audits.running import audit_run
-from llmx.composition import build, to_config
+from llmx.audits.live_run import audit_run
+from llmx.config.factories import build, to_config
+from llmx.costs.describe import Description, describe
 from llmx.data.datamodule import Prompts, TextDataModule
 from llmx.data.tokenizers import Tokenizer, tokenizer_from_config
 from llmx.data.windows import Batch
-from llmx.describe import Description, describe
 from llmx.errors import UserError
 from llmx.generation import Sampling, check_drafts, generate
-from llmx.protocol import CountingNetwork, Network, Schedule
-from llmx.shapes import Tokens
+from llmx.protocol import CountingNetwork, Network, Schedule, Tokens
 from llmx.training.checkpoints import read_checkpoint
 from llmx.training.fastpath import COMPILE_DECODING_FROM, COMPILE_FROM, can_compile, compiled_decode, keep_freed_memory
 from llmx.training.metrics import TokenLoss, bits, perplexity

@@ -20,19 +20,19 @@ from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
 
 from llmx.audits.findings import influence_figure
+from llmx.config.yaml import parse_yaml
+from llmx.costs.describe import parameters
 from llmx.data.datamodule import TextDataModule
 from llmx.data.windows import Batch
-from llmx.describe import parameters
 from llmx.errors import UserError
 from llmx.protocol import IGNORE, CountingNetwork
+from llmx.runs.provenance import code, file_hash, provenance, sources
 from llmx.training.callbacks import Samples
 from llmx.training.logger import LAYOUT, run_folder, tensorboard
 from llmx.training.metrics import bits, perplexity
 from llmx.training.module import LanguageModel
 from llmx.training.norms import NORMS_LAYOUT, NormsByLayer
-from llmx.training.provenance import code, file_hash, provenance, sources
 from llmx.training.saving import BestCheckpoint
-from llmx.yaml_files import parse_yaml
 
 UNCOUNTED = -1.0  # no loss is below 0
 

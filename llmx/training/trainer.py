@@ -12,12 +12,12 @@ import rich
 import torch
 
 from llmx.audits.causality import audit_causality
-from llmx.audits.forms import FormsReport, audit_forms
+from llmx.audits.equivalence import FormsReport, audit_forms
 from llmx.audits.hidden_future import hidden_future_loss
+from llmx.audits.live_run import audit_run
 from llmx.audits.parameters import ParametersReport, audit_parameters
-from llmx.audits.running import audit_run
+from llmx.costs.describe import describe
 from llmx.data.datamodule import TextDataModule
-from llmx.describe import describe
 from llmx.protocol import CountingNetwork
 from llmx.training.checkpoints import read_checkpoint
 from llmx.training.module import LanguageModel

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import yaml
 
-from benchmarks import league, league_entries, league_page
-from benchmarks.league_entries import ADAPTED, BASELINE, LONG, SELECTING, SHORT, Entry, Stage, Trial, names, new_entry
-from benchmarks.league_page import FIGURE, PAGE, figure, page, render, table
+from benchmarks.league import __main__ as league
+from benchmarks.league import entries
+from benchmarks.league.entries import ADAPTED, BASELINE, LONG, SELECTING, SHORT, Entry, Stage, Trial, names, new_entry
+from benchmarks.league.page import FIGURE, PAGE, figure, page, render, table
 from llmx.errors import UserError
 
 PROTOCOL = {"corpus": "text", "split": [0.9, 0.1, 0.0], "batch_size": 16, "window": 128, "precision": "32-true"}
@@ -107,7 +108,7 @@ def test_the_best_and_the_classics_go_on():
     for number, found in enumerate(entries):
         run_out(found, valley(3e-3, 2 - number / 100))
     entries.append(entry("unfinished"))
-    assert league_entries.finalists(entries) == [f"n{i:02d}" for i in range(11, 1, -1)] + [BASELINE]
+    assert entries.finalists(entries) == [f"n{i:02d}" for i in range(11, 1, -1)] + [BASELINE]
 
 
 def test_of_the_collection_what_leaks_or_has_another_size_stands_apart_and_all_others_take_the_window(monkeypatch):
@@ -122,14 +123,14 @@ def test_of_the_collection_what_leaks_or_has_another_size_stands_apart_and_all_o
     assert "ngram" in names()
     with pytest.raises(UserError, match="nonesuch"):
         new_entry("nonesuch")
-    monkeypatch.setattr(league_entries, "ADAPTED", {})
+    monkeypatch.setattr(entries, "ADAPTED", {})
     assert "parameters" in new_entry("moe").apart
 
 
 # --------------------------------------------------------------------------------------------------- how it is kept
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    monkeypatch.setattr(league_entries, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(entries, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(league, "RUNS", tmp_path / "runs")
     return tmp_path
 
@@ -147,15 +148,15 @@ def test_what_is_done_is_skipped_after_a_stop_and_unknown_again_when_the_config_
     monkeypatch.setattr(league, "run_fit", fit)
     with pytest.raises(KeyboardInterrupt):
         league.run_architecture("llama", SHORT)
-    assert [len(found.runs) for found in league_entries.read_entries()] == [4]
+    assert [len(found.runs) for found in entries.read_entries()] == [4]
     before, asked[:] = list(asked), []
     done = league.run_architecture("llama", SHORT)
     assert len(before + asked) == len(set(before + asked)) == 6
-    assert done == league_entries.read_entry(place / "results" / "llama.json")
+    assert done == entries.read_entry(place / "results" / "llama.json")
     asked.clear()
     assert league.run_architecture("llama", SHORT) == done
     assert asked == []
-    monkeypatch.setattr(league_entries, "PROTOCOL", league_entries.PROTOCOL | {"data.batch_size": "8"})
+    monkeypatch.setattr(entries, "PROTOCOL", entries.PROTOCOL | {"data.batch_size": "8"})
     with pytest.raises(KeyboardInterrupt):
         league.run_architecture("llama", SHORT)
     assert len(asked) == 4
@@ -180,10 +181,10 @@ def tiny(place, monkeypatch):
     block = {"class_path": "PreNormBlock", "init_args": {"mixer": mixer, "feed_forward": feed_forward}}
     model["network"] = {"class_path": "Decoder", "init_args": {"dim": 8, "depth": 1, "block": block}}
     (configs / "tiny.yaml").write_text(yaml.safe_dump({"model": model}))
-    monkeypatch.setattr(league_entries, "CONFIGS", configs)
+    monkeypatch.setattr(entries, "CONFIGS", configs)
     protocol = {"data.corpus": str(place / "corpus.txt"), "data.window": "8", "data.batch_size": "4"}
     protocol |= {"data.sampling": "random", "trainer.precision": "32-true", "trainer.limit_val_batches": "2"}
-    monkeypatch.setattr(league_entries, "PROTOCOL", protocol | {"trainer.enable_progress_bar": "false"})
+    monkeypatch.setattr(entries, "PROTOCOL", protocol | {"trainer.enable_progress_bar": "false"})
 
 
 def test_a_run_goes_on_from_its_checkpoint_and_a_diverging_one_is_a_result(tiny, place, monkeypatch):
@@ -276,4 +277,4 @@ def test_a_recipe_of_its_own_is_said():
     for run in entries[2].runs:
         run["recipe"] = RECIPE | {"weight_decay": 0.0}
     assert "far differs, as its method asks for: weight decay 0.0." in render(entries)
-    assert league_page.table([], SHORT) is None
+    assert page.table([], SHORT) is None

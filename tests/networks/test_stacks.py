@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils._pytree import tree_leaves
 
-from llmx.audits.forms import audit_forms
+from llmx.audits.equivalence import audit_forms
 from llmx.blocks.hyper_connections import HyperConnectionBlock
 from llmx.blocks.prenorm import PreNormBlock
-from llmx.describe import describe
+from llmx.costs.describe import describe
 from llmx.feedforward.swiglu import SwiGLU
 from llmx.mixers.attention import Attention
 from llmx.mixers.value_residual import ValueResidualAttention

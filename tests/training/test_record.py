@@ -21,7 +21,7 @@ from llmx.comparison.table import caption, compare
 from llmx.errors import UserError
 from llmx.feedforward.swiglu import SwiGLU
 from llmx.mixers.attention import Attention
-from llmx.training.provenance import code, file_hash
+from llmx.runs.provenance import code, file_hash
 from tests.tiny import TEXT, network, newest_run
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks.forked import Command, differences, processes
+from benchmarks.robustness.forked import Command, differences, processes
 from llmx.training.checkpoints import read_checkpoint
 from tests.tiny import TEXT, network
 

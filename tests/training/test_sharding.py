@@ -13,9 +13,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.multiprocessing.spawn import start_processes
 
-from benchmarks.forked import free_port
+from benchmarks.robustness.forked import free_port
 from llmx.cli import execute
-from llmx.composition import build, to_config
+from llmx.config.factories import build, to_config
 from llmx.protocol import Block
 from llmx.training.sharding import build_sharded, policy, shard
 

@@ -1,0 +1,188 @@
+"""Configs that cost the same as another, for fair comparisons: `describe --match {parameters,flops} --to CONFIG`.
+
+    parameters    a size of the network is solved for: the hidden width of the feed-forwards, else `dim`, or `--by`
+    flops         of the whole training: the number of steps is solved for; with `--by` a size, for equal FLOPs a token
+
+Sizes that vary together keep their ratio: the largest is solved for, the others are rounded. The search is a bisection,
+so costs have to rise with the size. The trap: not every size can be built (heads have to divide a width); those that
+cannot are stepped over.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from llmx.cli.diagnosis import nodes
+from llmx.config.bases import set_at
+from llmx.costs.describe import MATCHED, Description, apart, parameters
+from llmx.errors import UserError
+from llmx.protocol import Network
+
+Build = Callable[[Any], Network]  # from a network's config
+Describe = Callable[[Any, int], Description]  # and the length of a sequence
+STEPS = "trainer.max_steps"
+DEFAULTS = ("feed_forward.hidden", "dim")  # the first that the network has
+PATIENCE = 512  # sizes in a row that cannot be built before the search ends
+
+
+@dataclass(frozen=True)
+class Match:
+    """The nearest that was found.
+
+    changes:    what overrides the config, nested as it is
+    kind:       what was matched, in words
+    own, other: how much of it both have
+    """
+
+    changes: dict[str, Any]
+    kind: str
+    own: float
+    other: float
+
+    @property
+    def holds(self) -> bool:
+        return apart((self.own, self.other)) <= MATCHED
+
+    def said(self, name: str) -> str:
+        """In one line what was reached; `name` is the other config's."""
+        percent = round(100 * (self.own / self.other - 1), 2) + 0.0  # no -0.00
+        return f"{self.kind}: {self.own:,.0f}, and {self.other:,.0f} in {name} ({percent:+.2f} %)"
+
+
+def match(
+    own: dict[str, Any], other: dict[str, Any], what: str, by: str | None, build: Build, describe: Describe
+) -> Match:
+    """Solves for what makes a config cost as much as another.
+
+    Args:
+        own: the settings to change, as plain data: `model`, `data`, `trainer`, and `length`, where FLOPs are counted.
+        other: those whose cost is the goal.
+        what: `parameters` or `flops`.
+        by: the size to vary, a key of the network or its end, which stands for all keys that end so.
+        build: all that parameters take; raises ValueError for a network that cannot be built.
+        describe: the same, for FLOPs.
+
+    Raises:
+        UserError: for sizes that are not there or do not serve, and where there is nothing to match.
+    """
+
+    def cost(settings: dict[str, Any], network: Any) -> float:
+        value: float | None
+        if what == "parameters":
+            built = build(network)
+            name, value, why = type(built).__name__, parameters(built), None
+        else:
+            found = describe(network, settings["length"])
+            name, value, why = found.network, found.training_flops_per_token, found.uncounted
+        if not value:
+            raise UserError(f"model.network: {name} cannot be matched by {what}, {why or 'there are none'}")
+        return value
+
+    network = own["model"]["network"]
+    held = cost(own, network)
+    try:
+        goal = cost(other, other["model"]["network"])
+    except ValueError as error:
+        raise UserError(f"to: {error}") from error
+    if what == "flops" and by in (None, STEPS):
+        if other["trainer"]["max_steps"] < 1:
+            raise UserError(f"to: gives no {STEPS}, whose training FLOPs could be matched")
+        a_step, goal = held * _tokens(own), goal * _tokens(other) * other["trainer"]["max_steps"]
+        steps = max(1, round(goal / a_step))
+        return Match({"trainer": {"max_steps": steps}}, "training FLOPs", steps * a_step, goal)
+    sizes = _sizes(network, by)
+    largest = max(sizes.values())
+
+    def resized(size: int) -> Any:
+        config = {"model": {"network": copy.deepcopy(network)}}
+        for key, given in sizes.items():
+            set_at(config, key, str(max(min(1, size), round(size * given / largest))))
+        return config["model"]["network"]
+
+    def attempt(size: int) -> float | None:
+        try:
+            return cost(own, resized(size))
+        except ValueError:
+            return None
+
+    try:
+        size, reached = nearest(attempt, goal)
+    except ValueError as error:
+        raise UserError(f"by: {', '.join(sizes)}: {error}") from error
+    changes = {"model": {"network": _difference(resized(0), resized(size))}}
+    return Match(changes, what if what == "parameters" else "training FLOPs a token", reached, goal)
+
+
+def nearest(cost: Callable[[int], float | None], goal: float) -> tuple[int, float]:
+    """The whole number from 1 on whose cost is nearest to the goal, and that cost.
+
+    Args:
+        cost: rises with its argument; None where there is none.
+        goal: what the cost should be.
+
+    Raises:
+        ValueError: where no number has a cost, or it does not rise.
+    """
+    tried: dict[int, float] = {}
+
+    def first(start: int, stop: int) -> int | None:
+        for n in range(start, stop):
+            found = cost(n)
+            if found is not None:
+                tried[n] = found
+                return n
+        return None
+
+    low = first(1, 1 + PATIENCE)
+    if low is None:
+        raise ValueError(f"none of 1 to {PATIENCE} can be built")
+    while (n := first(2 * low, 2 * low + PATIENCE)) is not None:
+        if tried[n] <= tried[low]:
+            raise ValueError(f"{n} costs no more than {low}, so there is nothing to solve for")
+        if tried[n] >= goal:
+            break
+        low = n
+    high = 2 * low  # what can be built from here on costs the goal or more
+    while high - low > 1:
+        middle = (low + high) // 2
+        n = first(middle, high)
+        if n is not None and tried[n] < goal:
+            low = n
+        else:
+            high = middle
+    return min(tried.items(), key=lambda pair: abs(pair[1] - goal))
+
+
+def _tokens(settings: dict[str, Any]) -> int:
+    """Of one step."""
+    return settings["data"]["batch_size"] * settings["data"]["window"]
+
+
+def _sizes(network: Any, by: str | None) -> dict[str, int]:
+    """The keys to vary, with what they hold; one that is not given (null) counts as large as the largest that is."""
+    ends = DEFAULTS if by is None else (by.replace("init_args.", ""),)
+    keys = nodes(network, "model.network")
+    found = next(
+        (same for end in ends if (same := {key: value for key, value in keys if f".{key}".endswith(f".{end}")})), None
+    )
+    if found is None:
+        raise UserError(f"by: model.network has no key that ends with {' or '.join(ends)}")
+    for key, value in found.items():
+        if value is not None and (type(value) is not int or value < 1):
+            raise UserError(f"by: {key} is no size, a whole number from 1 on, but {value!r:.60}")
+    largest = max((value for value in found.values() if value), default=1)
+    return {key: value or largest for key, value in found.items()}
+
+
+def _difference(before: Any, after: Any) -> Any:
+    """What has changed, within the classes that it belongs to. Lists keep all entries: the parser merges them one by
+    one."""
+    if isinstance(after, list):
+        return [_difference(*pair) for pair in zip(before, after, strict=True)]
+    if not isinstance(after, dict):
+        return after
+    changed = {key: _difference(before[key], value) for key, value in after.items() if value != before[key]}
+    return {"class_path": after["class_path"], **changed} if "class_path" in after else changed
