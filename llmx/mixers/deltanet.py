@@ -14,13 +14,13 @@ grow, and the memory without bound; the length is made 1 after convolution and S
 
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmx.parts.delta import delta_rule, delta_step, l2_norm
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.norm import RMSNorm
+from llmx.parts.precision import at_least_float32, exact_zeros
 from llmx.parts.short_convolution import ShortConvolution
 from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
@@ -67,8 +67,7 @@ class DeltaNet(StatefulMixer[DeltaNetState]):
 
     def init_state(self, batch_size: int, max_length: int) -> DeltaNetState:
         like = self.out.weight
-        exact = torch.promote_types(like.dtype, torch.float32)
-        memory = like.new_zeros(batch_size, self.heads, self.head_dim, self.head_dim, dtype=exact)
+        memory = exact_zeros(like, batch_size, self.heads, self.head_dim, self.head_dim)
         return DeltaNetState(self.convolution.init_state(batch_size), memory)
 
     def step(self, x: Tensor, state: DeltaNetState, context: Context) -> tuple[Tensor, DeltaNetState]:
@@ -86,7 +85,7 @@ class DeltaNet(StatefulMixer[DeltaNetState]):
     def _heads(self, u: Tensor, rate: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Query, key and value (B, T, H, K), beta (B, T, H), without T in `step`."""
         query, key, value = F.silu(u).unflatten(-1, (3, self.heads, self.head_dim)).unbind(-3)
-        beta = self.beta_max * rate.to(torch.promote_types(rate.dtype, torch.float32)).sigmoid()
+        beta = self.beta_max * at_least_float32(rate).sigmoid()
         return l2_norm(query) * self.head_dim**-0.5, l2_norm(key), value, beta
 
     def _read(self, mixed: Tensor) -> Tensor:

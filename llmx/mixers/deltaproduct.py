@@ -15,13 +15,13 @@ product of theirs is a reflection or a rotation, so here the default is 2.
 
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmx.parts.delta import delta_rule, delta_step, delta_write, l2_norm
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.norm import RMSNorm
+from llmx.parts.precision import at_least_float32, exact_zeros
 from llmx.parts.short_convolution import ShortConvolution
 from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
@@ -72,8 +72,7 @@ class DeltaProduct(StatefulMixer[DeltaProductState]):
 
     def init_state(self, batch_size: int, max_length: int) -> DeltaProductState:
         like = self.out.weight
-        exact = torch.promote_types(like.dtype, torch.float32)
-        memory = like.new_zeros(batch_size, self.heads, self.head_dim, self.head_dim, dtype=exact)
+        memory = exact_zeros(like, batch_size, self.heads, self.head_dim, self.head_dim)
         return DeltaProductState(self.convolution.init_state(batch_size), memory)
 
     def step(self, x: Tensor, state: DeltaProductState, context: Context) -> tuple[Tensor, DeltaProductState]:
@@ -103,7 +102,7 @@ class DeltaProduct(StatefulMixer[DeltaProductState]):
         """Query (B, T, H, K), key and value (B, T, n, H, K), beta (B, T, n, H), without T in `step`."""
         query, key, value = F.silu(u).split(self.convolved, -1)
         key, value = (y.unflatten(-1, (self.steps, self.heads, -1)) for y in (key, value))
-        beta = self.beta_max * rate.to(torch.promote_types(rate.dtype, torch.float32)).sigmoid()
+        beta = self.beta_max * at_least_float32(rate).sigmoid()
         query = l2_norm(query.unflatten(-1, (self.heads, -1))) * self.head_dim**-0.5
         return query, l2_norm(key), value, beta.unflatten(-1, (self.steps, self.heads))
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from llmx.parts.attention import KeyValues, attend_cache, biased_causal_attention, empty_cache, places, write
 from llmx.parts.init import normal_, residual_std
+from llmx.parts.precision import at_least_float32, exact_dtype
 from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
 
@@ -90,7 +91,7 @@ class ForgettingAttention(StatefulMixer[ForgettingState]):
         """Query, key and value (B, T, H, K), and log f (B, T, H) in float64."""
         query, key, value = self.qkv(x).unflatten(-1, (3 * self.heads, self.head_dim)).chunk(3, -2)
         gate = self.forget(x)
-        log_gate = F.logsigmoid(gate.to(torch.promote_types(gate.dtype, torch.float32)))
+        log_gate = F.logsigmoid(at_least_float32(gate))
         return query, key, value, log_gate.double()
 
 
@@ -100,7 +101,7 @@ def _decay(now: Tensor, past: Tensor, like: Tensor) -> Tensor:
     F at T tokens (B, H, T) and at S slots (B, H, S) -> (B, H, 1, T, S), in the precision of `like`, float32 at least.
     Two float32 numbers make up F: so there is no matrix in float64.
     """
-    exact = torch.promote_types(like.dtype, torch.float32)
+    exact = exact_dtype(like)
     coarse = past.to(exact)
     rest = (past - coarse).to(exact).detach()  # the gradient passes through the other part
     return (now.to(exact)[..., None] - coarse[..., None, :] - rest[..., None, :])[:, :, None]

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from llmx.parts.delta import delta_rule, delta_step, l2_norm
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.norm import RMSNorm
+from llmx.parts.precision import exact_dtype, exact_zeros
 from llmx.parts.short_convolution import ShortConvolution
 from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
@@ -96,8 +97,7 @@ class GatedDeltaNet(StatefulMixer[GatedDeltaNetState]):
         return self._read(mixed, gate)
 
     def init_state(self, batch_size: int, max_length: int) -> GatedDeltaNetState:
-        exact = torch.promote_types(self.decay_log.dtype, torch.float32)
-        memory = self.decay_log.new_zeros(batch_size, self.heads, self.key_dim, self.value_dim, dtype=exact)
+        memory = exact_zeros(self.decay_log, batch_size, self.heads, self.key_dim, self.value_dim)
         return GatedDeltaNetState(self.convolution.init_state(batch_size), memory)
 
     def step(self, x: Tensor, state: GatedDeltaNetState, context: Context) -> tuple[Tensor, GatedDeltaNetState]:
@@ -117,7 +117,7 @@ class GatedDeltaNet(StatefulMixer[GatedDeltaNetState]):
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What is convolved (B, T, 2 G K + H V), gate (B, T, H V), beta and log a (B, T, H), without T in `step`."""
         u, gate, rate, decay = self.project(x).split(self.widths, -1)
-        exact = torch.promote_types(x.dtype, torch.float32)
+        exact = exact_dtype(x)
         log_decay = -self.decay_log.to(exact).exp() * F.softplus(decay.to(exact) + self.decay_bias.to(exact))
         return u, gate, self.beta_max * rate.to(exact).sigmoid(), log_decay
 

@@ -12,13 +12,13 @@ exp(-sum of log a), which would make the whole chunk one matrix product, overflo
 
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmx.parts.head_norm import HeadNorm
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.linear_attention import decay_step, vector_decay
+from llmx.parts.precision import at_least_float32, exact_zeros
 from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
 
@@ -64,7 +64,7 @@ class GatedLinearAttention(StatefulMixer[GatedLinearAttentionState]):
     def init_state(self, batch_size: int, max_length: int) -> GatedLinearAttentionState:
         like = self.out.weight
         shape = (batch_size, self.heads, self.dim // (2 * self.heads), self.dim // self.heads)
-        return GatedLinearAttentionState(like.new_zeros(shape, dtype=torch.promote_types(like.dtype, torch.float32)))
+        return GatedLinearAttentionState(exact_zeros(like, *shape))
 
     def step(
         self, x: Tensor, state: GatedLinearAttentionState, context: Context
@@ -85,7 +85,7 @@ class GatedLinearAttention(StatefulMixer[GatedLinearAttentionState]):
         half = self.dim // 2
         query, key, value, gate = self.project(x).split((half, half, self.dim, self.dim), -1)
         logits = self.gate_up(self.gate_down(x))
-        log_decay = F.logsigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32))) / self.gate_root
+        log_decay = F.logsigmoid(at_least_float32(logits)) / self.gate_root
         query, key, value, log_decay = (p.unflatten(-1, (self.heads, -1)) for p in (query, key, value, log_decay))
         return query * query.shape[-1] ** -0.5, key, value, log_decay, gate
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.linear_attention import decay_step, vector_decay
 from llmx.parts.norm import RMSNorm
+from llmx.parts.precision import at_least_float32, exact_zeros
 from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
 BOUNDS = "hgrn2 bounds"  # in the context's store: (1, T, L, D), the same for all T, without T in `step`
@@ -63,8 +64,7 @@ class HGRN2(StatefulMixer[HGRN2State]):
     def init_state(self, batch_size: int, max_length: int) -> HGRN2State:
         like = self.out.weight
         width = like.shape[0] // self.heads
-        exact = torch.promote_types(like.dtype, torch.float32)
-        return HGRN2State(like.new_zeros(batch_size, self.heads, width, width, dtype=exact))
+        return HGRN2State(exact_zeros(like, batch_size, self.heads, width, width))
 
     def step(self, x: Tensor, state: HGRN2State, context: Context) -> tuple[Tensor, HGRN2State]:
         mixed, memory = decay_step(*self._project(x, context), state.memory)
@@ -77,7 +77,7 @@ class HGRN2(StatefulMixer[HGRN2State]):
     def _project(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Query, key 1 - f, value and log f, each (B, T, H, K), without T in `step`."""
         query, gate, value = self.project(x).chunk(3, -1)
-        gate = gate.to(torch.promote_types(gate.dtype, torch.float32))
+        gate = at_least_float32(gate)
         if self.bounds is not None:
             bounds = self.bounds.to(gate.dtype).softmax(0)
             bounds = torch.cat((torch.zeros_like(bounds[:1]), bounds[1:].cumsum(0)))

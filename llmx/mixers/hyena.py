@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from llmx.parts.attention import write
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.long_convolution import long_convolution
+from llmx.parts.precision import exact_dtype
 from llmx.parts.short_convolution import ShortConvolution
 from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
@@ -127,7 +128,7 @@ class ImplicitFilter(nn.Module):
     def forward(self, length: int) -> Tensor:
         """The lags below `length` -> (length, D), in float32 at least."""
         weight = self.last.weight
-        exact = torch.promote_types(weight.dtype, torch.float32)
+        exact = exact_dtype(weight)
         with torch.autocast("cpu" if weight.is_meta else weight.device.type, enabled=False):  # there is none of meta
             lag = torch.arange(length, device=weight.device, dtype=exact)[:, None] / self.max_length
             angle = 2 * math.pi * torch.arange(1, self.bands + 1, device=weight.device, dtype=exact) * lag

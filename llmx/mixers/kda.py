@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from llmx.parts.delta import delta_step, l2_norm, vector_delta_rule
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.norm import RMSNorm
+from llmx.parts.precision import exact_dtype, exact_zeros
 from llmx.parts.short_convolution import ShortConvolution
 from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
@@ -91,8 +92,7 @@ class KDA(StatefulMixer[KDAState]):
 
     def init_state(self, batch_size: int, max_length: int) -> KDAState:
         like = self.out.weight
-        exact = torch.promote_types(like.dtype, torch.float32)
-        memory = like.new_zeros(batch_size, self.heads, self.head_dim, self.head_dim, dtype=exact)
+        memory = exact_zeros(like, batch_size, self.heads, self.head_dim, self.head_dim)
         return KDAState(self.convolution.init_state(batch_size), memory)
 
     def step(self, x: Tensor, state: KDAState, context: Context) -> tuple[Tensor, KDAState]:
@@ -111,7 +111,7 @@ class KDA(StatefulMixer[KDAState]):
         """What is convolved (B, T, 3 D), beta (B, T, H), log a (B, T, H, K), output gate (B, T, D), without T in
         `step`."""
         u, decay, gate, rate = self.project(x).split(self.widths, -1)
-        exact = torch.promote_types(x.dtype, torch.float32)
+        exact = exact_dtype(x)
         size = F.softplus(self.decay_up(decay).to(exact) + self.decay_bias.to(exact)).unflatten(-1, (self.heads, -1))
         log_decay = -self.decay_log.to(exact).exp()[:, None] * size
         return u, self.beta_max * rate.to(exact).sigmoid(), log_decay, self.gate_up(gate).sigmoid()

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.linear_attention import decay_step, scalar_decay
 from llmx.parts.norm import RMSNorm
+from llmx.parts.precision import exact_dtype, exact_zeros
 from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
 
@@ -60,8 +61,7 @@ class LightningAttention(StatefulMixer[LightningState]):
 
     def init_state(self, batch_size: int, max_length: int) -> LightningState:
         like = self.out.weight
-        exact = torch.promote_types(like.dtype, torch.float32)
-        return LightningState(like.new_zeros(batch_size, self.heads, self.head_dim, self.head_dim, dtype=exact))
+        return LightningState(exact_zeros(like, batch_size, self.heads, self.head_dim, self.head_dim))
 
     def step(self, x: Tensor, state: LightningState, context: Context) -> tuple[Tensor, LightningState]:
         query, key, value = self._project(x)
@@ -81,7 +81,7 @@ class LightningAttention(StatefulMixer[LightningState]):
 
     def _log_decay(self, like: Tensor) -> Tensor:
         """(H,), -s."""
-        exact = torch.promote_types(like.dtype, torch.float32)
+        exact = exact_dtype(like)
         heads = torch.arange(1, self.heads + 1, device=like.device, dtype=exact)
         return -self.slope * torch.exp2(-8 * heads / self.heads)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.linear_attention import scalar_decay
+from llmx.parts.precision import at_least_float32, exact_zeros
 from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
 EPS = 1e-6  # added to the normaliser, whose features may round to 0
@@ -55,8 +56,7 @@ class LinearAttention(StatefulMixer[LinearAttentionState]):
 
     def init_state(self, batch_size: int, max_length: int) -> LinearAttentionState:
         like = self.out.weight
-        exact = torch.promote_types(like.dtype, torch.float32)
-        memory = like.new_zeros(batch_size, self.heads, self.head_dim, self.head_dim, dtype=exact)
+        memory = exact_zeros(like, batch_size, self.heads, self.head_dim, self.head_dim)
         return LinearAttentionState(memory, memory[..., 0].clone())
 
     def step(self, x: Tensor, state: LinearAttentionState, context: Context) -> tuple[Tensor, LinearAttentionState]:
@@ -84,6 +84,6 @@ class LinearAttention(StatefulMixer[LinearAttentionState]):
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """phi(query), phi(key) and value (B, T, H, K), without T in `step`, in float32 at least."""
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
-        heads = heads.to(torch.promote_types(heads.dtype, torch.float32))
+        heads = at_least_float32(heads)
         query, key, value = heads.chunk(3, -2)
         return F.elu(query) + 1, F.elu(key) + 1, value

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmx.parts.init import normal_, residual_std
+from llmx.parts.precision import exact_dtype, exact_zeros
 from llmx.parts.selective_scan import selective_scan
 from llmx.parts.short_convolution import ShortConvolution
 from llmx.protocol import Context, Hidden, Site, StatefulMixer
@@ -79,8 +80,7 @@ class Mamba(StatefulMixer[MambaState]):
         return self._mix(F.silu(self.convolution(u)), gate, None)[0]
 
     def init_state(self, batch_size: int, max_length: int) -> MambaState:
-        exact = torch.promote_types(self.decay_log.dtype, torch.float32)
-        memory = self.decay_log.new_zeros(batch_size, *self.decay_log.shape, dtype=exact)
+        memory = exact_zeros(self.decay_log, batch_size, *self.decay_log.shape)
         return MambaState(self.convolution.init_state(batch_size), memory)
 
     def step(self, x: Tensor, state: MambaState, context: Context) -> tuple[Tensor, MambaState]:
@@ -105,7 +105,7 @@ class Mamba(StatefulMixer[MambaState]):
 
     def _select(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """dt (B, T, F), A (F, N), B and C (B, T, N), in float32 at least, without T in `step`."""
-        exact = torch.promote_types(u.dtype, torch.float32)
+        exact = exact_dtype(u)
         low, write, read = self.select(u).split(self.widths, -1)
         size = F.softplus(self.step_size(low).to(exact))
         return size, -self.decay_log.to(exact).exp(), write.to(exact), read.to(exact)

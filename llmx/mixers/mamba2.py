@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.linear_attention import decay_step, scalar_decay
 from llmx.parts.norm import RMSNorm
+from llmx.parts.precision import exact_dtype, exact_zeros
 from llmx.parts.short_convolution import ShortConvolution
 from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
@@ -79,8 +80,7 @@ class Mamba2(StatefulMixer[Mamba2State]):
 
     def init_state(self, batch_size: int, max_length: int) -> Mamba2State:
         hidden, state, _ = self.convolved
-        exact = torch.promote_types(self.skip.dtype, torch.float32)
-        memory = self.skip.new_zeros(batch_size, self.heads, state, hidden // self.heads, dtype=exact)
+        memory = exact_zeros(self.skip, batch_size, self.heads, state, hidden // self.heads)
         return Mamba2State(self.convolution.init_state(batch_size), memory)
 
     def step(self, x: Tensor, state: Mamba2State, context: Context) -> tuple[Tensor, Mamba2State]:
@@ -100,7 +100,7 @@ class Mamba2(StatefulMixer[Mamba2State]):
     def _recurrence(self, u: Tensor, steps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """C and B (B, T, 1, N), u and dt u (B, T, H, P), and log a (B, T, H), without T in `step`."""
         value, key, query = F.silu(u).split(self.convolved, -1)
-        exact = torch.promote_types(steps.dtype, torch.float32)
+        exact = exact_dtype(steps)
         size = F.softplus(steps.to(exact) + self.step_bias.to(exact))
         value = value.unflatten(-1, (self.heads, -1))
         new = (value * size[..., None]).to(value.dtype)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.linear_attention import scalar_decay
 from llmx.parts.norm import RMSNorm
+from llmx.parts.precision import exact_dtype, exact_zeros
 from llmx.parts.rotary import rotate_part
 from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
@@ -105,10 +106,9 @@ class Mamba3(StatefulMixer[Mamba3State]):
 
     def init_state(self, batch_size: int, max_length: int) -> Mamba3State:
         hidden, _, state, *_, angles = self.widths
-        exact = torch.promote_types(self.skip.dtype, torch.float32)
         channels = hidden // self.heads
         shapes = ((state, channels), (state,), (channels,), (angles,))
-        return Mamba3State(*(self.skip.new_zeros(batch_size, self.heads, *shape, dtype=exact) for shape in shapes))
+        return Mamba3State(*(exact_zeros(self.skip, batch_size, self.heads, *shape) for shape in shapes))
 
     def step(self, x: Tensor, state: Mamba3State, context: Context) -> tuple[Tensor, Mamba3State]:
         new, gate = self._project(x)
@@ -144,7 +144,7 @@ class Mamba3(StatefulMixer[Mamba3State]):
     def _project(self, x: Tensor) -> tuple[Inputs, Tensor]:
         """(B, T, D) -> what the recurrence reads, and the gate (B, T, F), without T in `step`."""
         gate, value, key, query, steps, decay, share, angle = self.project(x).split(self.widths, -1)
-        exact = torch.promote_types(steps.dtype, torch.float32)
+        exact = exact_dtype(steps)
         value, steps, decay, share, angle = (part.to(exact) for part in (value, steps, decay, share, angle))
         size = F.softplus(steps + self.step_bias.to(exact))
         log_decay = -size * F.softplus(decay).clamp(min=WEAKEST)

@@ -12,10 +12,10 @@ by cumulative products overflows; one that multiplies as it goes, as here, needs
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from llmx.parts.init import normal_, residual_std
+from llmx.parts.precision import at_least_float32, exact_zeros
 from llmx.parts.scan import scan
 from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
@@ -50,8 +50,7 @@ class MinGRU(StatefulMixer[MinGRUState]):
 
     def init_state(self, batch_size: int, max_length: int) -> MinGRUState:
         like = self.out.weight
-        exact = torch.promote_types(like.dtype, torch.float32)
-        return MinGRUState(like.new_zeros(batch_size, self.out.in_features, dtype=exact))
+        return MinGRUState(exact_zeros(like, batch_size, self.out.in_features))
 
     def step(self, x: Tensor, state: MinGRUState, context: Context) -> tuple[Tensor, MinGRUState]:
         gate, candidate = self.input(x).chunk(2, -1)
@@ -66,5 +65,5 @@ class MinGRU(StatefulMixer[MinGRUState]):
     def _recurrence(self, x: Hidden) -> tuple[Tensor, Tensor]:
         """1 - z_t and z_t * c_t, (B, T, F) each."""
         gate, candidate = self.input(x).chunk(2, -1)
-        z = gate.to(torch.promote_types(gate.dtype, torch.float32)).sigmoid()
+        z = at_least_float32(gate).sigmoid()
         return 1 - z, z * candidate

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmx.parts.init import normal_, residual_std
+from llmx.parts.precision import exact_dtype, exact_zeros
 from llmx.parts.scan import scan
 from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
@@ -54,8 +55,7 @@ class MinLSTM(StatefulMixer[MinLSTMState]):
 
     def init_state(self, batch_size: int, max_length: int) -> MinLSTMState:
         like = self.out.weight
-        exact = torch.promote_types(like.dtype, torch.float32)
-        return MinLSTMState(like.new_zeros(batch_size, self.out.in_features, dtype=exact))
+        return MinLSTMState(exact_zeros(like, batch_size, self.out.in_features))
 
     def step(self, x: Tensor, state: MinLSTMState, context: Context) -> tuple[Tensor, MinLSTMState]:
         keep, write = self._recurrence(x)
@@ -69,6 +69,6 @@ class MinLSTM(StatefulMixer[MinLSTMState]):
     def _recurrence(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """f / (f + i), and i / (f + i) * c, (B, T, F) each, without T in `step`."""
         forget, let, candidate = self.input(x).chunk(3, -1)
-        exact = torch.promote_types(x.dtype, torch.float32)
+        exact = exact_dtype(x)
         ratio = F.logsigmoid(forget.to(exact)) - F.logsigmoid(let.to(exact))
         return ratio.sigmoid(), (-ratio).sigmoid() * candidate

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from llmx.parts.head_norm import HeadNorm
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.linear_attention import carry, chunked, joined
+from llmx.parts.precision import at_least_float32, exact_zeros
 from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
 CHUNK = 32
@@ -72,7 +73,7 @@ class MLSTM(StatefulMixer[MLSTMState]):
     def init_state(self, batch_size: int, max_length: int) -> MLSTMState:
         like = self.out.weight
         shape = (batch_size, self.heads, self.dim // (2 * self.heads), self.dim // self.heads)
-        memory = like.new_zeros(shape, dtype=torch.promote_types(like.dtype, torch.float32))
+        memory = exact_zeros(like, *shape)
         return MLSTMState(memory, memory[..., 0].clone(), memory[..., 0, 0].clone())
 
     def step(self, x: Tensor, state: MLSTMState, context: Context) -> tuple[Tensor, MLSTMState]:
@@ -100,7 +101,7 @@ class MLSTM(StatefulMixer[MLSTMState]):
         query, key, value, gate = self.project(x).split((half, half, self.dim, self.dim), -1)
         query, key, value = (part.unflatten(-1, (self.heads, -1)) for part in (query, key, value))
         logits = self.gates(x)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = at_least_float32(logits)
         input_gate, forget = (self.gate_cap * torch.tanh(logits / self.gate_cap)).chunk(2, -1)
         return query * query.shape[-1] ** -0.5, key, value, gate, input_gate, F.logsigmoid(forget)
 

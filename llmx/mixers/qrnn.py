@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmx.parts.init import normal_
+from llmx.parts.precision import at_least_float32, exact_zeros
 from llmx.parts.scan import scan
 from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
@@ -51,9 +52,8 @@ class QRNN(StatefulMixer[QRNNState]):
 
     def init_state(self, batch_size: int, max_length: int) -> QRNNState:
         like = self.gates.weight
-        exact = torch.promote_types(like.dtype, torch.float32)
         inputs = like.new_zeros(batch_size, self.width - 1, self.dim)
-        return QRNNState(inputs, like.new_zeros(batch_size, self.dim, dtype=exact))
+        return QRNNState(inputs, exact_zeros(like, batch_size, self.dim))
 
     def step(self, x: Tensor, state: QRNNState, context: Context) -> tuple[Tensor, QRNNState]:
         seen = torch.cat((state.inputs.to(x.dtype), x[:, None]), 1)  # (B, w, D)
@@ -72,7 +72,7 @@ class QRNN(StatefulMixer[QRNNState]):
         time = seen.shape[1] - self.width + 1
         windows = torch.cat([seen[:, j : j + time] for j in range(self.width)], -1)  # (B, T, w D)
         gates = self.gates(windows)
-        z, f, o = gates.to(torch.promote_types(gates.dtype, torch.float32)).chunk(3, -1)
+        z, f, o = at_least_float32(gates).chunk(3, -1)
         f = f.sigmoid()
         cell = scan(f, (1 - f) * z.tanh(), start)
         return (o.sigmoid() * cell).to(seen.dtype), cell[:, -1]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from llmx.parts.head_norm import HeadNorm
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.linear_attention import decay_step, scalar_decay
+from llmx.parts.precision import exact_dtype, exact_zeros
 from llmx.parts.rotary import rotate, shared_table
 from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
@@ -65,7 +66,7 @@ class Retention(StatefulMixer[RetentionState]):
     def init_state(self, batch_size: int, max_length: int) -> RetentionState:
         like = self.out.weight
         shape = (batch_size, self.heads, self.dim // self.heads, self.value_dim // self.heads)
-        return RetentionState(like.new_zeros(shape, dtype=torch.promote_types(like.dtype, torch.float32)))
+        return RetentionState(exact_zeros(like, *shape))
 
     def step(self, x: Tensor, state: RetentionState, context: Context) -> tuple[Tensor, RetentionState]:
         query, key, value, gate = self._project(x, context)
@@ -87,7 +88,7 @@ class Retention(StatefulMixer[RetentionState]):
 
     def _log_decay(self, like: Tensor) -> Tensor:
         """(H,), log g."""
-        exact = torch.promote_types(like.dtype, torch.float32)
+        exact = exact_dtype(like)
         return torch.log1p(-torch.exp2(-5 - torch.arange(self.heads, device=like.device, dtype=exact)))
 
     def _read(self, mixed: Tensor, gate: Tensor) -> Tensor:

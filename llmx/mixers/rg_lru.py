@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmx.parts.init import normal_, residual_std
+from llmx.parts.precision import at_least_float32, exact_zeros
 from llmx.parts.scan import scan
 from llmx.parts.short_convolution import ShortConvolution
 from llmx.protocol import Context, Hidden, Site, StatefulMixer
@@ -71,8 +72,8 @@ class RGLRU(StatefulMixer[RGLRUState]):
         return self._read(scan(*self._recurrence(self.convolution(u), context.positions)), gate)
 
     def init_state(self, batch_size: int, max_length: int) -> RGLRUState:
-        hidden = self.decay.new_zeros(batch_size, len(self.decay))
-        return RGLRUState(self.convolution.init_state(batch_size), hidden.to(_exact(hidden)))
+        hidden = exact_zeros(self.decay, batch_size, len(self.decay))
+        return RGLRUState(self.convolution.init_state(batch_size), hidden)
 
     def step(self, x: Tensor, state: RGLRUState, context: Context) -> tuple[Tensor, RGLRUState]:
         u, gate = self.project(x).chunk(2, -1)
@@ -91,7 +92,7 @@ class RGLRU(StatefulMixer[RGLRUState]):
         """a_t and what it adds, in float32 at least: u (B, T, F), positions (B or 1, T), without T in `step`."""
         blocks = u.unflatten(-1, (len(self.gates), -1))
         gates = torch.einsum("...hk,hkj->...hj", blocks, self.gates.to(u.dtype)) + self.gate_bias.to(u.dtype)
-        r, i = gates.to(_exact(gates)).sigmoid().chunk(2, -1)
+        r, i = at_least_float32(gates).sigmoid().chunk(2, -1)
         log_a = -SHARPNESS * F.softplus(self.decay.to(r.dtype)) * r.flatten(-2)
         square = -torch.expm1(2 * log_a)  # 1 - a^2
         root = square.clamp(min=torch.finfo(square.dtype).tiny).sqrt()
@@ -100,7 +101,3 @@ class RGLRU(StatefulMixer[RGLRUState]):
 
     def _read(self, hidden: Tensor, gate: Tensor) -> Tensor:
         return self.out(hidden.to(gate.dtype) * F.gelu(gate, approximate="tanh"))
-
-
-def _exact(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)

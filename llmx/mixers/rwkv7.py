@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmx.parts.dplr import dplr
+from llmx.parts.precision import at_least_float32, exact_zeros
 from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
 FIRST_VALUE = "first value of RWKV-7"  # in the context's store: (B, T, D), without T in `step`
@@ -117,8 +118,7 @@ class RWKV7(StatefulMixer[RWKV7State]):
 
     def init_state(self, batch_size: int, max_length: int) -> RWKV7State:
         like = self.out.weight
-        exact = torch.promote_types(like.dtype, torch.float32)
-        memory = like.new_zeros(batch_size, self.heads, self.head_dim, self.head_dim, dtype=exact)
+        memory = exact_zeros(like, batch_size, self.heads, self.head_dim, self.head_dim)
         return RWKV7State(like.new_zeros(batch_size, like.shape[0]), memory)
 
     def step(self, x: Tensor, state: RWKV7State, context: Context) -> tuple[Tensor, RWKV7State]:
@@ -155,7 +155,7 @@ class RWKV7(StatefulMixer[RWKV7State]):
             value = value + self.share(for_v).sigmoid() * (context.store[FIRST_VALUE] - value)
         rate = self.rate(for_a).sigmoid()
         decay = self.decay(for_w)
-        log_decay = FASTEST * decay.to(torch.promote_types(decay.dtype, torch.float32)).sigmoid()
+        log_decay = FASTEST * at_least_float32(decay).sigmoid()
         erase = F.normalize(self._heads(key * self.erase_scale), dim=-1)
         key = key * (1 + (rate - 1) * self.rate_scale)
         heads = self._heads
@@ -165,7 +165,7 @@ class RWKV7(StatefulMixer[RWKV7State]):
     def _read(self, read: Tensor, rows: Rows, gate: Tensor) -> Tensor:
         """What was read, (..., H, K), and the token's own bonus -> (..., D)."""
         eps = 1e-5 * self.head_dim  # 64e-5 at the paper's width
-        normed = F.layer_norm(read.to(torch.promote_types(read.dtype, torch.float32)), read.shape[-1:], eps=eps)
+        normed = F.layer_norm(at_least_float32(read), read.shape[-1:], eps=eps)
         mixed = normed.flatten(-2) * self.norm_weight + self.norm_bias
         bonus = (rows.receptance * rows.key * self._heads(self.bonus)).sum(-1, keepdim=True) * rows.value
         return self.out((mixed + bonus.flatten(-2)).to(gate.dtype) * gate)

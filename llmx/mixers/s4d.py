@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from llmx.parts.init import normal_
 from llmx.parts.long_convolution import long_convolution
+from llmx.parts.precision import exact_dtype
 from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
 FASTEST, SLOWEST = 0.1, 0.001  # dt at the start
@@ -79,7 +80,7 @@ class S4D(StatefulMixer[S4DState]):
 
     def _discrete(self) -> tuple[Tensor, Tensor, Tensor]:
         """dt A, (exp(dt A) - 1) / A and C, (D, N / 2) each, complex."""
-        exact = torch.promote_types(self.log_decay.dtype, torch.float32)
+        exact = exact_dtype(self.log_decay)
         rate = torch.complex(-self.log_decay.to(exact).exp(), self.frequency.to(exact))
         exponent = rate * self.log_step.to(exact).exp()[:, None]
         return exponent, exponent.expm1() / rate, torch.view_as_complex(self.read.to(exact))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from llmx.parts.head_norm import HeadNorm
 from llmx.parts.init import normal_
+from llmx.parts.precision import at_least_float32, exact_zeros
 from llmx.parts.short_convolution import ShortConvolution
 from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
@@ -73,8 +74,7 @@ class SLSTM(StatefulMixer[SLSTMState]):
 
     def init_state(self, batch_size: int, max_length: int) -> SLSTMState:
         like = self.recurrent
-        exact = torch.promote_types(like.dtype, torch.float32)
-        zeros = like.new_zeros(batch_size, self.heads, self.head_dim, dtype=exact)
+        zeros = exact_zeros(like, batch_size, self.heads, self.head_dim)
         stabilizer = torch.full_like(zeros, float("-inf"))
         return SLSTMState(self.convolution.init_state(batch_size), zeros, zeros.clone(), zeros.clone(), stabilizer)
 
@@ -121,4 +121,4 @@ class SLSTM(StatefulMixer[SLSTMState]):
         i_f = self.gates(F.silu(mixed)).unflatten(-1, shape)
         z_o = self.inputs(x).unflatten(-1, shape)
         both = torch.cat((i_f, z_o), -1)
-        return both.to(torch.promote_types(both.dtype, torch.float32)) + self.bias.view(self.heads, -1)
+        return at_least_float32(both) + self.bias.view(self.heads, -1)

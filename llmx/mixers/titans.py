@@ -26,6 +26,7 @@ from llmx.parts.delta import l2_norm
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.mini_batches import MiniBatches
 from llmx.parts.norm import RMSNorm
+from llmx.parts.precision import at_least_float32, exact_dtype
 from llmx.parts.short_convolution import ShortConvolution
 from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
@@ -90,7 +91,7 @@ class Titans(StatefulMixer[TitansState]):
         return self._train(rows, gate, self.init_state(len(x), 0), None)[0]
 
     def init_state(self, batch_size: int, max_length: int) -> TitansState:
-        exact = self.memory.to(torch.promote_types(self.memory.dtype, torch.float32))
+        exact = at_least_float32(self.memory)
         memory = exact.repeat(batch_size, 1, 1, 1)
         return TitansState(self.convolution.init_state(batch_size), memory, memory.clone(), torch.zeros_like(memory))
 
@@ -115,7 +116,7 @@ class Titans(StatefulMixer[TitansState]):
 
     def _rows(self, u: Tensor, rates: Tensor) -> Rows:
         """From what was convolved, (B, T, 3 D), and W_r x (B, T, 3 H), without T in `step`: in float32 at least."""
-        exact = torch.promote_types(u.dtype, torch.float32)
+        exact = exact_dtype(u)
         query, key, value = F.silu(u).to(exact).unflatten(-1, (3, self.heads, self.head_dim)).unbind(-3)
         decay, momentum, rate = (rates.to(exact) + self.rates.to(exact)).chunk(3, -1)
         rate = (-momentum).sigmoid() * rate.sigmoid() / self.mini_batch

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.mini_batches import MiniBatches
 from llmx.parts.norm import LayerNorm
+from llmx.parts.precision import at_least_float32, exact_dtype
 from llmx.parts.rotary import rotary_table, rotate
 from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
@@ -92,7 +93,7 @@ class TTTLinear(StatefulMixer[TTTLinearState]):
 
     def init_state(self, batch_size: int, max_length: int) -> TTTLinearState:
         first = torch.cat((self.weights, self.bias.view(self.heads, 1, -1)), 1)
-        first = first.to(torch.promote_types(first.dtype, torch.float32)).repeat(batch_size, 1, 1, 1)
+        first = at_least_float32(first).repeat(batch_size, 1, 1, 1)
         return TTTLinearState(first, torch.zeros_like(first))
 
     def step(self, x: Tensor, state: TTTLinearState, context: Context) -> tuple[Tensor, TTTLinearState]:
@@ -113,7 +114,7 @@ class TTTLinear(StatefulMixer[TTTLinearState]):
 
     def _project(self, x: Tensor, context: Context) -> Rows:
         """In float32 at least."""
-        exact = torch.promote_types(x.dtype, torch.float32)
+        exact = exact_dtype(x)
         qkv, rate = (part.to(exact) for part in self.project(x).split(self.widths, -1))
         query, key, value = qkv.unflatten(-1, (3, self.heads, self.head_dim)).unbind(-3)
         name = f"rotary {self.rotary_base} {self.head_dim} of {self.mini_batch}"
@@ -158,7 +159,7 @@ class TTTLinear(StatefulMixer[TTTLinearState]):
 
     def _step_sizes(self) -> Tensor:
         """(b,), m."""
-        exact = self.step_size.to(torch.promote_types(self.step_size.dtype, torch.float32))
+        exact = at_least_float32(self.step_size)
         places = torch.arange(1, self.mini_batch + 1, device=exact.device, dtype=exact.dtype)
         return (1 / places + exact).clamp(min=0)
 

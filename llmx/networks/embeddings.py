@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from llmx.parts.init import normal_
+from llmx.parts.precision import exact_dtype
 from llmx.parts.unit_norm import renormalise_
 from llmx.protocol import Embedding
 
@@ -96,7 +97,7 @@ class SinusoidalPositionEmbedding(Embedding):
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
         vectors = self.table(tokens)
-        exact = torch.promote_types(vectors.dtype, torch.float32)
+        exact = exact_dtype(vectors)
         dim = vectors.shape[-1]
         exponents = torch.arange(0, dim, 2, device=tokens.device, dtype=exact) / dim
         angles = positions[..., None].to(exact) * 10000.0**-exponents  # (..., D/2)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from llmx.parts.attention import causal_attention
 from llmx.parts.norm import RMSNorm
+from llmx.parts.precision import exact_dtype
 from llmx.protocol import Block, Context, FeedForward, Hidden, Mixer, Network, Pointwise, Site, Tokens
 
 
@@ -170,7 +171,7 @@ class FoundingNetwork(Network):
 
 def _rotate_interleaved(x: Tensor, positions: Tensor, base: float, table_width: int) -> Tensor:
     """Turns the pairs (2 i, 2 i + 1) of x (B, H, T, K) by position * base^(-2 i / table_width)."""
-    exact = torch.promote_types(x.dtype, torch.float32)
+    exact = exact_dtype(x)
     exponents = torch.arange(0, x.shape[-1], 2, device=x.device, dtype=exact) / table_width
     angles = positions[:, None, :, None] * base**-exponents  # (1, 1, T, K / 2)
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)

@@ -21,13 +21,14 @@ import torch
 from torch import Tensor
 
 from llmx.parts.linear_attention import carry_moved, chunked, joined, plus_product
+from llmx.parts.precision import at_least_float32
 from llmx.parts.triangular import unit_lower_inverse
 from llmx.parts.vector_scores import vector_scores
 
 
 def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """x / sqrt(|x|^2 + eps) over the last dimension, in float32 at least: zeros stay zeros, with a finite gradient."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = at_least_float32(x)
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 from llmx.parts.init import residual_std
+from llmx.parts.precision import exact_dtype
 
 
 class Router(nn.Module):
@@ -28,7 +29,7 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            exact = torch.promote_types(x.dtype, torch.float32)
+            exact = exact_dtype(x)
             return F.linear(x.to(exact), self.weight.to(exact))
 
 

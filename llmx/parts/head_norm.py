@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmx.parts.precision import at_least_float32
+
 
 class HeadNorm(nn.Module):
     """(..., H, V) -> (..., H V): (x - mean) / sqrt(variance + eps) over V, times a weight a channel.
@@ -23,6 +25,6 @@ class HeadNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(heads * head_dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        exact = x.to(torch.promote_types(x.dtype, torch.float32))
+        exact = at_least_float32(x)
         normed = F.layer_norm(exact, exact.shape[-1:], eps=self.eps).to(x.dtype)
         return normed.flatten(-2) * self.weight.to(x.dtype)

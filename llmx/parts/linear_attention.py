@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from llmx.parts.precision import at_least_float32
 from llmx.parts.vector_scores import vector_scores
 
 
@@ -107,7 +108,7 @@ def chunked(x: Tensor, chunk: int) -> Tensor:
         x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, missing))
     x = x.unflatten(1, (-1, chunk)).transpose(2, 3)
     # one copy, where every matrix product would make its own
-    return x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
+    return at_least_float32(x).contiguous()
 
 
 def reading(left: Tensor, right: Tensor, dtype: torch.dtype, more: Tensor | None = None) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmx.parts.precision import exact_dtype
 from llmx.parts.scan import run, sweep
 
 LOG2_E = math.log2(math.e)  # powers of 2 take a third of the time of powers of e on a CPU
@@ -37,7 +38,7 @@ def selective_scan(
     Returns:
         (B, T, F) and (B, F, N), in float32 at least.
     """
-    dtype = torch.promote_types(size.dtype, torch.float32)
+    dtype = exact_dtype(size)
     size, x, write, read = (tensor.to(dtype).transpose(0, 1).contiguous() for tensor in (size, x, write, read))
     rate = rate.to(dtype).mT.contiguous()
     start = size.new_zeros(size.shape[1], *rate.shape) if start is None else start.mT.to(dtype).contiguous()

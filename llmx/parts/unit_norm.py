@@ -3,10 +3,12 @@
 import torch
 from torch import Tensor, nn
 
+from llmx.parts.precision import at_least_float32
+
 
 def unit_norm(x: Tensor, dim: int = -1) -> Tensor:
     """x / |x|, the Euclidean norm taken along `dim`, in float32 at least; a vector of zeros stays as it is."""
-    exact = x if x.dtype == torch.float64 else x.float()
+    exact = at_least_float32(x)
     return (exact * torch.rsqrt(exact.square().sum(dim, keepdim=True) + 1e-20)).to(x.dtype)
 
 
