@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llmx import LanguageModel
-from llmx.audits.equivalence import audit_forms
+from llmx.audits.equivalence import audit_equivalence
 from llmx.audits.parameters import audit_parameters
 from llmx.cli import execute, main
 from llmx.config.bases import read_config
@@ -81,7 +81,7 @@ def test_a_config_trains_and_only_those_that_are_meant_to_leak(run, name):
 @pytest.mark.parametrize("name", RUNS)
 def test_a_config_passes_the_other_audits_and_generates_past_its_window(run, name):
     model = LanguageModel.load_from_checkpoint(run(name) / "checkpoints" / "last.ckpt", map_location="cpu")
-    forms, parameters = audit_forms(model.network, 32), audit_parameters(model.network, 32)
+    forms, parameters = audit_equivalence(model.network, 32), audit_parameters(model.network, 32)
     assert not forms.failing, forms.summary()
     assert not parameters.failing, parameters.summary()
     assert (forms.skipped is None) == (name not in LEAKING)  # all others of the collection have a recurrent form

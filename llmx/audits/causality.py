@@ -17,7 +17,7 @@ is no token would make all changes look small. Each pass begins with the same st
 dropout needs no exception and a counter in training is no leak. The trap: a batch whose rows are changed at different
 positions confuses rows with time, so a suspected leak is confirmed on rows that are all changed at the same one.
 
-What a copy in float64 cannot show, `audit_run` looks for: in llmx/audits/running.py.
+What a copy in float64 cannot show, `audit_live_run` looks for, in llmx/audits/live_run.py.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from llmx.audits.findings import CHECKS, CausalityReport
-from llmx.audits.probes import seed_all, undisturbed
+from llmx.audits.causality_report import CHECKS, CausalityReport
+from llmx.audits.copies import preserve_rng_state, seed_cpu
 from llmx.audits.trials import LEAST, MAX_ROWS, Calls, Pass, Probe, Trial, View, change_of
 from llmx.errors import UserError
 from llmx.protocol import Logits, Network, Tokens
@@ -57,7 +57,7 @@ def audit_causality(network: Network, max_length: int, seed: int = 0, text: Tens
     if max_length < 1:
         raise UserError(f"data.window: {max_length} tokens are too few to audit a network; give at least 1")
     started = time.perf_counter()
-    with undisturbed(), torch.no_grad():
+    with preserve_rng_state(), torch.no_grad():
         probe = Probe(network, max_length, seed, text)
         for length in probe.lengths:
             for training in (False, True):
@@ -99,7 +99,7 @@ def check_losses(trial: Trial) -> None:
         return
     targets = trial.probe.tokens(trial.rows, trial.length)
     network = trial.probe.network(training=False)
-    seed_all(0)
+    seed_cpu(0)
     losses = network.losses(trial.tokens.clone(), targets.clone())[0]
     expected = -trial.outputs.gather(-1, targets[..., None])[..., 0]
     # an end of the scale may stand for what is no token
@@ -257,7 +257,7 @@ def _gradients(network: Network, tokens: Tokens, projection: Tensor) -> list[Ten
     for module in network.modules():
         if isinstance(module, nn.Embedding):
             module.register_forward_hook(capture)
-    seed_all(0)
+    seed_cpu(0)
     with torch.enable_grad():
         outputs = network(tokens).double()
         if not embeddings or not outputs.requires_grad:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmx.audits.probes import exact_copy, perturbed_copy, seed_all, undisturbed
+from llmx.audits.copies import exact_copy, perturbed_copy, preserve_rng_state, seed_cpu
 from llmx.errors import UserError
 from llmx.protocol import Context, Logits, Network, Stateful, Tokens
 
@@ -50,7 +50,7 @@ class Divergence:
 
 
 @dataclass(frozen=True)
-class FormsReport:
+class EquivalenceReport:
     """What the audit of forms found; `skipped` says why it could not run."""
 
     divergences: tuple[Divergence, ...]
@@ -75,7 +75,7 @@ class FormsReport:
         return {"failing": self.failing, **asdict(self)}
 
 
-def audit_forms(network: Network, max_length: int, seed: int = 0) -> FormsReport:
+def audit_equivalence(network: Network, max_length: int, seed: int = 0) -> EquivalenceReport:
     """Holds the recurrent form of a network to its parallel form.
 
     The network and the caller's random state stay as they are.
@@ -92,12 +92,12 @@ def audit_forms(network: Network, max_length: int, seed: int = 0) -> FormsReport
     started = time.perf_counter()
     length = min(max_length, MAX_LENGTH)
     if not network.stateful:
-        return FormsReport((), "the network has no recurrent form: it generates by recomputing", length, 0.0)
-    with undisturbed():
+        return EquivalenceReport((), "the network has no recurrent form: it generates by recomputing", length, 0.0)
+    with preserve_rng_state():
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             copy = perturbed_copy(exact_copy(network), 0.1, generator).eval().requires_grad_(True)
-        seed_all(seed)
+        seed_cpu(seed)
         tokens = torch.randint(copy.vocab_size, (ROWS, length), generator=generator)
         weights = torch.randn(*tokens.shape, copy.vocab_size, generator=generator, dtype=torch.float64)
         divergences = _compare(copy, tokens, weights)
@@ -106,7 +106,7 @@ def audit_forms(network: Network, max_length: int, seed: int = 0) -> FormsReport
             tokens = torch.randint(copy.vocab_size, (ROWS, length), generator=generator)
             with torch.no_grad():
                 divergences = _compare(copy, tokens, None)
-    return FormsReport(tuple(divergences), None, length, time.perf_counter() - started)
+    return EquivalenceReport(tuple(divergences), None, length, time.perf_counter() - started)
 
 
 def segmentations(length: int) -> list[tuple[int, ...]]:

@@ -16,8 +16,8 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from llmx.audits.findings import Breach
-from llmx.audits.probes import copied, exact_copy, perturbed_copy, seed_all, undisturbed
+from llmx.audits.causality_report import Breach
+from llmx.audits.copies import copy_network, exact_copy, perturbed_copy, preserve_rng_state, seed_cpu
 from llmx.audits.trials import CAST_TOLERANCE, LEAST, MAX_ROWS, MAX_WORK, Casts, change_of, seams, windows
 from llmx.protocol import Losses, Network, Tokens
 
@@ -26,7 +26,7 @@ EXACT_TOLERANCE = 1e-7  # in float64, where Fourier transforms leave 1e-15, and 
 MANY = 0.1  # of the positions
 
 
-def audit_run(
+def audit_live_run(
     network: Network,
     window: int,
     autocast: AbstractContextManager,
@@ -67,11 +67,11 @@ def audit_run(
     inputs, targets = own[:, :-1], own[:, 1:]
     changed = torch.where(positions >= cuts, other, own)[:, :-1]
     new_targets = torch.where(positions > cuts, other, own)[:, 1:]  # the last before the cut stands there
-    with undisturbed(), torch.no_grad():
+    with preserve_rng_state(), torch.no_grad():
         if perturb:
             network = perturbed_copy(network, 0.1, generator)
         if any(tensor.device != torch.device(device) for tensor in (*network.parameters(), *network.buffers())):
-            network = copied(network).to(device)  # to moves shared parameters in place
+            network = copy_network(network).to(device)  # to moves shared parameters in place
         with autocast:
             before = _losses(network, inputs, targets, device)
             after = _losses(network, changed, new_targets, device)
@@ -98,8 +98,8 @@ def audit_run(
 
 def _losses(network: Network, tokens: Tokens, targets: Tokens, device: torch.device | str) -> Losses:
     """Of a copy in evaluation mode that shares the parameters; on the CPU."""
-    network = copied(network, share_parameters=True).eval()
-    seed_all(0)
+    network = copy_network(network, share_parameters=True).eval()
+    seed_cpu(0)
     return network.losses(tokens.to(device), targets.to(device))[0].double().cpu()
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from llmx.audits.probes import exact_copy, perturbed_copy, seed_all, undisturbed
+from llmx.audits.copies import exact_copy, perturbed_copy, preserve_rng_state, seed_cpu
 from llmx.protocol import Network
 
 ROWS = 8
@@ -60,7 +60,7 @@ def audit_parameters(network: Network, max_length: int, seed: int = 0) -> Parame
         seed: of weights and tokens.
     """
     started = time.perf_counter()
-    with undisturbed():
+    with preserve_rng_state():
         generator = torch.Generator().manual_seed(seed)
         text = torch.randint(network.vocab_size, (ROWS, min(max_length, 32) + 1), generator=generator)
         tokens, targets = text[:, :-1], text[:, 1:]
@@ -72,7 +72,7 @@ def audit_parameters(network: Network, max_length: int, seed: int = 0) -> Parame
         parameters = dict(moved.named_parameters())
         for name in trained:
             parameters[name].requires_grad_(True)
-        seed_all(seed)
+        seed_cpu(seed)
         losses, auxiliary = moved.train().losses(tokens, targets)
         if trained:
             (losses.double().mean() + auxiliary).backward()

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from llmx.audits.findings import TOLERANCE, Breach
-from llmx.audits.probes import copied, exact_copy, perturbed_copy, seed_all
+from llmx.audits.causality_report import TOLERANCE, Breach
+from llmx.audits.copies import copy_network, exact_copy, perturbed_copy, seed_cpu
 from llmx.protocol import Logits, Network, Tokens
 
 CAST_TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-2, torch.bfloat16: 3e-2}  # where a network casts down inside
@@ -69,7 +69,7 @@ class Probe:
 
     def network(self, training: bool) -> Network:
         """The copy in its first state: parameters are shared, and buffers, counters and caches are new."""
-        return copied(self.source, share_parameters=True).train(training)
+        return copy_network(self.source, share_parameters=True).train(training)
 
     def run(
         self, tokens: Tokens, training: bool, after: Tokens | None = None, draw: int = 0, calls: Calls | None = None
@@ -84,7 +84,7 @@ class Probe:
             network(after)
         if calls is not None:
             _record(network, calls)
-        seed_all(draw)
+        seed_cpu(draw)
         outputs = network(tokens.clone()).double()
         return outputs.log_softmax(-1).clamp(min=LEAST) if outputs.isfinite().all() else outputs
 

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
-from llmx.audits.probes import copied, undisturbed
+from llmx.audits.copies import copy_network, preserve_rng_state
 from llmx.errors import UserError
 from llmx.protocol import Network
 from llmx.training.logger import tensorboard
@@ -91,7 +91,7 @@ def mixer_maps(network: Network, tokens: Tensor) -> list[MixerMap]:
     is estimated from the gradients of a few random projections of the output. It works on a copy in evaluation mode;
     the network and the caller's random state stay as they are.
     """
-    network = copied(network).eval().requires_grad_(False)
+    network = copy_network(network).eval().requires_grad_(False)
     read: list[Tensor] = []
     calls: list[tuple[str, Tensor, Tensor]] = []  # title, input, output
 
@@ -107,7 +107,7 @@ def mixer_maps(network: Network, tokens: Tensor) -> list[MixerMap]:
 
         block.mixer.register_forward_pre_hook(before)
         block.mixer.register_forward_hook(after)
-    with undisturbed(), torch.enable_grad():
+    with preserve_rng_state(), torch.enable_grad():
         network(tokens.repeat(len(tokens), 1))  # a row for each position whose output is looked at
         return [MixerMap(title, _shares(inputs, outputs)) for title, inputs, outputs in tuple(calls)]
 

@@ -21,8 +21,8 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from llmx.audits.causality import audit_causality
-from llmx.audits.findings import CausalityError, CausalityReport
-from llmx.audits.live_run import audit_run
+from llmx.audits.causality_report import CausalityError, CausalityReport
+from llmx.audits.live_run import audit_live_run
 from llmx.config.factories import build, to_config
 from llmx.costs.describe import Description, describe
 from llmx.data.datamodule import Prompts, TextDataModule
@@ -232,7 +232,7 @@ class LanguageModel(pl.LightningModule):
         text = None if data is None else data.beginning()
         autocast = self.trainer.precision_plugin.forward_context()
         device = self.trainer.strategy.root_device  # where it will be, if it is not yet
-        breach = audit_run(self.network, self.window, autocast, text, device=device, **how)
+        breach = audit_live_run(self.network, self.window, autocast, text, device=device, **how)
         if breach is None:
             return
         self.leaking = True

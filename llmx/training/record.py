@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
 
-from llmx.audits.findings import influence_figure
+from llmx.audits.causality_report import influence_figure
 from llmx.config.yaml import parse_yaml
 from llmx.costs.describe import parameters
 from llmx.data.datamodule import TextDataModule

@@ -12,9 +12,9 @@ import rich
 import torch
 
 from llmx.audits.causality import audit_causality
-from llmx.audits.equivalence import FormsReport, audit_forms
+from llmx.audits.equivalence import EquivalenceReport, audit_equivalence
 from llmx.audits.hidden_future import hidden_future_loss
-from llmx.audits.live_run import audit_run
+from llmx.audits.live_run import audit_live_run
 from llmx.audits.parameters import ParametersReport, audit_parameters
 from llmx.costs.describe import describe
 from llmx.data.datamodule import TextDataModule
@@ -37,7 +37,7 @@ class Trainer(pl.Trainer):
 
         Returns whether the network passes them all.
         """
-        others: list[FormsReport | ParametersReport] = []
+        others: list[EquivalenceReport | ParametersReport] = []
         if not isinstance(model.network, CountingNetwork):
             others.append(audit_parameters(model.network, model.window))  # as they start
         checkpoint = {} if ckpt_path is None else read_checkpoint(ckpt_path)
@@ -47,10 +47,10 @@ class Trainer(pl.Trainer):
         autocast = partial(torch.autocast, model.device.type, torch.bfloat16, enabled=mixed)
         text = datamodule.beginning()
         report = audit_causality(model.network, model.window, text=text)
-        breach = audit_run(model.network, model.window, autocast(), text, perturb=not checkpoint)
+        breach = audit_live_run(model.network, model.window, autocast(), text, perturb=not checkpoint)
         if breach is not None:
             report = replace(report, breaches=(*report.breaches, breach))
-        others.insert(0, audit_forms(model.network, model.window))
+        others.insert(0, audit_equivalence(model.network, model.window))
         for summary in (report.summary(), *(other.summary() for other in others)):
             rich.print(summary)
         if checkpoint and report.leaking:

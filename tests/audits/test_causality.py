@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from llmx.audits.causality import audit_causality
-from llmx.audits.findings import CausalityError, CausalityReport, influence_figure
+from llmx.audits.causality_report import CausalityError, CausalityReport, influence_figure
 from llmx.audits.trials import seams
 from llmx.blocks.prenorm import PreNormBlock
 from llmx.errors import UserError

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from llmx.audits.equivalence import audit_forms, segmentations
+from llmx.audits.equivalence import audit_equivalence, segmentations
 from llmx.blocks.prenorm import PreNormBlock
 from llmx.errors import UserError
 from llmx.feedforward.swiglu import SwiGLU
@@ -86,7 +86,7 @@ class WrongFeedForwardStep(SwiGLU):
 def test_an_honest_network_passes_and_is_left_as_it_was():
     network = decoder(Honest)
     before, state = {k: v.clone() for k, v in network.state_dict().items()}, torch.get_rng_state()
-    report = audit_forms(network, WINDOW)
+    report = audit_equivalence(network, WINDOW)
     assert not report.failing
     assert report.skipped is None
     assert "one function" in report.summary()
@@ -97,22 +97,22 @@ def test_an_honest_network_passes_and_is_left_as_it_was():
 
 @pytest.mark.parametrize("mixer", [WrongStep, ForgetsBetweenPieces, NoGradientThroughState])
 def test_each_fault_is_found(mixer: type[Mixer]):
-    report = audit_forms(decoder(mixer), WINDOW)
+    report = audit_equivalence(decoder(mixer), WINDOW)
     assert report.failing
     assert "DIFFERENT" in report.summary()
     assert report.to_dict()["failing"]
 
 
 def test_the_component_and_the_kind_of_difference_are_named():
-    [found] = audit_forms(decoder(WrongStep), WINDOW).divergences
+    [found] = audit_equivalence(decoder(WrongStep), WINDOW).divergences
     assert found.component == "blocks.0.mixer (WrongStep)"
     assert found.what == "outputs"
     assert found.lengths == (1,) * WINDOW
-    [found] = audit_forms(decoder(Honest, WrongFeedForwardStep), WINDOW).divergences
+    [found] = audit_equivalence(decoder(Honest, WrongFeedForwardStep), WINDOW).divergences
     assert found.component == "blocks.0.feed_forward (WrongFeedForwardStep)"
-    [found] = audit_forms(decoder(NoGradientThroughState), WINDOW).divergences
+    [found] = audit_equivalence(decoder(NoGradientThroughState), WINDOW).divergences
     assert found.what.startswith("gradients of ")
-    [found] = audit_forms(decoder(ForgetsBetweenPieces), WINDOW).divergences
+    [found] = audit_equivalence(decoder(ForgetsBetweenPieces), WINDOW).divergences
     assert len(found.lengths) > 1
     assert max(found.lengths) > 1
     assert found.component == "blocks.0.mixer (ForgetsBetweenPieces)"
@@ -124,9 +124,9 @@ def test_a_fault_beyond_the_tokens_that_are_differentiated_is_found():
             output, state = super().step(x, state, context)
             return output * (context.positions < 50)[:, None], state
 
-    [found] = audit_forms(decoder(Forgetful), 64).divergences
+    [found] = audit_equivalence(decoder(Forgetful), 64).divergences
     assert found.component == "blocks.0.mixer (Forgetful)"
-    assert not audit_forms(decoder(Forgetful), 48).failing
+    assert not audit_equivalence(decoder(Forgetful), 48).failing
 
 
 def test_a_state_that_is_written_in_place_is_told_from_a_wrong_one():
@@ -134,9 +134,9 @@ def test_a_state_that_is_written_in_place_is_told_from_a_wrong_one():
         def step(self, x, state, context):
             return self.out(state.total.mul_(self.decay).add_(x)), state
 
-    assert not audit_forms(decoder(Mean), WINDOW).failing
+    assert not audit_equivalence(decoder(Mean), WINDOW).failing
     with pytest.raises(UserError, match="in place only while gradients are off"):
-        audit_forms(decoder(InPlace), WINDOW)
+        audit_equivalence(decoder(InPlace), WINDOW)
 
 
 def test_a_network_without_a_recurrent_form_is_skipped():
@@ -148,7 +148,7 @@ def test_a_network_without_a_recurrent_form_is_skipped():
         def forward(self, x, context):
             return self.out(x)
 
-    report = audit_forms(decoder(Plain), WINDOW)
+    report = audit_equivalence(decoder(Plain), WINDOW)
     assert report.skipped
     assert not report.failing
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from llmx.audits.causality import audit_causality
-from llmx.audits.live_run import audit_run
+from llmx.audits.live_run import audit_live_run
 from llmx.blocks.prenorm import PreNormBlock
 from llmx.feedforward.moe import MixtureOfExperts
 from llmx.feedforward.swiglu import SwiGLU
@@ -77,26 +77,26 @@ class Opening(Part):
 def test_a_branch_for_16_bits_is_looked_at_in_16_bits():
     leaking = network(PeekingInHalf)
     assert not audit_causality(leaking, WINDOW).leaking
-    assert audit_run(leaking, WINDOW, nullcontext(), TEXT, perturb=True) is None
-    breach = audit_run(leaking, WINDOW, BF16(), TEXT, perturb=True)
+    assert audit_live_run(leaking, WINDOW, nullcontext(), TEXT, perturb=True) is None
+    breach = audit_live_run(leaking, WINDOW, BF16(), TEXT, perturb=True)
     assert breach.check == "run"
     assert breach.position < breach.changed
     assert "in the run's own precision" in str(breach)
 
 
 def test_what_only_the_whole_window_shows_is_found():
-    assert audit_run(network(LookingBackFromFar), WINDOW, nullcontext(), TEXT) is not None
-    assert audit_run(network(LookingBackFromFar), 40, nullcontext(), TEXT) is None
+    assert audit_live_run(network(LookingBackFromFar), WINDOW, nullcontext(), TEXT) is not None
+    assert audit_live_run(network(LookingBackFromFar), 40, nullcontext(), TEXT) is None
 
 
 def test_what_training_has_opened_is_found():
     leaking = network(Opening)
     assert not audit_causality(leaking, WINDOW).leaking
-    assert audit_run(leaking, WINDOW, nullcontext(), TEXT) is None
+    assert audit_live_run(leaking, WINDOW, nullcontext(), TEXT) is None
     leaking.losses(TEXT[None, :8], TEXT[None, 1:9])
     for _ in range(4):
         leaking.after_optimizer_step()
-    assert audit_run(leaking, WINDOW, nullcontext(), TEXT) is not None
+    assert audit_live_run(leaking, WINDOW, nullcontext(), TEXT) is not None
 
 
 @pytest.mark.parametrize("autocast", [nullcontext, BF16])
@@ -112,7 +112,7 @@ def test_what_training_has_opened_is_found():
 )
 def test_rounding_is_no_leak(honest, autocast):
     for seed in range(5):
-        assert audit_run(honest(), WINDOW, autocast(), TEXT, perturb=True, seed=seed) is None
+        assert audit_live_run(honest(), WINDOW, autocast(), TEXT, perturb=True, seed=seed) is None
 
 
 def test_the_network_stays_as_it_was():
@@ -121,7 +121,7 @@ def test_the_network_stays_as_it_was():
     before = {name: value.clone() for name, value in trained.state_dict().items()}
     draw = torch.random.get_rng_state()
     last = trained.blocks[0].mixer.last
-    audit_run(trained, WINDOW, nullcontext(), TEXT, perturb=True)
+    audit_live_run(trained, WINDOW, nullcontext(), TEXT, perturb=True)
     assert trained.training
     assert all(torch.equal(value, before[name]) for name, value in trained.state_dict().items())
     assert torch.equal(draw, torch.random.get_rng_state())
@@ -129,5 +129,5 @@ def test_the_network_stays_as_it_was():
 
 
 def test_it_needs_no_text_and_a_future():
-    assert audit_run(network(Peeking), WINDOW, nullcontext()) is not None
-    assert audit_run(network(Peeking), 1, nullcontext()) is None
+    assert audit_live_run(network(Peeking), WINDOW, nullcontext()) is not None
+    assert audit_live_run(network(Peeking), 1, nullcontext()) is None

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils._pytree import tree_leaves
 
-from llmx.audits.equivalence import audit_forms
+from llmx.audits.equivalence import audit_equivalence
 from llmx.blocks.hyper_connections import HyperConnectionBlock
 from llmx.blocks.prenorm import PreNormBlock
 from llmx.costs.describe import describe
@@ -183,5 +183,5 @@ def test_gradient_checkpointing_of_any_wiring_changes_no_bit(stack: Any, mixer: 
 @pytest.mark.parametrize("block", [PreNormBlock, HyperConnectionBlock])
 @pytest.mark.parametrize("stack", [UNet, partial(Looped, times=2)])
 def test_wirings_and_what_crosses_layers_go_together(stack: Any, block: Any):
-    report = audit_forms(decoder(stack, 3, ValueResidualAttention, block), TIME)
+    report = audit_equivalence(decoder(stack, 3, ValueResidualAttention, block), TIME)
     assert not report.failing, report.summary()

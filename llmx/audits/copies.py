@@ -1,4 +1,4 @@
-"""What every audit works on: a copy in float64, its weights moved, and the caller's random state left alone."""
+"""Copies of a network for the audits: in float64, with moved weights. The caller's random state stays as it was."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ EXACT = {
 }
 
 
-def copied(network: Network, share_parameters: bool = False) -> Network:
-    """A deep copy; of a tensor that a module keeps from its last pass the numbers alone, without their history."""
+def copy_network(network: Network, share_parameters: bool = False) -> Network:
+    """A deep copy. A tensor that a module keeps from its last pass is copied without its autograd history."""
     deepcopy = Tensor.__deepcopy__
     memo: dict[int, Any] = {id(parameter): parameter for parameter in network.parameters()} if share_parameters else {}
     with patch.object(Tensor, "__deepcopy__", lambda x, memo: deepcopy(x if x.is_leaf else x.detach(), memo)):
@@ -39,34 +39,34 @@ def exact_copy(network: Network) -> Network:
     def exact(tensor: Tensor) -> Tensor:
         return tensor.detach().to("cpu", EXACT.get(tensor.dtype, tensor.dtype))
 
-    network = copied(network)._apply(exact)
+    network = copy_network(network)._apply(exact)
     for module in network.modules():
         vars(module).update({name: exact(value) for name, value in vars(module).items() if isinstance(value, Tensor)})
     return network
 
 
 def perturbed_copy(network: Network, scale: float, generator: torch.Generator) -> Network:
-    """A copy whose weights are moved by about `scale`, matrices by less the wider they are."""
-    network = copied(network)
+    """A copy whose weights are moved by about `scale`, wide matrices by less."""
+    network = copy_network(network)
     for parameter in network.parameters():
         if parameter.requires_grad:
             noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-            wide = parameter.shape[-1] if parameter.ndim > 1 else 1
-            parameter.add_(noise.to(parameter.device) * scale * min(1.0, 5 / math.sqrt(wide)))
+            width = parameter.shape[-1] if parameter.ndim > 1 else 1
+            parameter.add_(noise.to(parameter.device) * scale * min(1.0, 5 / math.sqrt(width)))
         parameter.requires_grad_(False)
     network.after_optimizer_step()
     return network
 
 
-def seed_all(seed: int) -> None:
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach the GPUs' too
+def seed_cpu(seed: int) -> None:
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs too
     np.random.seed(seed)
     random.seed(seed)
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
-    """Gives the caller's random state back, and compiles nothing."""
+def preserve_rng_state() -> Iterator[None]:
+    """Restores the caller's random state at the end, and compiles nothing inside."""
     compiling = "torch._dynamo" in sys.modules  # importing it takes a second
     states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager") if compiling else nullcontext():
