@@ -1,9 +1,9 @@
-"""The protocol every architecture is written to.
+"""The protocol that every architecture implements.
 
-A `Mixer` maps (B, T, D) to (B, T, D) in parallel form, for training. A `StatefulMixer` also has the recurrence: `step`
-is the paper's equation for one token and the definition of the mixer; `prefill` takes many tokens from any state, and
-any segmentation of a sequence gives the same outputs. A `Block` combines mixer, feed-forward, norm and residual, a
-`Network` maps tokens to logits; both have the same methods.
+A `Mixer` maps (B, T, D) to (B, T, D) in parallel form, for training. A `StatefulMixer` also has the recurrence. Its
+`step` is the paper's equation for one token and defines the mixer. Its `prefill` takes many tokens from any state, and
+any segmentation of a sequence gives the same outputs. A `Block` combines mixer, feed-forward, norm and residual. A
+`Network` maps tokens to logits. Both have the same methods.
 
 Dimensions:
 
@@ -17,7 +17,7 @@ Dimensions:
     V  vocabulary                distinct tokens (in a mixer: width of one head's value)
     F  hidden                    width inside a feed-forward
 
-The aliases `Tokens`, `Hidden`, `Logits` and `Losses` document a signature; they are not checked.
+The aliases `Tokens`, `Hidden`, `Logits` and `Losses` document a signature. Nothing checks them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -37,8 +37,11 @@ Tokens = Tensor  # (B, T) int64
 Hidden = Tensor  # (B, T, D)
 Logits = Tensor  # (B, T, V)
 Losses = Tensor  # (B, T) float32, nats
-State = tuple[Any, ...]  # a pytree of tensors, batch first; every mixer defines its own NamedTuple beside itself
-IGNORE = -100  # a target that is not counted: padding, or a character that another window counts
+State = tuple[Any, ...]  # a pytree of tensors, batch first; each component defines its own NamedTuple beside it
+BlockCall = Callable[[Tensor], Tensor]  # a block of the stack, its context and state filled in
+Branch = Callable[[Tensor], Tensor]  # the mixer or feed-forward of a block, its context and state filled in
+Run = Branch  # the former name, which users' own blocks import
+IGNORE = -100  # a target that the loss does not count: padding, or a character that another window counts
 
 Built = TypeVar("Built")
 S = TypeVar("S", bound=State)
@@ -48,34 +51,33 @@ S = TypeVar("S", bound=State)
 class Site:
     """Where in a network a component stands.
 
-    `occurrence` is how many components of the same kind stand below: "the first attention" of a hybrid is the one
-    with occurrence 0, whatever its layer.
+    `occurrence` counts the components of the same kind below this one: "the first attention" of a hybrid has
+    occurrence 0, whatever its layer. All sites of a network share `placed`, the components of each kind so far.
     """
 
     dim: int
     layer: int = 0
     depth: int = 1
     occurrence: int = 0
-    census: Counter[Any] = field(default_factory=Counter, compare=False, repr=False)
+    placed: Counter[Any] = field(default_factory=Counter, compare=False, repr=False)
 
     def place(self, factory: Callable[[Site], Built]) -> Built:
-        """Builds a component here and tells it its occurrence among those of its kind."""
+        """Builds a component here, and tells it its occurrence."""
         kind = factory.func if isinstance(factory, partial) else factory
-        occurrence = self.census[kind]
-        self.census[kind] += 1
+        occurrence = self.placed[kind]
+        self.placed[kind] += 1
         return factory(replace(self, occurrence=occurrence))
 
 
 class Context:
-    """What crosses layers during one forward pass: made by the network, read and filled by the components.
+    """What crosses layers during one forward pass. The network makes it, and the components read and fill it.
 
     tokens:     (B, T), or (B,) in `step`
     positions:  (B, T), or (1, T) where all rows agree, or (B,) in `step`; counted from 0
     embedding:  (B, T, D), or (B, D) in `step`: the stream that enters the first block
     store:      named tensors for other layers (the value residual, rotary tables), each (B, T, ...) or (1, T, ...),
                 and without T in `step`
-    auxiliary:  scalar, the sum of the auxiliary losses (nats per token) that the components added; for training,
-                where `forward` runs
+    auxiliary:  scalar, the sum of the auxiliary losses (nats per token) that the components add in `forward`
     """
 
     def __init__(self, tokens: Tensor, positions: Tensor, embedding: Tensor):
@@ -88,28 +90,28 @@ class Context:
     def add_loss(self, loss: Tensor) -> None:
         self.auxiliary = self.auxiliary + loss
 
-    def at(self, where: int | slice) -> Context:
-        """The context of the single token at an index, for `step`, or of a piece."""
+    def at(self, where: int | slice | None) -> Context:
+        """The context of one token for `step`, or of a slice. None turns the context of a `step` into one of T = 1."""
         part = Context(self.tokens[:, where], self.positions[:, where], self.embedding[:, where])
         part.store = {name: value[:, where] for name, value in self.store.items()}
         return part
 
 
 class Component(nn.Module):
-    """Any part of a network that has a say in how the optimizer treats it.
+    """Any module of a network that decides how the optimizer treats it.
 
-    undecayed: names of its parameters that weight decay on matrices leaves alone although they have two dimensions:
-        rates and frequencies, which zero is no neutral value of
+    undecayed: names of its parameters with two dimensions that weight decay leaves alone: rates and frequencies, for
+        which zero is not neutral
     """
 
     undecayed: ClassVar[tuple[str, ...]] = ()
 
     def after_optimizer_step(self) -> None:
-        """Called after every update: the place to renormalise a weight, or to move a bias that has no gradient."""
+        """Runs after every optimizer step: renormalises a weight, or moves a bias that has no gradient."""
 
 
 class Mixer(Component, ABC):
-    """Mixes information along time. Built by a factory from its `Site`."""
+    """Mixes information along time. A factory builds it from its `Site`."""
 
     @abstractmethod
     def forward(self, x: Hidden, context: Context) -> Hidden:
@@ -117,7 +119,7 @@ class Mixer(Component, ABC):
 
 
 class FeedForward(Component, ABC):
-    """Mixes information along channels. Built by a factory from its `Site`."""
+    """Mixes information along channels. A factory builds it from its `Site`."""
 
     @abstractmethod
     def forward(self, x: Hidden, context: Context) -> Hidden:
@@ -125,18 +127,18 @@ class FeedForward(Component, ABC):
 
 
 class Stateful(ABC, Generic[S]):
-    """What a mixer or feed-forward adds to go token by token."""
+    """The methods with which a mixer or feed-forward goes token by token."""
 
     @abstractmethod
     def init_state(self, batch_size: int, max_length: int) -> S:
-        """The state before the first token, with room for `max_length` tokens where the state grows."""
+        """The state before the first token. A state that grows has room for `max_length` tokens."""
 
     @abstractmethod
     def step(self, x: Tensor, state: S, context: Context) -> tuple[Tensor, S]:
         """One token, (B, D) -> (B, D): the recurrence, which defines the component."""
 
     def prefill(self, x: Hidden, state: S, context: Context) -> tuple[Hidden, S]:
-        """Many tokens from any state, (B, T, D) -> (B, T, D). Here a loop over `step`; override it with a fast form."""
+        """Many tokens from any state, (B, T, D) -> (B, T, D). This is a loop over `step`: override it to be fast."""
         outputs = []
         written: dict[str, list[Tensor]] = {}
         for t in range(x.shape[1]):
@@ -154,18 +156,17 @@ class StatefulMixer(Mixer, Stateful[S]):
 
 
 class StatefulFeedForward(FeedForward, Stateful[S]):
-    """A feed-forward that looks at the tokens before, such as RWKV's channel mix, and can go token by token."""
+    """A feed-forward that looks at earlier tokens, such as RWKV's channel mix, and can go token by token."""
 
 
 class Stateless(StatefulFeedForward[tuple[()]]):
-    """A feed-forward that treats each position alone, as most do: `forward` is all there is to write."""
+    """A feed-forward that treats each position alone, as most do. It only has to define `forward`."""
 
     def init_state(self, batch_size: int, max_length: int) -> tuple[()]:
         return ()
 
     def step(self, x: Tensor, state: tuple[()], context: Context) -> tuple[Tensor, tuple[()]]:
-        whole = Context(context.tokens[:, None], context.positions[:, None], context.embedding[:, None])
-        whole.store = {name: value[:, None] for name, value in context.store.items()}
+        whole = context.at(None)
         output = self(x[:, None], whole)[:, 0]
         context.store.update({name: value[:, 0] for name, value in whole.store.items()})
         return output, state
@@ -175,14 +176,14 @@ class Stateless(StatefulFeedForward[tuple[()]]):
 
 
 class Pointwise(Stateless):
-    """One whose `forward` takes any (..., D), and looks at nothing else than x: a step is the same call."""
+    """One whose `forward` takes any (..., D) and reads x alone, so that a step is the same call."""
 
     def step(self, x: Tensor, state: tuple[()], context: Context) -> tuple[Tensor, tuple[()]]:
         return self(x, context), state
 
 
-class Block(Component, ABC):
-    """Mixer, feed-forward, norm and residual: one layer of a stack. Its state is the pair of its components' states."""
+class Block(Component, ABC, Generic[S]):
+    """One layer of a stack: mixer, feed-forward, norm and residual."""
 
     mixer: Mixer
     feed_forward: FeedForward
@@ -195,47 +196,51 @@ class Block(Component, ABC):
     @abstractmethod
     def forward(self, x: Hidden, context: Context) -> Hidden: ...
 
-    def init_state(self, batch_size: int, max_length: int) -> State:
+    def init_state(self, batch_size: int, max_length: int) -> S:
         raise TypeError(f"{type(self).__name__} has no state")
 
-    def step(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
+    def step(self, x: Tensor, state: S, context: Context) -> tuple[Tensor, S]:
         raise TypeError(f"{type(self).__name__} has no state")
 
-    def prefill(self, x: Hidden, state: State, context: Context) -> tuple[Hidden, State]:
+    def prefill(self, x: Hidden, state: S, context: Context) -> tuple[Hidden, S]:
         raise TypeError(f"{type(self).__name__} has no state")
 
 
 class Embedding(Component, ABC):
-    """Tokens to vectors. Built by a factory from `vocab_size` and `dim`."""
+    """Maps tokens to vectors. A factory builds it from `vocab_size` and `dim`."""
+
+    table: nn.Embedding
 
     @property
-    @abstractmethod
     def weight(self) -> Tensor:
-        """(V, D), which a tied head uses too."""
+        """(V, D), which a tied head uses too. An embedding without a `table` overrides it."""
+        return self.table.weight
 
     @abstractmethod
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Tokens (B, T) or (B,), positions that broadcast to them -> (..., D)"""
+        """Tokens (B, T) or (B,), and positions that broadcast to them -> (..., D)"""
 
 
 class Head(Component, ABC):
-    """Vectors to logits. Built by a factory from `dim` and `vocab_size`."""
+    """Maps vectors to logits. A factory builds it from `dim` and `vocab_size`."""
+
+    linear: nn.Linear
 
     @abstractmethod
     def forward(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V)"""
 
-    @abstractmethod
     def tie(self, weight: Tensor) -> None:
-        """Uses the embedding's weights (V, D)."""
+        """Uses the embedding's weights (V, D). A head without a `linear` overrides it."""
+        self.linear.weight = cast(nn.Parameter, weight)
 
     def auxiliary(self, hidden: Hidden, targets: Tokens) -> Tensor | None:
-        """A loss in nats per token beside that of the next token, for training alone; None where there is none."""
+        """A further loss for training alone, in nats per token, or None."""
         return None
 
     @property
     def drafts(self) -> int:
-        """How many tokens after the next one it predicts too."""
+        """How many tokens after the next one it also predicts."""
         return 0
 
     def ahead(self, hidden: Tensor) -> Tensor:
@@ -243,57 +248,40 @@ class Head(Component, ABC):
         return self(hidden)[..., None, :]
 
 
-Run = Callable[[Tensor], Tensor]
-
-
-def advancing(form: Callable[..., tuple[Tensor, State]], before: State, context: Context, after: list[State]) -> Run:
-    """A `step` or `prefill` as a function of x alone, from the state `before`; appends the state that follows."""
-
-    def run(x: Tensor) -> Tensor:
-        output, state = form(x, before, context)
-        after.append(state)
-        return output
-
-    return run
-
-
 class Stack(Component, ABC):
-    """How the blocks are wired. Built by a factory from the `Site` of the ground, which has `dim` and `depth`."""
+    """Wires the blocks of a decoder. A factory builds it from a `Site` with the decoder's `dim` and `depth`."""
 
     def __init__(self, site: Site):
         super().__init__()
         self.depth = site.depth
 
     def order(self) -> Sequence[int]:
-        """The indices of the blocks in the order in which they run; a block may run more than once."""
+        """The indices of the blocks in the order of their calls. A block may be called more than once."""
         return range(self.depth)
 
     @abstractmethod
-    def forward(self, x: Tensor, runs: Sequence[Run]) -> Tensor:
-        """(B, T, D) -> (B, T, D), or (B, D) -> (B, D) in `step`: calls every one of `runs` once, in their order.
-
-        A run is a block at its turn, in whatever form the network is in.
-        """
+    def forward(self, x: Tensor, blocks: Sequence[BlockCall]) -> Tensor:
+        """(..., D) -> (..., D). Calls each of `blocks` once, in this order; each runs forward, prefill or step."""
 
 
-class Network(nn.Module, ABC):
+class Network(nn.Module, ABC, Generic[S]):
     """Maps tokens to logits, and owns its loss. The first constructor argument is `vocab_size`."""
 
     vocab_size: int
 
     @property
     def stateful(self) -> bool:
-        """Whether `init_state`, `prefill` and `step` exist; generation recomputes the prefix otherwise."""
+        """Whether `init_state`, `prefill` and `step` exist. Without them generation recomputes the prefix."""
         return False
 
     @property
     def layers(self) -> Sequence[Block]:
-        """The blocks from bottom to top, for whoever describes the network."""
+        """The blocks from bottom to top, for descriptions of the network."""
         return ()
 
     @abstractmethod
     def hidden(self, tokens: Tokens) -> tuple[Hidden, Context]:
-        """(B, T) -> what the head reads, (B, T, D), and the context of this pass."""
+        """(B, T) -> the vectors that the head reads, (B, T, D), and the context of this pass."""
 
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
@@ -304,38 +292,38 @@ class Network(nn.Module, ABC):
         return self.logits(self.hidden(tokens)[0])
 
     def loss(self, hidden: Hidden, targets: Tokens) -> Losses:
-        """The negative log-likelihood of every target, (B, T) in nats, float32; 0 where the target is IGNORE."""
+        """The negative log-likelihood of each target, (B, T) in nats, float32. It is 0 where the target is IGNORE."""
         logits = self.logits(hidden)
         losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="none")
         return losses.view(targets.shape)
 
     def losses(self, tokens: Tokens, targets: Tokens) -> tuple[Losses, Tensor]:
-        """What training and evaluation call: the losses of all positions, and the scalar auxiliary loss."""
+        """The losses of all positions, and the scalar auxiliary loss. Training and evaluation call this."""
         hidden, context = self.hidden(tokens)
         return self.loss(hidden, targets), context.auxiliary
 
-    def init_state(self, batch_size: int, max_length: int) -> State:
+    def init_state(self, batch_size: int, max_length: int) -> S:
         raise TypeError(f"{type(self).__name__} has no state")
 
-    def prefill(self, tokens: Tokens, state: State) -> tuple[Logits, State]:
+    def prefill(self, tokens: Tokens, state: S) -> tuple[Logits, S]:
         """(B, T) -> (B, T, V), continuing from any state."""
         raise TypeError(f"{type(self).__name__} has no state")
 
     @property
     def drafts(self) -> int:
-        """How many tokens after the next one `prefill_ahead` predicts too."""
+        """How many tokens after the next one `prefill_ahead` also predicts."""
         return 0
 
-    def prefill_ahead(self, tokens: Tokens, state: State, last: int) -> tuple[Tensor, State]:
-        """`prefill` that also looks further: (B, T) -> (B, last, 1 + drafts, V), for the last positions alone."""
+    def prefill_ahead(self, tokens: Tokens, state: S, last: int) -> tuple[Tensor, S]:
+        """A `prefill` that also predicts the drafts: (B, T) -> (B, last, 1 + drafts, V), for the last positions."""
         raise TypeError(f"{type(self).__name__} predicts no further than the next token")
 
-    def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+    def step(self, tokens: Tensor, state: S) -> tuple[Tensor, S]:
         """(B,) -> (B, V)"""
         raise TypeError(f"{type(self).__name__} has no state")
 
     def enable_gradient_checkpointing(self) -> None:
-        """Recompute each block's activations in the backward pass instead of keeping them (arXiv 1604.06174)."""
+        """Recomputes each block's activations in the backward pass instead of keeping them (arXiv 1604.06174)."""
         raise ValueError(f"{type(self).__name__} has no blocks to checkpoint")
 
     def after_optimizer_step(self) -> None:
@@ -345,8 +333,8 @@ class Network(nn.Module, ABC):
                 module.after_optimizer_step()
 
 
-class CountingNetwork(Network):
-    """A network that learns by counting a text, once, and has neither parameters nor an optimizer."""
+class CountingNetwork(Network[S]):
+    """A network that learns by counting a text once. It has neither parameters nor an optimizer."""
 
     @property
     @abstractmethod
@@ -355,11 +343,11 @@ class CountingNetwork(Network):
 
     @abstractmethod
     def learn(self, tokens: Tensor) -> None:
-        """Counts a text, (L,) int64, in place of what was counted before."""
+        """Counts a text, (L,) int64, and drops earlier counts."""
 
 
 class Schedule(ABC):
-    """A learning-rate schedule. Built by a factory from the number of optimizer steps in the run."""
+    """A learning-rate schedule. A factory builds it from the number of optimizer steps in the run."""
 
     @abstractmethod
     def __call__(self, step: int) -> float:

@@ -1,21 +1,20 @@
 """The block of the classical recurrent language model (arXiv 1409.2329): x = dropout(mixer(x)), and nothing else.
 
-No residual, no norm, no feed-forward: what LSTMs were stacked with before residual streams, and what keeps a floor a
-floor, for a residual around an LSTM is already another architecture.
+It has no residual, no norm and no feed-forward. LSTMs were stacked this way before residual streams, and this block
+keeps that baseline as it was: a residual around an LSTM is already another architecture.
 """
 
 from collections.abc import Callable
-from typing import cast
 
-import torch.nn.functional as F
 from torch import Tensor
 
+from llmx.blocks.residual import ResidualBlock
 from llmx.feedforward.none import NoFeedForward
-from llmx.protocol import Block, Context, Hidden, Mixer, Site, State, Stateful
+from llmx.protocol import Branch, Mixer, Site
 
 
-class BareBlock(Block):
-    """The mixer alone. Its state is the mixer's.
+class BareBlock(ResidualBlock):
+    """The mixer alone.
 
     Args:
         site: where the block stands.
@@ -24,23 +23,7 @@ class BareBlock(Block):
     """
 
     def __init__(self, site: Site, mixer: Callable[[Site], Mixer], dropout: float = 0.0):
-        super().__init__()
-        self.mixer = site.place(mixer)
-        self.feed_forward = NoFeedForward(site)  # for whoever describes the network
-        self.dropout = dropout
+        super().__init__(site, mixer, NoFeedForward, dropout)
 
-    @property
-    def stateful(self) -> bool:
-        return isinstance(self.mixer, Stateful)
-
-    def forward(self, x: Hidden, context: Context) -> Hidden:
-        return F.dropout(self.mixer(x, context), self.dropout, self.training and self.dropout > 0)
-
-    def init_state(self, batch_size: int, max_length: int) -> State:
-        return cast(Stateful, self.mixer).init_state(batch_size, max_length)
-
-    def step(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
-        return cast(Stateful, self.mixer).step(x, state, context)
-
-    def prefill(self, x: Hidden, state: State, context: Context) -> tuple[Hidden, State]:
-        return cast(Stateful, self.mixer).prefill(x, state, context)
+    def connect(self, x: Tensor, mix: Branch, feed: Branch) -> Tensor:
+        return mix(x)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from llmx.blocks.residual import ResidualBlock
 from llmx.parts.norm import Norm, RMSNorm
-from llmx.protocol import FeedForward, Mixer, Run, Site
+from llmx.protocol import Branch, FeedForward, Mixer, Site
 
 
 class Connection(nn.Module, ABC):
@@ -125,7 +125,7 @@ class HyperConnectionBlock(ResidualBlock):
         self.feed_forward_norm = norm(site.dim)
         self.feed_forward_connection = connection(site.dim, streams, 2 * site.layer + 1)
 
-    def connect(self, x: Tensor, mix: Run, feed: Run) -> Tensor:
+    def connect(self, x: Tensor, mix: Branch, feed: Branch) -> Tensor:
         if self.first:
             x = x[..., None, :].expand(*x.shape[:-1], self.streams, -1)
         x = through(x, self.mixer_connection, lambda h: mix(self.mixer_norm(h)))
@@ -133,7 +133,7 @@ class HyperConnectionBlock(ResidualBlock):
         return x.sum(-2) if self.last else x
 
 
-def through(streams: Tensor, connection: Connection, branch: Run) -> Tensor:
+def through(streams: Tensor, connection: Connection, branch: Branch) -> Tensor:
     """Streams (..., n, D) past one branch, to the streams after it."""
     n = streams.shape[-2]
     read, write = connection(streams).split((n + 1, 1), -1)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llmx.blocks.residual import ResidualBlock
 from llmx.parts.unit_norm import LearnedScale, unit_norm
-from llmx.protocol import FeedForward, Mixer, Run, Site
+from llmx.protocol import Branch, FeedForward, Mixer, Site
 
 
 class NGPTBlock(ResidualBlock):
@@ -48,7 +48,7 @@ class NGPTBlock(ResidualBlock):
         self.mixer_rate = LearnedScale(site.dim, rate, site.dim**-0.5)
         self.feed_forward_rate = LearnedScale(site.dim, rate, site.dim**-0.5)
 
-    def connect(self, x: Tensor, mix: Run, feed: Run) -> Tensor:
+    def connect(self, x: Tensor, mix: Branch, feed: Branch) -> Tensor:
         x = turned(x, mix(x), self.mixer_rate())
         return turned(x, feed(x), self.feed_forward_rate())
 

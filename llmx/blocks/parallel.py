@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llmx.blocks.residual import ResidualBlock
 from llmx.parts.norm import Norm, RMSNorm
-from llmx.protocol import FeedForward, Mixer, Run, Site
+from llmx.protocol import Branch, FeedForward, Mixer, Site
 
 
 class ParallelBlock(ResidualBlock):
@@ -41,6 +41,6 @@ class ParallelBlock(ResidualBlock):
         super().__init__(site, mixer, feed_forward, dropout)
         self.norm = norm(site.dim)
 
-    def connect(self, x: Tensor, mix: Run, feed: Run) -> Tensor:
+    def connect(self, x: Tensor, mix: Branch, feed: Branch) -> Tensor:
         h = self.norm(x)
         return x + mix(h) + feed(h)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmx.blocks.residual import ResidualBlock
 from llmx.parts.norm import LayerNorm, Norm
-from llmx.protocol import FeedForward, Mixer, Run, Site
+from llmx.protocol import Branch, FeedForward, Mixer, Site
 
 
 class PostNormBlock(ResidualBlock):
@@ -37,6 +37,6 @@ class PostNormBlock(ResidualBlock):
         self.mixer_norm = norm(site.dim)
         self.feed_forward_norm = norm(site.dim)
 
-    def connect(self, x: Tensor, mix: Run, feed: Run) -> Tensor:
+    def connect(self, x: Tensor, mix: Branch, feed: Branch) -> Tensor:
         x = self.mixer_norm(x + mix(x))
         return self.feed_forward_norm(x + feed(x))

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from llmx.blocks.residual import ResidualBlock
 from llmx.parts.norm import Norm, RMSNorm
-from llmx.protocol import FeedForward, Mixer, Run, Site
+from llmx.protocol import Branch, FeedForward, Mixer, Site
 
 
 class PreNormBlock(ResidualBlock):
@@ -32,6 +32,6 @@ class PreNormBlock(ResidualBlock):
         self.mixer_norm = norm(site.dim)
         self.feed_forward_norm = norm(site.dim)
 
-    def connect(self, x: Tensor, mix: Run, feed: Run) -> Tensor:
+    def connect(self, x: Tensor, mix: Branch, feed: Branch) -> Tensor:
         x = x + mix(self.mixer_norm(x))
         return x + feed(self.feed_forward_norm(x))

@@ -1,4 +1,4 @@
-"""What residual blocks share: the parts, and one wiring for all three forms."""
+"""The base of all residual blocks: their parts, and one wiring for `forward`, `step` and `prefill`."""
 
 from abc import abstractmethod
 from collections.abc import Callable
@@ -7,18 +7,18 @@ from typing import NamedTuple, cast
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmx.protocol import Block, Context, FeedForward, Hidden, Mixer, Run, Site, State, Stateful, advancing
+from llmx.protocol import Block, Branch, Context, FeedForward, Hidden, Mixer, Site, State, Stateful
 
-Form = Callable[..., tuple[Tensor, State]]  # a `step` or `prefill`
+Advance = Callable[..., tuple[Tensor, State]]  # a `step` or `prefill`
 
 
 class BlockState(NamedTuple):
     mixer: State
-    feed_forward: State
+    feed_forward: State = ()  # stays empty in a block that never calls its feed-forward
 
 
-class ResidualBlock(Block):
-    """A block whose wiring is written once, in `connect`, for `forward`, `step` and `prefill` alike.
+class ResidualBlock(Block[BlockState]):
+    """A block that writes its wiring once, in `connect`, for `forward`, `step` and `prefill` alike.
 
     Args:
         site: where the block stands.
@@ -40,8 +40,8 @@ class ResidualBlock(Block):
         self.dropout = dropout
 
     @abstractmethod
-    def connect(self, x: Tensor, mix: Run, feed: Run) -> Tensor:
-        """(..., D) -> (..., D): calls `mix` (the mixer) and `feed` (the feed-forward) once each, in this order."""
+    def connect(self, x: Tensor, mix: Branch, feed: Branch) -> Tensor:
+        """(..., D) -> (..., D): calls `mix` (the mixer) once, then `feed` (the feed-forward) at most once."""
 
     @property
     def stateful(self) -> bool:
@@ -56,25 +56,20 @@ class ResidualBlock(Block):
         mixer, feed_forward = self._stateful_parts()
         return BlockState(mixer.init_state(batch_size, max_length), feed_forward.init_state(batch_size, max_length))
 
-    def step(self, x: Tensor, state: BlockState, context: Context) -> tuple[Tensor, BlockState]:  # type: ignore[override]
+    def step(self, x: Tensor, state: BlockState, context: Context) -> tuple[Tensor, BlockState]:
         mixer, feed_forward = self._stateful_parts()
         return self._advance(x, state, context, mixer.step, feed_forward.step)
 
-    def prefill(self, x: Hidden, state: BlockState, context: Context) -> tuple[Hidden, BlockState]:  # type: ignore[override]
+    def prefill(self, x: Hidden, state: BlockState, context: Context) -> tuple[Hidden, BlockState]:
         mixer, feed_forward = self._stateful_parts()
         return self._advance(x, state, context, mixer.prefill, feed_forward.prefill)
 
     def _advance(
-        self,
-        x: Tensor,
-        state: BlockState,
-        context: Context,
-        mixer: Form,
-        feed_forward: Form,
+        self, x: Tensor, state: BlockState, context: Context, mixer: Advance, feed_forward: Advance
     ) -> tuple[Tensor, BlockState]:
         after: list[State] = []
-        mix = advancing(mixer, state.mixer, context, after)
-        feed = advancing(feed_forward, state.feed_forward, context, after)
+        mix = fill_in(mixer, state.mixer, context, after)
+        feed = fill_in(feed_forward, state.feed_forward, context, after)
         return self.connect(x, mix, feed), BlockState(*after)
 
     def _stateful_parts(self) -> tuple[Stateful, Stateful]:
@@ -82,3 +77,14 @@ class ResidualBlock(Block):
 
     def _drop(self, branch: Tensor) -> Tensor:
         return F.dropout(branch, self.dropout, self.training) if self.dropout else branch
+
+
+def fill_in(advance: Advance, before: State, context: Context, after: list[State]) -> Callable[[Tensor], Tensor]:
+    """Turns a `step` or `prefill` into a function of x alone, from the state `before`. Appends the next state."""
+
+    def call(x: Tensor) -> Tensor:
+        output, state = advance(x, before, context)
+        after.append(state)
+        return output
+
+    return call

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llmx.blocks.residual import ResidualBlock
 from llmx.parts.norm import Norm, RMSNorm
-from llmx.protocol import FeedForward, Mixer, Run, Site
+from llmx.protocol import Branch, FeedForward, Mixer, Site
 
 
 class SandwichBlock(ResidualBlock):
@@ -40,6 +40,6 @@ class SandwichBlock(ResidualBlock):
         self.feed_forward_norm = norm(site.dim)
         self.feed_forward_out_norm = norm(site.dim)
 
-    def connect(self, x: Tensor, mix: Run, feed: Run) -> Tensor:
+    def connect(self, x: Tensor, mix: Branch, feed: Branch) -> Tensor:
         x = x + self.mixer_out_norm(mix(self.mixer_norm(x)))
         return x + self.feed_forward_out_norm(feed(self.feed_forward_norm(x)))

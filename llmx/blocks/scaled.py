@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from llmx.blocks.residual import ResidualBlock
 from llmx.parts.norm import Norm, RMSNorm
-from llmx.protocol import FeedForward, Mixer, Run, Site
+from llmx.protocol import Branch, FeedForward, Mixer, Site
 
 
 class LayerScaleBlock(ResidualBlock):
@@ -47,7 +47,7 @@ class LayerScaleBlock(ResidualBlock):
         self.feed_forward_norm = norm(site.dim)
         self.feed_forward_gain = nn.Parameter(torch.full((site.dim,), start))
 
-    def connect(self, x: Tensor, mix: Run, feed: Run) -> Tensor:
+    def connect(self, x: Tensor, mix: Branch, feed: Branch) -> Tensor:
         x = x + self.mixer_gain * mix(self.mixer_norm(x))
         return x + self.feed_forward_gain * feed(self.feed_forward_norm(x))
 
@@ -73,6 +73,6 @@ class ReZeroBlock(ResidualBlock):
         self.mixer_gain = nn.Parameter(torch.zeros(()))
         self.feed_forward_gain = nn.Parameter(torch.zeros(()))
 
-    def connect(self, x: Tensor, mix: Run, feed: Run) -> Tensor:
+    def connect(self, x: Tensor, mix: Branch, feed: Branch) -> Tensor:
         x = x + self.mixer_gain * mix(x)
         return x + self.feed_forward_gain * feed(x)

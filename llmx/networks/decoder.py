@@ -1,7 +1,7 @@
-"""The decoder: embedding, a stack of blocks, norm, head. Everything that makes it one architecture or another is in
-the components that are given to it."""
+"""The decoder: embedding, a stack of blocks, norm, head. Its components make it one architecture or another."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple, cast
 
 import torch
@@ -9,12 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from llmx.blocks.residual import Advance, fill_in
 from llmx.networks.embeddings import TokenEmbedding
 from llmx.networks.heads import LinearHead
 from llmx.networks.stacks import Sequential
 from llmx.parts.norm import Norm, RMSNorm
 from llmx.protocol import (
     Block,
+    BlockCall,
     Context,
     Embedding,
     Head,
@@ -22,30 +24,28 @@ from llmx.protocol import (
     Logits,
     Losses,
     Network,
-    Run,
     Site,
     Stack,
     State,
     Tokens,
-    advancing,
 )
 
 
 class DecoderState(NamedTuple):
     position: Tensor  # (B,) int64, of the next token
-    blocks: tuple[State, ...]  # one a run of a block
+    blocks: tuple[State, ...]  # one a call of a block
 
 
-class Decoder(Network):
+class Decoder(Network[DecoderState]):
     """Tokens (B, T) -> logits (B, T, V).
 
     Args:
         vocab_size: V, given by the tokenizer.
-        block: factory of one block, called once a layer with its `Site`.
+        block: factory of one block. The decoder calls it once a layer, with its `Site`.
         dim: width of the residual stream.
         depth: number of blocks.
         embedding: factory of the embedding, from `vocab_size` and `dim`.
-        stack: factory of the wiring of the blocks, from the `Site` of the ground.
+        stack: factory of the wiring of the blocks, from a `Site` with `dim` and `depth`.
         norm: factory of the last norm, from `dim`.
         head: factory of the head, from `dim` and `vocab_size`.
         tied: the head uses the embedding's weights.
@@ -75,10 +75,9 @@ class Decoder(Network):
         self.dropout = dropout
         self.gradient_checkpointing = False
         self.embedding = embedding(vocab_size, dim)
-        ground = Site(dim=dim, depth=depth)
-        sites = (Site(dim=dim, layer=layer, depth=depth, census=ground.census) for layer in range(depth))
-        self.blocks = nn.ModuleList(site.place(block) for site in sites)
-        self.stack = stack(ground)
+        whole = Site(dim=dim, depth=depth)
+        self.blocks = nn.ModuleList(replace(whole, layer=layer).place(block) for layer in range(depth))
+        self.stack = stack(whole)
         self.norm = norm(dim)
         self.head = head(dim, vocab_size)
         if tied:
@@ -96,7 +95,7 @@ class Decoder(Network):
         positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         x = self._embed(tokens, positions)
         context = Context(tokens, positions, x)
-        x = self.stack(x, [self._run(block, context) for block in self._turns])
+        x = self.stack(x, [self._call(block, context) for block in self._in_order])
         return self.norm(x), context
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -111,15 +110,13 @@ class Decoder(Network):
 
     def init_state(self, batch_size: int, max_length: int) -> DecoderState:
         position = torch.zeros(batch_size, dtype=torch.int64, device=self.embedding.weight.device)
-        return DecoderState(position, tuple(block.init_state(batch_size, max_length) for block in self._turns))
+        return DecoderState(position, tuple(block.init_state(batch_size, max_length) for block in self._in_order))
 
-    def step(self, tokens: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:  # type: ignore[override]
-        x = self._embed(tokens, state.position)
-        context = Context(tokens, state.position, x)
-        x, states = self._advance(x, [block.step for block in self._turns], state, context)
-        return self.logits(self.norm(x)), DecoderState(state.position + 1, states)
+    def step(self, tokens: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
+        hidden, states = self._advance(tokens, state.position, [block.step for block in self._in_order], state)
+        return self.logits(hidden), DecoderState(state.position + 1, states)
 
-    def prefill(self, tokens: Tokens, state: DecoderState) -> tuple[Logits, DecoderState]:  # type: ignore[override]
+    def prefill(self, tokens: Tokens, state: DecoderState) -> tuple[Logits, DecoderState]:
         hidden, state = self._prefill(tokens, state)
         return self.logits(hidden), state
 
@@ -127,56 +124,53 @@ class Decoder(Network):
     def drafts(self) -> int:
         return self.head.drafts
 
-    def prefill_ahead(  # type: ignore[override]
-        self, tokens: Tokens, state: DecoderState, last: int
-    ) -> tuple[Tensor, DecoderState]:
+    def prefill_ahead(self, tokens: Tokens, state: DecoderState, last: int) -> tuple[Tensor, DecoderState]:
         hidden, state = self._prefill(tokens, state)
         return self.head.ahead(hidden[:, -last:]), state
 
     def _prefill(self, tokens: Tokens, state: DecoderState) -> tuple[Hidden, DecoderState]:
         time = tokens.shape[1]
         positions = state.position[:, None] + torch.arange(time, device=tokens.device)
-        x = self._embed(tokens, positions)
-        context = Context(tokens, positions, x)
-        x, states = self._advance(x, [block.prefill for block in self._turns], state, context)
-        return self.norm(x), DecoderState(state.position + time, states)
+        hidden, states = self._advance(tokens, positions, [block.prefill for block in self._in_order], state)
+        return hidden, DecoderState(state.position + time, states)
 
     def enable_gradient_checkpointing(self) -> None:
         self.gradient_checkpointing = True
 
     @property
-    def _turns(self) -> list[Block]:
-        """The blocks in the order in which they run."""
+    def _in_order(self) -> list[Block]:
+        """The blocks in the order of their calls."""
         return [self.layers[index] for index in self.stack.order()]
 
-    def _run(self, block: Block, context: Context) -> Run:
+    def _call(self, block: Block, context: Context) -> BlockCall:
         if not (self.gradient_checkpointing and torch.is_grad_enabled()):
             return lambda x: block(x, context)
 
-        def alone(x: Tensor, store: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-            # a context of its own: run again in the backward pass, the block reads what it read, and writes nothing
+        def recomputed(x: Tensor, store: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+            # the backward pass calls the block again: with its own context it reads the same store and writes nothing
             own = Context(context.tokens, context.positions, context.embedding)
             own.store = dict(store)
             x = block(x, own)
             written = {name: value for name, value in own.store.items() if value is not store.get(name)}
             return x, written, own.auxiliary
 
-        def run(x: Tensor) -> Tensor:
-            x, written, auxiliary = checkpoint(alone, x, dict(context.store), use_reentrant=False)
+        def call(x: Tensor) -> Tensor:
+            x, written, auxiliary = checkpoint(recomputed, x, dict(context.store), use_reentrant=False)
             context.store.update(written)
             context.add_loss(auxiliary)
             return x
 
-        return run
+        return call
 
     def _advance(
-        self, x: Tensor, forms: Sequence[Callable[..., tuple[Tensor, State]]], state: DecoderState, context: Context
+        self, tokens: Tensor, positions: Tensor, advances: Sequence[Advance], state: DecoderState
     ) -> tuple[Tensor, tuple[State, ...]]:
-        """The stack, its blocks in their `step` or `prefill` form."""
+        """Embedding, stack and norm, each block in its `step` or `prefill`."""
+        x = self._embed(tokens, positions)
+        context = Context(tokens, positions, x)
         after: list[State] = []
-        runs = [advancing(form, before, context, after) for form, before in zip(forms, state.blocks, strict=True)]
-        x = self.stack(x, runs)
-        return x, tuple(after)
+        calls = [fill_in(*pair, context, after) for pair in zip(advances, state.blocks, strict=True)]
+        return self.norm(self.stack(x, calls)), tuple(after)
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         return F.dropout(self.embedding(tokens, positions), self.dropout, self.training and self.dropout > 0)

@@ -27,10 +27,6 @@ class TokenEmbedding(Embedding):
         self.scale = scale
         normal_(self.table, std)
 
-    @property
-    def weight(self) -> Tensor:
-        return self.table.weight
-
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
         vectors = self.table(tokens)
         return vectors if self.scale == 1 else vectors * self.scale
@@ -56,10 +52,6 @@ class LearnedPositionEmbedding(Embedding):
         self.positions = nn.Embedding(max_length, dim)
         normal_(self.table)
         normal_(self.positions, 0.01)
-
-    @property
-    def weight(self) -> Tensor:
-        return self.table.weight
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
         if positions.ndim == 2 and positions.shape[1] > self.positions.num_embeddings:
@@ -91,10 +83,6 @@ class SinusoidalPositionEmbedding(Embedding):
         self.scale = math.sqrt(dim)
         normal_(self.table, dim**-0.5)
 
-    @property
-    def weight(self) -> Tensor:
-        return self.table.weight
-
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
         vectors = self.table(tokens)
         exact = exact_dtype(vectors)
@@ -118,10 +106,6 @@ class UnitEmbedding(Embedding):
         self.table = nn.Embedding(vocab_size, dim)
         normal_(self.table)
         self.after_optimizer_step()
-
-    @property
-    def weight(self) -> Tensor:
-        return self.table.weight
 
     def after_optimizer_step(self) -> None:
         renormalise_(self.table.weight, 1)

@@ -1,7 +1,5 @@
 """Heads: from the last hidden vector to logits."""
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 
@@ -17,9 +15,6 @@ class LinearHead(Head):
         super().__init__()
         self.linear = nn.Linear(dim, vocab_size, bias=bias)
         normal_(self.linear, std)
-
-    def tie(self, weight: Tensor) -> None:
-        self.linear.weight = cast(nn.Parameter, weight)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.linear(hidden)
@@ -39,9 +34,6 @@ class SoftCappedHead(Head):
         self.cap = cap
         self.linear = nn.Linear(dim, vocab_size, bias=False)
         normal_(self.linear)
-
-    def tie(self, weight: Tensor) -> None:
-        self.linear.weight = cast(nn.Parameter, weight)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.cap * torch.tanh(self.linear(hidden) / self.cap)
@@ -63,9 +55,6 @@ class UnitHead(Head):
 
     def after_optimizer_step(self) -> None:
         renormalise_(self.linear.weight, 1)
-
-    def tie(self, weight: Tensor) -> None:
-        self.linear.weight = cast(nn.Parameter, weight)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.linear(hidden) * self.scale()

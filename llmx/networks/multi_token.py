@@ -12,8 +12,6 @@ leaves the further heads out. The traps: the loss of the tokens further away bel
 validation loss; the last k - 1 positions have no k-th target; and in the paper small models get worse by it.
 """
 
-from typing import cast
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -47,9 +45,6 @@ class MultiTokenHead(Head):
         self.linear = nn.Linear(dim, vocab_size, bias=False)  # U
         normal_(self.further)
         normal_(self.linear)
-
-    def tie(self, weight: Tensor) -> None:
-        self.linear.weight = cast(nn.Parameter, weight)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.linear(hidden)

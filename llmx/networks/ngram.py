@@ -28,7 +28,7 @@ class NGramState(NamedTuple):
     position: Tensor  # (B,) int64, tokens seen
 
 
-class NGram(CountingNetwork):
+class NGram(CountingNetwork[NGramState]):
     """Tokens (B, T) -> log-probabilities (B, T, V) in float64, from the last n - 1 tokens at each position.
 
     Args:
@@ -79,11 +79,11 @@ class NGram(CountingNetwork):
         zeros = self._first.keys.new_zeros(batch_size, self.order - 1)
         return NGramState(zeros[:, 1:], zeros[:, 0])
 
-    def step(self, tokens: Tensor, state: NGramState) -> tuple[Tensor, NGramState]:  # type: ignore[override]
+    def step(self, tokens: Tensor, state: NGramState) -> tuple[Tensor, NGramState]:
         logits, state = self.prefill(tokens[:, None], state)
         return logits[:, 0], state
 
-    def prefill(self, tokens: Tokens, state: NGramState) -> tuple[Logits, NGramState]:  # type: ignore[override]
+    def prefill(self, tokens: Tokens, state: NGramState) -> tuple[Logits, NGramState]:
         batch, time = tokens.shape
         text = torch.cat((state.past, tokens), 1)  # (B, n - 2 + T)
         seen = state.position[:, None] + torch.arange(1, time + 1, device=tokens.device)  # (B, T), up to each position

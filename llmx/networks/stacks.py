@@ -6,7 +6,7 @@ embedding, or several times over.
     Looped          x_{r+1} = f(x_r), f the whole stack of L blocks, r < times
     EmbeddingSkip   x_{l+1} = f_l(a_l x_l + b_l x_0), x_0 the embedding
 
-A stack says in `order` which block runs when; every run, not every block, has a state of its own.
+A stack says in `order` which block is called when. Each call has its own state, not each block.
 """
 
 from collections.abc import Sequence
@@ -14,15 +14,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from llmx.protocol import Run, Site, Stack
+from llmx.protocol import BlockCall, Site, Stack
 
 
 class Sequential(Stack):
     """One block after the other."""
 
-    def forward(self, x: Tensor, runs: Sequence[Run]) -> Tensor:
-        for run in runs:
-            x = run(x)
+    def forward(self, x: Tensor, blocks: Sequence[BlockCall]) -> Tensor:
+        for block in blocks:
+            x = block(x)
         return x
 
 
@@ -35,7 +35,7 @@ class UNet(Stack):
     first; with an even depth that one adds to the stream what the stream is, and is a learned gain.
 
     Args:
-        site: the ground; its depth at least 2.
+        site: `dim` and `depth` of the decoder; a depth of at least 2.
 
     Raises:
         ValueError: for a depth without two halves.
@@ -47,16 +47,16 @@ class UNet(Stack):
             raise ValueError(f"depth: {site.depth} has no two halves for a U")
         self.weights = nn.Parameter(torch.ones(site.depth // 2))  # from the innermost skip outwards
 
-    def forward(self, x: Tensor, runs: Sequence[Run]) -> Tensor:
+    def forward(self, x: Tensor, blocks: Sequence[BlockCall]) -> Tensor:
         half = len(self.weights)
         outputs = []
-        for run in runs[:half]:
-            x = run(x)
+        for block in blocks[:half]:
+            x = block(x)
             outputs.append(x)
-        for run in runs[half:-half]:
-            x = run(x)
-        for run, weight in zip(runs[-half:], self.weights.to(x.dtype).unbind(), strict=True):
-            x = run(x + weight * outputs.pop())
+        for block in blocks[half:-half]:
+            x = block(x)
+        for block, weight in zip(blocks[-half:], self.weights.to(x.dtype).unbind(), strict=True):
+            x = block(x + weight * outputs.pop())
         return x
 
 
@@ -69,7 +69,7 @@ class Looped(Stack):
     would hold, for every token, the keys of whichever round came last.
 
     Args:
-        site: the ground.
+        site: `dim` and `depth` of the decoder.
         times: rounds; at least 1.
 
     Raises:
@@ -85,9 +85,9 @@ class Looped(Stack):
     def order(self) -> Sequence[int]:
         return [*range(self.depth)] * self.times
 
-    def forward(self, x: Tensor, runs: Sequence[Run]) -> Tensor:
-        for run in runs:
-            x = run(x)
+    def forward(self, x: Tensor, blocks: Sequence[BlockCall]) -> Tensor:
+        for block in blocks:
+            x = block(x)
         return x
 
 
@@ -104,8 +104,8 @@ class EmbeddingSkip(Stack):
         mix = torch.tensor([1.0, 0.0])
         self.mix = nn.Parameter(mix.repeat(site.depth, 1))  # (L, 2)
 
-    def forward(self, x: Tensor, runs: Sequence[Run]) -> Tensor:
+    def forward(self, x: Tensor, blocks: Sequence[BlockCall]) -> Tensor:
         embedding = x
-        for run, mix in zip(runs, self.mix.to(x.dtype), strict=True):
-            x = run(mix[0] * x + mix[1] * embedding)
+        for block, mix in zip(blocks, self.mix.to(x.dtype), strict=True):
+            x = block(mix[0] * x + mix[1] * embedding)
         return x

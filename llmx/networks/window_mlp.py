@@ -23,7 +23,7 @@ class WindowMLPState(NamedTuple):
     past: Tensor  # (B, n - 1, M), the last embeddings
 
 
-class WindowMLP(Network):
+class WindowMLP(Network[WindowMLPState]):
     """Tokens (B, T) -> logits (B, T, V) from the last n tokens at each position.
 
     Args:
@@ -70,13 +70,13 @@ class WindowMLP(Network):
     def init_state(self, batch_size: int, max_length: int) -> WindowMLPState:
         return WindowMLPState(self.start.expand(batch_size, self.context_length - 1, -1))
 
-    def step(self, tokens: Tensor, state: WindowMLPState) -> tuple[Tensor, WindowMLPState]:  # type: ignore[override]
+    def step(self, tokens: Tensor, state: WindowMLPState) -> tuple[Tensor, WindowMLPState]:
         window = torch.cat((state.past, self.embedding(tokens)[:, None]), 1)  # (B, n, M)
         x = window.flatten(1)
         hidden = self.inner(x).tanh()
         return self.head(torch.cat((hidden, x), -1) if self.direct else hidden), WindowMLPState(window[:, 1:])
 
-    def prefill(self, tokens: Tokens, state: WindowMLPState) -> tuple[Logits, WindowMLPState]:  # type: ignore[override]
+    def prefill(self, tokens: Tokens, state: WindowMLPState) -> tuple[Logits, WindowMLPState]:
         embedded = torch.cat((state.past, self.embedding(tokens)), 1)  # (B, n - 1 + T, M)
         return self.head(self._read(embedded)), WindowMLPState(embedded[:, tokens.shape[1] :])
 
