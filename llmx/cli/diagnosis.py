@@ -18,7 +18,8 @@ from typing import Any
 import yaml
 from torch import nn
 
-from llmx.config.bases import merged, set_at
+from llmx.config.bases import merged
+from llmx.config.paths import entries, set_at
 
 _STRUCTURE = ("class_path", "init_args", "dict_kwargs")
 
@@ -188,7 +189,7 @@ def _with_full_key(message: str, given: dict[str, Any]) -> str:
         return text
     key, complaint = match.groups()
     wanted = re.search(r"(?:Got value|Given value): (.*)$", text)
-    named = [(path, value) for path, value in nodes(given, "") if path == key or path.endswith(f".{key}")]
+    named = [(path, value) for path, value in entries(given, "") if path == key or path.endswith(f".{key}")]
     exact = [path for path, value in named if wanted and str(value) == wanted.group(1)]
     path = exact[0] if exact else named[0][0] if len(named) == 1 else key
     if "Errors:" in complaint:
@@ -198,12 +199,3 @@ def _with_full_key(message: str, given: dict[str, Any]) -> str:
     complaint = re.sub(r"<class '([^']+)'>", r"\1", complaint).replace("typing.", "")
     complaint = complaint.replace("Expected a ", "expected ")
     return f"{path}: {complaint}"
-
-
-def nodes(value: Any, path: str) -> list[tuple[str, Any]]:
-    """All that nested data holds, with its path; `init_args` is left out of paths."""
-    found = [(path, value)]
-    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in inside:
-        found += nodes(inner, path if key == "init_args" else f"{path}.{key}" if path else str(key))
-    return found

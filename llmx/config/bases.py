@@ -14,6 +14,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from llmx.config.paths import set_at
 from llmx.config.yaml import parse_yaml, read_yaml
 from llmx.errors import UserError
 
@@ -129,28 +130,3 @@ def _option(argument: str) -> tuple[str, str]:
     """`--config=VALUE` as ("--config=", VALUE), and a bare VALUE as ("", VALUE)."""
     name, equals, value = argument.partition("=")
     return (f"{name}=", value) if equals and name in ("--config", "-c") else ("", argument)
-
-
-def set_at(config: Any, path: str, text: str) -> None:
-    """Puts a value at a dotted path through mappings, components (`init_args` may be left out) and lists."""
-    value = parse_yaml(text, path)
-    parts = path.split(".")
-    node = config
-    for i, part in enumerate(parts):
-        if isinstance(node, dict) and "class_path" in node and part not in ("class_path", "init_args"):
-            node = node.setdefault("init_args", {})
-        here = ".".join(parts[: i + 1])
-        if not isinstance(node, list if part.isdecimal() else dict):
-            raise UserError(f"{here}: the config has no such {'list' if part.isdecimal() else 'key'}")
-        if isinstance(node, list) and int(part) >= len(node):
-            raise UserError(f"{here}: the list ends with {len(node) - 1}")
-        key: Any = int(part) if isinstance(node, list) else part
-        held = node[key] if isinstance(node, list) else node.get(key)
-        if i < len(parts) - 1:  # on the way down, and a component by its name alone may have arguments
-            node[key] = {"class_path": held} if isinstance(held, str) else {} if held is None else held
-        else:
-            component = isinstance(value, str) and isinstance(held, dict) and "class_path" in held
-            if key == "class_path" and value != held:
-                node.clear()  # another class takes none of the arguments
-            node[key] = {"class_path": value} if component else value
-        node = node[key]

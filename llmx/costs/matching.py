@@ -15,8 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from llmx.cli.diagnosis import nodes
-from llmx.config.bases import set_at
+from llmx.config.paths import entries, set_at
 from llmx.costs.describe import MATCHED, Description, apart, parameters
 from llmx.errors import UserError
 from llmx.protocol import Network
@@ -164,7 +163,7 @@ def _tokens(settings: dict[str, Any]) -> int:
 def _sizes(network: Any, by: str | None) -> dict[str, int]:
     """The keys to vary, with what they hold; one that is not given (null) counts as large as the largest that is."""
     ends = DEFAULTS if by is None else (by.replace("init_args.", ""),)
-    keys = nodes(network, "model.network")
+    keys = entries(network, "model.network")
     found = next(
         (same for end in ends if (same := {key: value for key, value in keys if f".{key}".endswith(f".{end}")})), None
     )
