@@ -11,14 +11,14 @@ positions, not from slots of the cache.
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from llmx.parts.attention import KeyValues, attend_cache, biased_causal_attention, empty_cache, places
-from llmx.parts.init import normal_, residual_std
-from llmx.protocol import Context, Hidden, Site, StatefulMixer
+from llmx.parts.attention import KeyValues, attend_cache, biased_causal_attention, places
+from llmx.parts.softmax_attention import Heads, SoftmaxAttention
+from llmx.protocol import Context, Site
 
 
-class ALiBiAttention(StatefulMixer[KeyValues]):
+class ALiBiAttention(SoftmaxAttention):
     """(B, T, D) -> (B, T, D).
 
     Args:
@@ -34,44 +34,22 @@ class ALiBiAttention(StatefulMixer[KeyValues]):
     slopes: Tensor
 
     def __init__(self, site: Site, heads: int = 8, bias: bool = False, dropout: float = 0.0):
-        super().__init__()
-        if heads < 1 or site.dim % heads:
-            raise ValueError(f"heads: {heads} heads must divide dim {site.dim}")
-        self.heads = heads
-        self.head_dim = site.dim // heads
-        self.dropout = dropout
-        self.qkv = nn.Linear(site.dim, 3 * site.dim, bias=bias)
-        self.out = nn.Linear(site.dim, site.dim, bias=bias)
-        normal_(self.qkv)
-        normal_(self.out, residual_std(site.depth))
+        super().__init__(site, heads, bias=bias, dropout=dropout)
+        self.add_output(site)
         self.register_buffer("slopes", torch.tensor(alibi_slopes(heads)), persistent=False)
 
-    def forward(self, x: Hidden, context: Context) -> Hidden:
-        query, key, value = (heads.transpose(1, 2) for heads in self._project(x))
+    def project(self, x: Tensor, context: Context) -> Heads:
+        return self.split_heads(x)
+
+    def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
         bias = self._bias(context.positions, context.positions, query)
-        mixed = biased_causal_attention(query, key, value, bias, self.dropout if self.training else 0.0)
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        return biased_causal_attention(query, key, value, bias, self.active_dropout)
 
-    def init_state(self, batch_size: int, max_length: int) -> KeyValues:
-        return empty_cache(self.out.weight, batch_size, self.heads, max_length, self.head_dim, self.head_dim)
-
-    def step(self, x: Tensor, state: KeyValues, context: Context) -> tuple[Tensor, KeyValues]:
-        mixed, state = self._attend(x[:, None], state, context)
-        return self.out(mixed[:, 0]), state
-
-    def prefill(self, x: Hidden, state: KeyValues, context: Context) -> tuple[Hidden, KeyValues]:
-        mixed, state = self._attend(x, state, context)
-        return self.out(mixed), state
-
-    def _attend(self, x: Hidden, state: KeyValues, context: Context) -> tuple[Hidden, KeyValues]:
-        query, key, value = self._project(x)
-        slots = torch.arange(state.key.shape[2], device=x.device)[None]
-        return attend_cache(query, key, value, state, context, self._bias(places(context), slots, query))
-
-    def _project(self, x: Hidden) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value, (B, T, H, K) each."""
-        query, key, value = self.qkv(x).unflatten(-1, (3 * self.heads, self.head_dim)).chunk(3, -2)
-        return query, key, value
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, cache: KeyValues, context: Context
+    ) -> tuple[Tensor, KeyValues]:
+        slots = torch.arange(cache.key.shape[2], device=query.device)[None]
+        return attend_cache(query, key, value, cache, context, self._bias(places(context), slots, query))
 
     def _bias(self, positions: Tensor, keys: Tensor, like: Tensor) -> Tensor:
         """-m_h (t - s) for positions (B, T) and keys at (1, S): (B, H, 1, T, S)."""

@@ -8,15 +8,11 @@ O(T D) with the fused kernel and O(T^2) where the products are written out; the 
 numbers a token. The trap: grouped heads repeat each key head for neighbouring query heads (h // (H / G)), not in turn.
 """
 
-from torch import Tensor, nn
-
-from llmx.parts.attention import KeyValues, attend_cache, causal_attention, empty_cache
-from llmx.parts.init import normal_, residual_std
-from llmx.parts.rotary import rotate, shared_table
-from llmx.protocol import Context, Hidden, Site, StatefulMixer
+from llmx.parts.softmax_attention import SoftmaxAttention
+from llmx.protocol import Site
 
 
-class Attention(StatefulMixer[KeyValues]):
+class Attention(SoftmaxAttention):
     """Multi-head causal attention with rotary positions and a key/value cache.
 
     Args:
@@ -40,44 +36,5 @@ class Attention(StatefulMixer[KeyValues]):
         dropout: float = 0.0,
         out_std: float | None = None,
     ):
-        super().__init__()
-        kv_heads = heads if kv_heads is None else kv_heads
-        if heads < 1 or site.dim % (2 * heads):
-            raise ValueError(f"heads: {heads} heads must divide dim {site.dim} into even parts")
-        if kv_heads < 1 or heads % kv_heads:
-            raise ValueError(f"kv_heads: {kv_heads} must divide heads {heads}")
-        self.heads = heads
-        self.kv_heads = kv_heads
-        self.head_dim = site.dim // heads
-        self.rotary_base = rotary_base
-        self.dropout = dropout
-        self.qkv = nn.Linear(site.dim, (heads + 2 * kv_heads) * self.head_dim, bias=False)
-        self.out = nn.Linear(site.dim, site.dim, bias=False)
-        normal_(self.qkv)
-        normal_(self.out, residual_std(site.depth) if out_std is None else out_std)
-
-    def forward(self, x: Hidden, context: Context) -> Hidden:
-        query, key, value = (heads.transpose(1, 2) for heads in self._project(x, context))
-        mixed = causal_attention(query, key, value, self.dropout if self.training else 0.0)  # (B, H, T, K)
-        return self.out(mixed.transpose(1, 2).flatten(2))
-
-    def init_state(self, batch_size: int, max_length: int) -> KeyValues:
-        return empty_cache(self.out.weight, batch_size, self.kv_heads, max_length, self.head_dim, self.head_dim)
-
-    def step(self, x: Tensor, state: KeyValues, context: Context) -> tuple[Tensor, KeyValues]:
-        query, key, value = (heads[:, None] for heads in self._project(x, context))
-        mixed, state = attend_cache(query, key, value, state, context)
-        return self.out(mixed[:, 0]), state
-
-    def prefill(self, x: Hidden, state: KeyValues, context: Context) -> tuple[Hidden, KeyValues]:
-        mixed, state = attend_cache(*self._project(x, context), state, context)
-        return self.out(mixed), state
-
-    def _project(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated query (B, T, H, K), rotated key (B, T, G, K), value (B, T, G, K), without T in `step`."""
-        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
-        # split, not slices: its gradient is one concatenation, that of slices a sum of padded tensors
-        both, value = heads.split((self.heads + self.kv_heads, self.kv_heads), -2)
-        table = shared_table(context, self.head_dim, self.rotary_base, x.dtype)
-        query, key = rotate(both, table).split((self.heads, self.kv_heads), -2)
-        return query, key, value
+        super().__init__(site, heads, kv_heads, rotary_base, dropout=dropout)
+        self.add_output(site, std=out_std)

@@ -18,14 +18,14 @@ import math
 import torch
 from torch import Tensor, nn
 
-from llmx.parts.attention import KeyValues, attend_cache, causal_attention, empty_cache
-from llmx.parts.init import normal_, residual_std
+from llmx.parts.attention import KeyValues, attend_cache, causal_attention
 from llmx.parts.norm import RMSNorm
 from llmx.parts.rotary import rotate, shared_table
-from llmx.protocol import Context, Hidden, Site, StatefulMixer
+from llmx.parts.softmax_attention import Heads, SoftmaxAttention
+from llmx.protocol import Context, Site
 
 
-class DifferentialAttention(StatefulMixer[KeyValues]):
+class DifferentialAttention(SoftmaxAttention):
     """(B, T, D) -> (B, T, D).
 
     Args:
@@ -39,66 +39,43 @@ class DifferentialAttention(StatefulMixer[KeyValues]):
     """
 
     def __init__(self, site: Site, heads: int = 4, kv_heads: int | None = None, rotary_base: float = 10000.0):
-        super().__init__()
-        kv_heads = heads if kv_heads is None else kv_heads
         if heads < 1 or site.dim % (4 * heads):
             raise ValueError(f"heads: dim {site.dim} must divide into 4 parts for each of {heads} heads")
-        if kv_heads < 1 or heads % kv_heads:
-            raise ValueError(f"kv_heads: {kv_heads} must divide heads {heads}")
-        self.heads = heads
-        self.kv_heads = kv_heads
-        self.head_dim = site.dim // (2 * heads)  # K
-        self.rotary_base = rotary_base
+        super().__init__(site, heads, kv_heads, rotary_base)
         self.lambda_init = 0.8 - 0.6 * math.exp(-0.3 * site.layer)
-        self.qkv = nn.Linear(site.dim, (2 * heads + 4 * kv_heads) * self.head_dim, bias=False)
-        self.lambdas = nn.Parameter(0.1 * torch.randn(4, self.head_dim))  # l_q1, l_k1, l_q2, l_k2
-        self.norm = RMSNorm(2 * self.head_dim)
-        self.out = nn.Linear(site.dim, site.dim, bias=False)
-        normal_(self.qkv)
-        normal_(self.out, residual_std(site.depth))
+        self.lambdas = nn.Parameter(0.1 * torch.randn(4, self.head_dim // 2))  # l_q1, l_k1, l_q2, l_k2
+        self.norm = RMSNorm(self.head_dim)
+        self.add_output(site)
 
-    def forward(self, x: Hidden, context: Context) -> Hidden:
-        query, key, value = (heads.transpose(1, 2) for heads in self._project(x, context))
+    def project(self, x: Tensor, context: Context) -> Heads:
+        """Rotated queries (B, T, 2 H, K) and keys (B, T, 2 G, K), those of the first map before those of the second;
+        value (B, T, G, 2 K). Without T in `step`."""
+        widths = [count * self.head_dim for count in (self.heads, self.kv_heads, self.kv_heads)]
+        query, key, value = self.qkv(x).split(widths, -1)
+        half = self.head_dim // 2
+        table = shared_table(context, half, self.rotary_base, x.dtype)
+        query, key = (rotate(heads.unflatten(-1, (-1, half)), table) for heads in (query, key))
+        return query, key, value.unflatten(-1, (-1, self.head_dim))
+
+    def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
         mixed = causal_attention(query, key, value.repeat(1, 2, 1, 1))  # (B, 2 H, T, 2 K)
-        return self._difference(*mixed.transpose(1, 2).chunk(2, 2))
+        return self._difference(*mixed.transpose(1, 2).chunk(2, 2)).transpose(1, 2)
 
-    def init_state(self, batch_size: int, max_length: int) -> KeyValues:
-        # the two keys of a head lie side by side in one slot, for they share its value
-        width = 2 * self.head_dim
-        return empty_cache(self.out.weight, batch_size, self.kv_heads, max_length, width, width)
-
-    def step(self, x: Tensor, state: KeyValues, context: Context) -> tuple[Tensor, KeyValues]:
-        query, key, value = (heads[:, None] for heads in self._project(x, context))
-        mixed, state = self._attend(query, key, value, state, context)
-        return mixed[:, 0], state
-
-    def prefill(self, x: Hidden, state: KeyValues, context: Context) -> tuple[Hidden, KeyValues]:
-        return self._attend(*self._project(x, context), state, context)
-
-    def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, state: KeyValues, context: Context
-    ) -> tuple[Hidden, KeyValues]:
-        """Each of a head's two queries sees its own half of the slots' keys."""
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, cache: KeyValues, context: Context
+    ) -> tuple[Tensor, KeyValues]:
+        """Each of a head's two queries sees its own half of the slots' keys, which lie side by side."""
         first, second = query.chunk(2, 2)  # (B, T, H, K)
         nothing = torch.zeros_like(first)
         # the width of the keys is 2 K here, hence the factor that makes the scale 1 / sqrt(K)
         halves = torch.stack((torch.cat((first, nothing), -1), torch.cat((nothing, second), -1)), 3) * math.sqrt(2)
         both = torch.cat(key.chunk(2, 2), -1)  # (B, T, G, 2 K)
-        mixed, state = attend_cache(halves.flatten(2, 3), both, value, state, context)
-        return self._difference(*mixed.unflatten(-1, (self.heads, 2, -1)).unbind(3)), state
+        mixed, cache = attend_cache(halves.flatten(2, 3), both, value, cache, context)
+        return self._difference(*mixed.unflatten(-1, (self.heads, 2, -1)).unbind(3)).flatten(2), cache
 
-    def _difference(self, first: Tensor, second: Tensor) -> Hidden:
-        """What the two maps found, (B, T, H, 2 K) each, -> (B, T, D)"""
+    def _difference(self, first: Tensor, second: Tensor) -> Tensor:
+        """What the two maps found, (B, T, H, 2 K) each, -> (B, T, H, 2 K)"""
         # not @, which autocast would make 16-bit
         plus, minus = (self.lambdas[0::2] * self.lambdas[1::2]).sum(-1).exp()
         scale = plus - minus + self.lambda_init
-        return self.out((self.norm(first - scale * second) * (1 - self.lambda_init)).flatten(2))
-
-    def _project(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries (B, T, 2 H, K) and keys (B, T, 2 G, K), those of the first map before those of the second;
-        value (B, T, G, 2 K). Without T in `step`."""
-        widths = (2 * self.heads * self.head_dim, 2 * self.kv_heads * self.head_dim, 2 * self.kv_heads * self.head_dim)
-        query, key, value = self.qkv(x).split(widths, -1)
-        table = shared_table(context, self.head_dim, self.rotary_base, x.dtype)
-        query, key = (rotate(heads.unflatten(-1, (-1, self.head_dim)), table) for heads in (query, key))
-        return query, key, value.unflatten(-1, (self.kv_heads, 2 * self.head_dim))
+        return self.norm(first - scale * second) * (1 - self.lambda_init)

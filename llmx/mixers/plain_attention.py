@@ -9,14 +9,13 @@ numbers a token. The trap: without positions the mixer is not blind to order, on
 the past must find the last output unchanged after one layer, and changed after two.
 """
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from llmx.parts.attention import KeyValues, attend_cache, causal_attention, empty_cache
-from llmx.parts.init import normal_, residual_std
-from llmx.protocol import Context, Hidden, Site, StatefulMixer
+from llmx.parts.softmax_attention import Heads, SoftmaxAttention
+from llmx.protocol import Context, Site
 
 
-class PlainAttention(StatefulMixer[KeyValues]):
+class PlainAttention(SoftmaxAttention):
     """(B, T, D) -> (B, T, D).
 
     Args:
@@ -33,39 +32,8 @@ class PlainAttention(StatefulMixer[KeyValues]):
     def __init__(
         self, site: Site, heads: int = 8, kv_heads: int | None = None, bias: bool = False, dropout: float = 0.0
     ):
-        super().__init__()
-        kv_heads = heads if kv_heads is None else kv_heads
-        if heads < 1 or site.dim % heads:
-            raise ValueError(f"heads: {heads} heads must divide dim {site.dim}")
-        if kv_heads < 1 or heads % kv_heads:
-            raise ValueError(f"kv_heads: {kv_heads} must divide heads {heads}")
-        self.heads = heads
-        self.kv_heads = kv_heads
-        self.head_dim = site.dim // heads
-        self.dropout = dropout
-        self.qkv = nn.Linear(site.dim, (heads + 2 * kv_heads) * self.head_dim, bias=bias)
-        self.out = nn.Linear(site.dim, site.dim, bias=bias)
-        normal_(self.qkv)
-        normal_(self.out, residual_std(site.depth))
+        super().__init__(site, heads, kv_heads, bias=bias, dropout=dropout)
+        self.add_output(site)
 
-    def forward(self, x: Hidden, context: Context) -> Hidden:
-        query, key, value = (heads.transpose(1, 2) for heads in self._project(x))
-        mixed = causal_attention(query, key, value, self.dropout if self.training else 0.0)  # (B, H, T, K)
-        return self.out(mixed.transpose(1, 2).flatten(2))
-
-    def init_state(self, batch_size: int, max_length: int) -> KeyValues:
-        return empty_cache(self.out.weight, batch_size, self.kv_heads, max_length, self.head_dim, self.head_dim)
-
-    def step(self, x: Tensor, state: KeyValues, context: Context) -> tuple[Tensor, KeyValues]:
-        mixed, state = attend_cache(*self._project(x[:, None]), state, context)
-        return self.out(mixed[:, 0]), state
-
-    def prefill(self, x: Hidden, state: KeyValues, context: Context) -> tuple[Hidden, KeyValues]:
-        mixed, state = attend_cache(*self._project(x), state, context)
-        return self.out(mixed), state
-
-    def _project(self, x: Hidden) -> tuple[Tensor, Tensor, Tensor]:
-        """Query (B, T, H, K), key and value (B, T, G, K)."""
-        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
-        query, key, value = heads.split((self.heads, self.kv_heads, self.kv_heads), -2)
-        return query, key, value
+    def project(self, x: Tensor, context: Context) -> Heads:
+        return self.split_heads(x)

@@ -9,16 +9,15 @@ length, 2 G K numbers a token. The trap: the norm is over one head's K numbers a
 pairs a gain applied afterwards would pull apart.
 """
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from llmx.parts.attention import KeyValues, attend_cache, causal_attention, empty_cache
-from llmx.parts.init import normal_, residual_std
 from llmx.parts.norm import RMSNorm
-from llmx.parts.rotary import rotate, shared_table
-from llmx.protocol import Context, Hidden, Site, StatefulMixer
+from llmx.parts.rotary import rotate
+from llmx.parts.softmax_attention import Heads, SoftmaxAttention
+from llmx.protocol import Context, Site
 
 
-class QKNormAttention(StatefulMixer[KeyValues]):
+class QKNormAttention(SoftmaxAttention):
     """(B, T, D) -> (B, T, D).
 
     Args:
@@ -44,44 +43,12 @@ class QKNormAttention(StatefulMixer[KeyValues]):
         dropout: float = 0.0,
         out_std: float | None = None,
     ):
-        super().__init__()
-        kv_heads = heads if kv_heads is None else kv_heads
-        if heads < 1 or site.dim % (2 * heads):
-            raise ValueError(f"heads: {heads} heads must divide dim {site.dim} into even parts")
-        if kv_heads < 1 or heads % kv_heads:
-            raise ValueError(f"kv_heads: {kv_heads} must divide heads {heads}")
-        self.heads = heads
-        self.kv_heads = kv_heads
-        self.head_dim = site.dim // heads
-        self.rotary_base = rotary_base
-        self.dropout = dropout
-        self.qkv = nn.Linear(site.dim, (heads + 2 * kv_heads) * self.head_dim, bias=False)
+        super().__init__(site, heads, kv_heads, rotary_base, dropout=dropout)
         self.query_norm = RMSNorm(self.head_dim, eps)
         self.key_norm = RMSNorm(self.head_dim, eps)
-        self.out = nn.Linear(site.dim, site.dim, bias=False)
-        normal_(self.qkv)
-        normal_(self.out, residual_std(site.depth) if out_std is None else out_std)
+        self.add_output(site, std=out_std)
 
-    def forward(self, x: Hidden, context: Context) -> Hidden:
-        query, key, value = (heads.transpose(1, 2) for heads in self._project(x, context))
-        mixed = causal_attention(query, key, value, self.dropout if self.training else 0.0)
-        return self.out(mixed.transpose(1, 2).flatten(2))
-
-    def init_state(self, batch_size: int, max_length: int) -> KeyValues:
-        return empty_cache(self.out.weight, batch_size, self.kv_heads, max_length, self.head_dim, self.head_dim)
-
-    def step(self, x: Tensor, state: KeyValues, context: Context) -> tuple[Tensor, KeyValues]:
-        query, key, value = (heads[:, None] for heads in self._project(x, context))
-        mixed, state = attend_cache(query, key, value, state, context)
-        return self.out(mixed[:, 0]), state
-
-    def prefill(self, x: Hidden, state: KeyValues, context: Context) -> tuple[Hidden, KeyValues]:
-        mixed, state = attend_cache(*self._project(x, context), state, context)
-        return self.out(mixed), state
-
-    def _project(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated query (B, T, H, K), rotated key and value (B, T, G, K), without T in `step`."""
-        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
-        query, key, value = heads.split((self.heads, self.kv_heads, self.kv_heads), -2)
-        table = shared_table(context, self.head_dim, self.rotary_base, x.dtype)
+    def project(self, x: Tensor, context: Context) -> Heads:
+        query, key, value = self.split_heads(x)
+        table = self.rotary_table(context, x)
         return rotate(self.query_norm(query), table), rotate(self.key_norm(key), table), value

@@ -7,16 +7,15 @@ O(T^2 H) or O(T w H), for the scores are written out; the state grows with the l
 tokens where there is a window. The trap: the cap comes before the mask, for tanh would make a finite score of -inf.
 """
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from llmx.parts.attention import KeyValues, attend_cache, biased_causal_attention, empty_cache
-from llmx.parts.init import normal_, residual_std
-from llmx.parts.rotary import rotate, shared_table
+from llmx.parts.attention import KeyValues, attend_cache, biased_causal_attention
+from llmx.parts.softmax_attention import SoftmaxAttention
 from llmx.parts.windowed import attend_ring, window_attention
-from llmx.protocol import Context, Hidden, Site, StatefulMixer
+from llmx.protocol import Context, Site
 
 
-class SoftCappedAttention(StatefulMixer[KeyValues]):
+class SoftCappedAttention(SoftmaxAttention):
     """Over the whole past: (B, T, D) -> (B, T, D).
 
     Args:
@@ -40,54 +39,22 @@ class SoftCappedAttention(StatefulMixer[KeyValues]):
         rotary_base: float = 10000.0,
         dropout: float = 0.0,
     ):
-        super().__init__()
-        kv_heads = heads if kv_heads is None else kv_heads
-        if heads < 1 or site.dim % (2 * heads):
-            raise ValueError(f"heads: {heads} heads must divide dim {site.dim} into even parts")
-        if kv_heads < 1 or heads % kv_heads:
-            raise ValueError(f"kv_heads: {kv_heads} must divide heads {heads}")
+        super().__init__(site, heads, kv_heads, rotary_base, dropout=dropout)
         if cap <= 0:
             raise ValueError(f"cap: {cap} is not above 0")
-        self.heads = heads
-        self.kv_heads = kv_heads
-        self.head_dim = site.dim // heads
-        self.rotary_base = rotary_base
-        self.dropout = dropout
         self.cap = cap
-        self.qkv = nn.Linear(site.dim, (heads + 2 * kv_heads) * self.head_dim, bias=False)
-        self.out = nn.Linear(site.dim, site.dim, bias=False)
-        normal_(self.qkv)
-        normal_(self.out, residual_std(site.depth))
+        self.add_output(site)
 
-    def forward(self, x: Hidden, context: Context) -> Hidden:
-        query, key, value = (heads.transpose(1, 2) for heads in self._project(x, context))
-        dropout = self.dropout if self.training else 0.0
-        mixed = biased_causal_attention(query, key, value, dropout=dropout, cap=self.cap)  # (B, H, T, K)
-        return self.out(mixed.transpose(1, 2).flatten(2))
+    def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
+        return biased_causal_attention(query, key, value, dropout=self.active_dropout, cap=self.cap)
 
-    def init_state(self, batch_size: int, max_length: int) -> KeyValues:
-        return empty_cache(self.out.weight, batch_size, self.kv_heads, max_length, self.head_dim, self.head_dim)
-
-    def step(self, x: Tensor, state: KeyValues, context: Context) -> tuple[Tensor, KeyValues]:
-        query, key, value = (heads[:, None] for heads in self._project(x, context))
-        mixed, state = attend_cache(query, key, value, state, context, cap=self.cap)
-        return self.out(mixed[:, 0]), state
-
-    def prefill(self, x: Hidden, state: KeyValues, context: Context) -> tuple[Hidden, KeyValues]:
-        query, key, value = self._project(x, context)
-        mixed, state = attend_cache(query, key, value, state, context, cap=self.cap)
-        return self.out(mixed), state
-
-    def _project(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated query (B, T, H, K), rotated key and value (B, T, G, K), without T in `step`."""
-        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
-        both, value = heads.split((self.heads + self.kv_heads, self.kv_heads), -2)
-        table = shared_table(context, self.head_dim, self.rotary_base, x.dtype)
-        query, key = rotate(both, table).split((self.heads, self.kv_heads), -2)
-        return query, key, value
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, cache: KeyValues, context: Context
+    ) -> tuple[Tensor, KeyValues]:
+        return attend_cache(query, key, value, cache, context, cap=self.cap)
 
 
-class SoftCappedWindowAttention(StatefulMixer[KeyValues]):
+class SoftCappedWindowAttention(SoftmaxAttention):
     """Over the last `window` positions: (B, T, D) -> (B, T, D).
 
     Args:
@@ -113,53 +80,22 @@ class SoftCappedWindowAttention(StatefulMixer[KeyValues]):
         rotary_base: float = 10000.0,
         dropout: float = 0.0,
     ):
-        super().__init__()
-        kv_heads = heads if kv_heads is None else kv_heads
-        if heads < 1 or site.dim % (2 * heads):
-            raise ValueError(f"heads: {heads} heads must divide dim {site.dim} into even parts")
-        if kv_heads < 1 or heads % kv_heads:
-            raise ValueError(f"kv_heads: {kv_heads} must divide heads {heads}")
+        super().__init__(site, heads, kv_heads, rotary_base, dropout=dropout)
         if window < 1:
             raise ValueError(f"window: {window} is below 1")
         if cap <= 0:
             raise ValueError(f"cap: {cap} is not above 0")
-        self.heads = heads
-        self.kv_heads = kv_heads
-        self.head_dim = site.dim // heads
-        self.rotary_base = rotary_base
-        self.dropout = dropout
         self.window = window
         self.cap = cap
-        self.qkv = nn.Linear(site.dim, (heads + 2 * kv_heads) * self.head_dim, bias=False)
-        self.out = nn.Linear(site.dim, site.dim, bias=False)
-        normal_(self.qkv)
-        normal_(self.out, residual_std(site.depth))
+        self.add_output(site)
 
-    def forward(self, x: Hidden, context: Context) -> Hidden:
-        query, key, value = (heads.transpose(1, 2) for heads in self._project(x, context))
-        dropout = self.dropout if self.training else 0.0
-        mixed = window_attention(query, key, value, self.window, dropout, cap=self.cap)  # (B, H, T, K)
-        return self.out(mixed.transpose(1, 2).flatten(2))
+    def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
+        return window_attention(query, key, value, self.window, self.active_dropout, cap=self.cap)
 
     def init_state(self, batch_size: int, max_length: int) -> KeyValues:
-        return empty_cache(
-            self.out.weight, batch_size, self.kv_heads, min(self.window, max_length), self.head_dim, self.head_dim
-        )
+        return super().init_state(batch_size, min(self.window, max_length))
 
-    def step(self, x: Tensor, state: KeyValues, context: Context) -> tuple[Tensor, KeyValues]:
-        query, key, value = (heads[:, None] for heads in self._project(x, context))
-        mixed, state = attend_ring(query, key, value, state, context, self.window, cap=self.cap)
-        return self.out(mixed[:, 0]), state
-
-    def prefill(self, x: Hidden, state: KeyValues, context: Context) -> tuple[Hidden, KeyValues]:
-        query, key, value = self._project(x, context)
-        mixed, state = attend_ring(query, key, value, state, context, self.window, cap=self.cap)
-        return self.out(mixed), state
-
-    def _project(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated query (B, T, H, K), rotated key and value (B, T, G, K), without T in `step`."""
-        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
-        both, value = heads.split((self.heads + self.kv_heads, self.kv_heads), -2)
-        table = shared_table(context, self.head_dim, self.rotary_base, x.dtype)
-        query, key = rotate(both, table).split((self.heads, self.kv_heads), -2)
-        return query, key, value
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, cache: KeyValues, context: Context
+    ) -> tuple[Tensor, KeyValues]:
+        return attend_ring(query, key, value, cache, context, self.window, cap=self.cap)

@@ -16,16 +16,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from llmx.parts.attention import KeyValues, attend_cache, causal_attention, empty_cache
-from llmx.parts.init import normal_, residual_std
 from llmx.parts.norm import NoNorm, Norm
-from llmx.parts.rotary import rotate, shared_table
-from llmx.protocol import Context, Hidden, Site, StatefulMixer
+from llmx.parts.rotary import rotate
+from llmx.parts.softmax_attention import Heads, SoftmaxAttention
+from llmx.protocol import Context, Site
 
 FIRST_VALUE = "first value"  # in the context's store: (B, T, G K), without T in `step`
 
 
-class ValueResidualAttention(StatefulMixer[KeyValues]):
+class ValueResidualAttention(SoftmaxAttention):
     """Multi-head causal attention with rotary positions, its values mixed with those of the first such layer.
 
     All layers need the same `heads` and `kv_heads`, for the values to be of one width.
@@ -53,49 +52,17 @@ class ValueResidualAttention(StatefulMixer[KeyValues]):
         norm: Callable[[int], Norm] = NoNorm,
         out_std: float | None = None,
     ):
-        super().__init__()
-        kv_heads = heads if kv_heads is None else kv_heads
-        if heads < 1 or site.dim % (2 * heads):
-            raise ValueError(f"heads: {heads} heads must divide dim {site.dim} into even parts")
-        if kv_heads < 1 or heads % kv_heads:
-            raise ValueError(f"kv_heads: {kv_heads} must divide heads {heads}")
-        self.heads = heads
-        self.kv_heads = kv_heads
-        self.head_dim = site.dim // heads
-        self.rotary_base = rotary_base
-        self.dropout = dropout
-        self.qkv = nn.Linear(site.dim, (heads + 2 * kv_heads) * self.head_dim, bias=False)
+        super().__init__(site, heads, kv_heads, rotary_base, dropout=dropout)
         self.query_norm, self.key_norm = norm(self.head_dim), norm(self.head_dim)
-        self.out = nn.Linear(site.dim, site.dim, bias=False)
         self.shares = None if site.occurrence == 0 else nn.Parameter(torch.full((2,), 0.5))  # l_1, l_2
-        normal_(self.qkv)
-        normal_(self.out, residual_std(site.depth) if out_std is None else out_std)
+        self.add_output(site, std=out_std)
 
-    def forward(self, x: Hidden, context: Context) -> Hidden:
-        query, key, value = (heads.transpose(1, 2) for heads in self._project(x, context))
-        mixed = causal_attention(query, key, value, self.dropout if self.training else 0.0)  # (B, H, T, K)
-        return self.out(mixed.transpose(1, 2).flatten(2))
-
-    def init_state(self, batch_size: int, max_length: int) -> KeyValues:
-        return empty_cache(self.out.weight, batch_size, self.kv_heads, max_length, self.head_dim, self.head_dim)
-
-    def step(self, x: Tensor, state: KeyValues, context: Context) -> tuple[Tensor, KeyValues]:
-        query, key, value = (heads[:, None] for heads in self._project(x, context))
-        mixed, state = attend_cache(query, key, value, state, context)
-        return self.out(mixed[:, 0]), state
-
-    def prefill(self, x: Hidden, state: KeyValues, context: Context) -> tuple[Hidden, KeyValues]:
-        mixed, state = attend_cache(*self._project(x, context), state, context)
-        return self.out(mixed), state
-
-    def _project(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated query (B, T, H, K), rotated key (B, T, G, K), mixed value (B, T, G, K), without T in `step`."""
-        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
-        query, key, value = heads.split((self.heads, self.kv_heads, self.kv_heads), -2)
+    def project(self, x: Tensor, context: Context) -> Heads:
+        query, key, value = self.split_heads(x)
         if self.shares is None:
             context.store[FIRST_VALUE] = value.flatten(-2)
         else:
             own, first = self.shares.to(value.dtype).unbind()
             value = own * value + first * context.store[FIRST_VALUE].unflatten(-1, (-1, self.head_dim))
-        table = shared_table(context, self.head_dim, self.rotary_base, x.dtype)
+        table = self.rotary_table(context, x)
         return rotate(self.query_norm(query), table), rotate(self.key_norm(key), table), value

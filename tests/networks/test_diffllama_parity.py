@@ -51,9 +51,9 @@ def as_diffllama(network: Decoder, tensors: Named) -> Named:
     }
     for layer, block in enumerate(network.layers):
         mixer, ours, theirs = block.mixer, f"blocks.{layer}", f"model.layers.{layer}"
-        widths = [2 * count * mixer.head_dim for count in (mixer.heads, mixer.kv_heads, mixer.kv_heads)]
+        widths = [count * mixer.head_dim for count in (mixer.heads, mixer.kv_heads, mixer.kv_heads)]
         query, key, value = tensors[f"{ours}.mixer.qkv.weight"].split(widths)
-        value = value.unflatten(0, (mixer.kv_heads, 2, mixer.head_dim)).transpose(0, 1).flatten(0, 2)
+        value = value.unflatten(0, (mixer.kv_heads, 2, -1)).transpose(0, 1).flatten(0, 2)
         gate, up = tensors[f"{ours}.feed_forward.gate_up.weight"].chunk(2)
         named |= {
             f"{theirs}.self_attn.q_proj.weight": query,
