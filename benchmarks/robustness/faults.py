@@ -50,7 +50,7 @@ from llmx.data.datamodule import TextDataModule
 from llmx.data.token_files import open_tokens, write_tokens
 from llmx.data.tokenizers import ByteTokenizer
 from llmx.errors import UserError
-from llmx.training.checkpoints import read_checkpoint
+from llmx.runs.archive import read_checkpoint
 from tests.tiny import TEXT, network
 
 SICK = '''

@@ -25,8 +25,8 @@ from tensorboard.util.tensor_util import make_ndarray
 
 import llmx.cli
 import llmx.training.run
+from llmx.runs.archive import read_checkpoint
 from llmx.training.callbacks import Samples
-from llmx.training.checkpoints import read_checkpoint
 
 _PLUGINS = ("scalars", "text", "images", "custom_scalars")
 logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of every curve that is cut

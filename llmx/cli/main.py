@@ -18,6 +18,7 @@ import threading
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -37,7 +38,7 @@ from torch.optim import Optimizer
 from llmx.cli.diagnosis import explain
 from llmx.cli.failures import lost, too_large
 from llmx.cli.preflight import built_network, check_window, described_network
-from llmx.config.arguments import newest_run, option, replaced, root_of, without_trust
+from llmx.config.arguments import option, replaced, root_of, without_trust
 from llmx.config.bases import config_text, read_config, with_bases, with_list_entries
 from llmx.config.factories import build, check_imports, import_collection, to_config
 from llmx.costs.budget import Budget, Plan, budget
@@ -46,9 +47,11 @@ from llmx.costs.matching import match
 from llmx.data.datamodule import Split, TextDataModule
 from llmx.errors import UserError
 from llmx.protocol import CountingNetwork, Network
+from llmx.runs.archive import read_checkpoint
+from llmx.runs.folder import CONFIG, RUNS, is_best, last_checkpoint, newest_run, run_of
 from llmx.runs.predictions import write_predictions
 from llmx.training.callbacks import ProgressBar
-from llmx.training.checkpoints import CheckpointFiles, read_checkpoint
+from llmx.training.checkpoints import CheckpointFiles
 from llmx.training.fastpath import fast_precision
 from llmx.training.logger import RunLogger, run_folder
 from llmx.training.maps import MixerMaps
@@ -267,12 +270,10 @@ class CLI(LightningCLI):
             raise UserError(
                 f"ckpt_path: {path} holds weights alone, which --model.warm_start takes, and no state of a run"
             )
-        folder = Path(path).parent
-        self.chosen = Path(path).name == "best.ckpt"
-        self.run = folder.parent if folder.name == "checkpoints" else folder
+        self.chosen, self.run = is_best(path), run_of(path)
         if option(arguments, "--config") or option(arguments, "-c"):
             return arguments
-        config = self.run / "config.yaml"
+        config = self.run / CONFIG
         if arguments[0] == "fit" and config.is_file():
             content = read_config(config)
             for group in ("model", "trainer"):  # all of the data's is plain
@@ -432,8 +433,8 @@ class CLI(LightningCLI):
     def _logger(self, trainer: Any) -> RunLogger:
         """A new version_N, or the run that is resumed, its curve cut where the checkpoint was written."""
         tokens = None if self._counts else self.datamodule.batch_size * self.datamodule.window
-        if self.run is None or not (self.run / "config.yaml").is_file():
-            return RunLogger(trainer.default_root_dir or ".", "lightning_logs", tokens_per_step=tokens)
+        if self.run is None or not (self.run / CONFIG).is_file():
+            return RunLogger(trainer.default_root_dir or ".", RUNS, tokens_per_step=tokens)
         return RunLogger(
             self.run.parent.parent,
             self.run.parent.name,
@@ -464,7 +465,7 @@ class CLI(LightningCLI):
     def after_fit(self) -> None:
         final = self.trainer.callback_metrics.get("val/loss")
         folder = run_folder(self.trainer)
-        last = None if folder is None else folder / "checkpoints" / "last.ckpt"
+        last = None if folder is None else last_checkpoint(folder)
         places = [f"checkpoint {last}"] if last is not None and last.exists() else []
         places += [] if folder is None else [f"logs {folder}"]
         self._print_result("val", None if final is None else final.item(), places)
@@ -513,7 +514,7 @@ class CLI(LightningCLI):
         if not self.trainer.is_global_zero or not records:
             return
         assert self.run is not None
-        written = write_predictions(self.run, records, self.model.sampling)
+        written = write_predictions(self.run, records, asdict(self.model.sampling))
         print(records[0]["text"])
         print(f"\n{len(records)} samples; {written} and {written.with_suffix('.txt').name}")
 

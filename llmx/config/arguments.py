@@ -58,12 +58,3 @@ def root_of(arguments: list[str]) -> Path:
         trainer = parse_yaml(config, "config").get("trainer")  # `with_bases` has read it
         root = trainer.get("default_root_dir") if isinstance(trainer, dict) else None
     return Path(root or ".")
-
-
-def newest_run(root: Path) -> Path:
-    """The last checkpoint of the newest run below a root folder."""
-    paths = (root / "lightning_logs").glob("version_*/checkpoints/last.ckpt")
-    found = [p for p in paths if p.is_file() and p.parent.parent.name.removeprefix("version_").isdecimal()]
-    if not found:
-        raise UserError(f"ckpt_path: 'last' found no run with a checkpoint below {root / 'lightning_logs'}")
-    return max(found, key=lambda path: int(path.parent.parent.name.removeprefix("version_")))

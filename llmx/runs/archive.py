@@ -1,5 +1,9 @@
-"""Files that torch wrote, read as plain data and tensors alone: nothing in them is executed."""
+"""Reads files that torch wrote as tensors and plain data. Nothing in a file is executed.
 
+Checkpoints name classes. `llmx.config.factories` decides which of them are imported.
+"""
+
+import re
 import zipfile
 from pathlib import Path
 from pickle import UnpicklingError
@@ -9,12 +13,41 @@ import torch
 
 from llmx.errors import UserError
 
+CHECKPOINT: dict[str, type] = {  # the parts of a fit's checkpoint that llmx or Lightning reads
+    **dict.fromkeys(
+        ("state_dict", "hyper_parameters", "datamodule_hyper_parameters", "llmx", "loops", "callbacks"), dict
+    ),
+    **dict.fromkeys(("optimizer_states", "lr_schedulers"), list),
+    **dict.fromkeys(("epoch", "global_step"), int),
+    "pytorch-lightning_version": str,
+}
 
-def read_archive(path: Path) -> Any:
-    """What a file holds, on the CPU; torch's restricted unpickler reads it.
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Loads a checkpoint of a LanguageModel onto the CPU.
 
     Raises:
-        UserError: for a file that is missing, damaged, holds more than plain data and tensors, or would unpack to more
+        UserError: if the file is no checkpoint of a LanguageModel, or `read_archive` refuses it.
+    """
+    checkpoint = read_archive(Path(path))
+    required = {"state_dict", "hyper_parameters", "pytorch-lightning_version"}
+    if not isinstance(checkpoint, dict) or not required <= checkpoint.keys():
+        raise UserError(f"ckpt_path: {path} is not a checkpoint of a LanguageModel")
+    for part, kind in CHECKPOINT.items():
+        if not isinstance(checkpoint.get(part, kind()), kind):
+            raise UserError(
+                f"ckpt_path: {path} is not a checkpoint of a LanguageModel: its {part} is no {kind.__name__}"
+            )
+    if not re.match(r"\d+(\.\d+)+", checkpoint["pytorch-lightning_version"]):
+        raise UserError(f"ckpt_path: {path} is damaged: its pytorch-lightning_version is no version")
+    return checkpoint
+
+
+def read_archive(path: Path) -> Any:
+    """Loads what a file holds onto the CPU, with torch's restricted unpickler.
+
+    Raises:
+        UserError: if the file is missing or damaged, holds more than plain data and tensors, or would unpack to more
             than its size.
     """
     if (path / ".metadata").is_file():
@@ -35,31 +68,28 @@ def read_archive(path: Path) -> Any:
                 f"ckpt_path: {path} holds more than tensors and plain data, and was refused without executing it"
             ) from error
         raise UserError(f"ckpt_path: {path} is damaged or no checkpoint") from error
-    except Exception as error:  # the unpickler meets damaged bytes with whatever they lead to
+    except Exception as error:  # damaged bytes can raise anything in the unpickler
         raise UserError(
             f"ckpt_path: {path} is damaged or no checkpoint ({' '.join(str(error).split())[:120]})"
         ) from error
 
 
 def _check_archive(path: Path) -> None:
-    """torch stores the members of its archive as they are; a small file that unpacks to a large one is not torch's.
-    It writes checksums, too, and does not look at them: a changed weight would be read like any other.
+    """Checks what torch does not. torch stores members uncompressed, so a small file that unpacks to a large one is
+    not torch's. torch writes checksums but never compares them, so it would read a changed weight like any other.
 
     Raises:
-        UserError: for compressed members, for names that lead out of the archive, and for a wrong checksum.
-        OSError, zipfile.BadZipFile: for what cannot be read.
+        UserError: for compressed members, names that lead out of the archive, and a wrong checksum.
+        OSError, zipfile.BadZipFile: if the file cannot be read.
     """
     if not zipfile.is_zipfile(path):
         return  # torch says what is wrong with it
     with zipfile.ZipFile(path) as archive:
-        _check_members(path, archive.infolist())
+        members = archive.infolist()
+        if any(m.compress_type != zipfile.ZIP_STORED or m.file_size > path.stat().st_size for m in members):
+            raise UserError(f"ckpt_path: {path} would unpack to more than its size, and was refused")
+        if any(m.filename.startswith("/") or ".." in m.filename.replace("\\", "/").split("/") for m in members):
+            raise UserError(f"ckpt_path: {path} has members outside its own folder, and was refused")
         damaged = archive.testzip()
     if damaged is not None:
         raise UserError(f"ckpt_path: {path} is damaged: {damaged} does not have the checksum it was written with")
-
-
-def _check_members(path: Path, members: list[zipfile.ZipInfo]) -> None:
-    if any(m.compress_type != zipfile.ZIP_STORED or m.file_size > path.stat().st_size for m in members):
-        raise UserError(f"ckpt_path: {path} would unpack to more than its size, and was refused")
-    if any(m.filename.startswith("/") or ".." in m.filename.replace("\\", "/").split("/") for m in members):
-        raise UserError(f"ckpt_path: {path} has members outside its own folder, and was refused")

@@ -11,6 +11,7 @@ from typing import Any
 from llmx.cli import execute
 from llmx.config.bases import with_bases
 from llmx.errors import ArgumentParser, UserError
+from llmx.runs.folder import RUNS
 from llmx.sweep.report import Report
 from llmx.sweep.space import Space, Values, read_space, with_point
 
@@ -71,7 +72,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--sweep", help="The search space: a YAML file, see configs/sweeps/.")
     parser.add_argument("--seeds", type=int, help="Repeat each configuration over the seeds 1 to this, for their mean.")
     parser.add_argument("--trials", type=int, help="How many configurations are tried; all, where they can be counted.")
-    parser.add_argument("--storage", help="The database that processes share; lightning_logs/sweeps.db if not given.")
+    parser.add_argument("--storage", help=f"The database that processes share; {RUNS}/sweeps.db if not given.")
     parser.add_argument("--study", help="The study's name there; from the names of the files if not given.")
     parser.add_argument("--format", choices=["table", "json"], default="table", help="How the result is shown.")
     return parser
@@ -105,6 +106,6 @@ def _trainer_settings(fit: list[str], space: Space) -> Any:
 
 
 def _default_storage(root: str | None) -> str:
-    folder = Path(root or ".") / "lightning_logs"
+    folder = Path(root or ".") / RUNS
     folder.mkdir(parents=True, exist_ok=True)
     return f"sqlite:///{folder / 'sweeps.db'}"

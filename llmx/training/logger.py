@@ -12,6 +12,8 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from llmx.runs.folder import EVENTS, claim_version
+
 BY_TOKENS = {"train/loss": "loss_by_tokens/train", "val/loss": "loss_by_tokens/val"}
 # the charts of the tab Custom Scalars: category, title, kind with patterns of tags
 LAYOUT = {
@@ -78,7 +80,7 @@ class RunLogger(TensorBoardLogger):
     def _wait_for_a_later_name(self) -> None:
         """TensorBoard reads a run's files in the order of their names, which begin with the second they are opened in,
         and process and count after it sort as text: 10 before 9."""
-        while any(Path(self.log_dir).glob(f"events.out.tfevents.{int(time.time()):010d}.*")):
+        while any(Path(self.log_dir).glob(f"{EVENTS}.{int(time.time()):010d}.*")):
             time.sleep(0.05)
 
     def _tokens(self, step: int) -> int:
@@ -96,13 +98,8 @@ class RunLogger(TensorBoardLogger):
 
     def _get_next_version(self) -> int:
         version = super()._get_next_version()
-        while rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-            try:
-                Path(self.root_dir, f"version_{version}").mkdir(parents=True)
-                break
-            except FileExistsError:
-                version += 1
-        return version
+        first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+        return claim_version(Path(self.root_dir), version) if first else version
 
 
 def tensorboard(trainer: pl.Trainer) -> Any:

@@ -31,7 +31,7 @@ from llmx.data.windows import Batch
 from llmx.errors import UserError
 from llmx.generation import Sampling, check_drafts, generate
 from llmx.protocol import CountingNetwork, Network, Schedule, Tokens
-from llmx.training.checkpoints import read_checkpoint
+from llmx.runs.archive import read_checkpoint
 from llmx.training.fastpath import COMPILE_DECODING_FROM, COMPILE_FROM, can_compile, compiled_decode, keep_freed_memory
 from llmx.training.metrics import TokenLoss, bits, perplexity
 from llmx.training.optimizers import parameter_groups, set_mode, settings

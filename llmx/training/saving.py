@@ -16,6 +16,7 @@ import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
+from llmx.runs.folder import BEST
 from llmx.training.logger import tensorboard
 from llmx.training.module import LanguageModel
 
@@ -42,7 +43,7 @@ class BestCheckpoint(RunCheckpoint):
     """`checkpoints/best.ckpt`: the lowest validation loss."""
 
     def __init__(self) -> None:
-        super().__init__(monitor="val/loss", filename="best", save_top_k=1, enable_version_counter=False)
+        super().__init__(monitor="val/loss", filename=Path(BEST).stem, save_top_k=1, enable_version_counter=False)
 
 
 class LastCheckpoint(RunCheckpoint):

@@ -19,7 +19,7 @@ from llmx.audits.parameters import ParametersReport, audit_parameters
 from llmx.costs.describe import describe
 from llmx.data.datamodule import TextDataModule
 from llmx.protocol import CountingNetwork
-from llmx.training.checkpoints import read_checkpoint
+from llmx.runs.archive import read_checkpoint
 from llmx.training.module import LanguageModel
 
 

@@ -23,7 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from llmx import LanguageModel, TextDataModule
 from llmx.cli import main
 from llmx.errors import UserError
-from llmx.training.checkpoints import read_checkpoint
+from llmx.runs.archive import read_checkpoint
 from tests.tiny import TEXT, network, newest_run
 
 CHECKOUT = Path(__file__).parents[2]

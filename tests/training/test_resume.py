@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from benchmarks.robustness.forked import Command, differences, processes
-from llmx.training.checkpoints import read_checkpoint
+from llmx.runs.archive import read_checkpoint
 from tests.tiny import TEXT, network
 
 STOPS = """
