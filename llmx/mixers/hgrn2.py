@@ -4,49 +4,41 @@
     y_t = W_o norm(S_t^T swish(W_q x_t))                     norm: RMSNorm over all D channels
     b_l = sum_{i = 1 .. l} softmax_i(B)_i                    B (L, D) learned, the softmax over the L layers
 
-What is forgotten and what is written share one gate: each channel is a running mean, so the memory stays bounded. The
-lower bounds b (from HGRN, arXiv 2311.04823) rise with the layer, the lower layers are free to forget, the upper ones
-keep. Time O(T (c + K) D) a sequence with K = D / H, memory O(T c) a head for chunks of c = 32; the state is S, K D
-numbers a sequence, whatever its length. No positions. The traps: b_0 is exactly 0, so the sum leaves out softmax_0;
-with it the first layer keeps at least 1 / L of everything, and the last one forgets nothing. And B is one parameter of
-the whole stack: the first HGRN2 owns it and hands the bounds to those above, in every form.
+One gate decides what is forgotten and what is written: each channel is a running mean, so the memory stays bounded. The
+lower bounds b (from HGRN, arXiv 2311.04823) rise with the layer: the lower layers are free to forget, the upper ones
+keep. Time O(T (c + K) D) a sequence with K = D / H, memory O(T c) a head for chunks of c = 32. The state is S, K D
+numbers a sequence, whatever its length. There are no positions. The traps: b_0 is exactly 0, so the sum leaves out
+softmax_0; with it the first layer keeps at least 1 / L of everything, and the last one forgets nothing. And B is one
+parameter of the whole stack: the first HGRN2 owns it and hands the bounds to those above, in every form.
 """
-
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmx.parts.checks import head_width
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.linear_attention import decay_step, vector_decay
 from llmx.parts.norm import RMSNorm
 from llmx.parts.precision import at_least_float32, exact_zeros
+from llmx.parts.states import MemoryState
 from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
 BOUNDS = "hgrn2 bounds"  # in the context's store: (1, T, L, D), the same for all T, without T in `step`
 
 
-class HGRN2State(NamedTuple):
-    memory: Tensor  # (B, H, K, K), S
-
-
-class HGRN2(StatefulMixer[HGRN2State]):
+class HGRN2(StatefulMixer[MemoryState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
         site: where the mixer stands; the one with occurrence 0 owns the lower bounds.
         heads: must divide `dim`.
-
-    Raises:
-        ValueError: for heads that do not divide the width.
     """
 
     def __init__(self, site: Site, heads: int = 4):
         super().__init__()
-        if heads < 1 or site.dim % heads:
-            raise ValueError(f"heads: {heads} heads must divide dim {site.dim}")
         self.heads = heads
+        self.head_dim = head_width(site.dim, heads)
         self.layer = site.layer
         self.project = nn.Linear(site.dim, 3 * site.dim, bias=False)  # query, gate, value
         # a single layer has no bound but 0
@@ -58,26 +50,23 @@ class HGRN2(StatefulMixer[HGRN2State]):
         normal_(self.out, residual_std(site.depth))
 
     def forward(self, x: Hidden, context: Context) -> Hidden:
-        mixed, _ = vector_decay(*self._project(x, context))
-        return self._read(mixed)
+        return self.prefill(x, None, context)[0]
 
-    def init_state(self, batch_size: int, max_length: int) -> HGRN2State:
-        like = self.out.weight
-        width = like.shape[0] // self.heads
-        return HGRN2State(exact_zeros(like, batch_size, self.heads, width, width))
+    def init_state(self, batch_size: int, max_length: int) -> MemoryState:
+        return MemoryState(exact_zeros(self.out.weight, batch_size, self.heads, self.head_dim, self.head_dim))
 
-    def step(self, x: Tensor, state: HGRN2State, context: Context) -> tuple[Tensor, HGRN2State]:
+    def step(self, x: Tensor, state: MemoryState, context: Context) -> tuple[Tensor, MemoryState]:
         mixed, memory = decay_step(*self._project(x, context), state.memory)
-        return self._read(mixed), HGRN2State(memory)
+        return self._read(mixed), MemoryState(memory)
 
-    def prefill(self, x: Hidden, state: HGRN2State, context: Context) -> tuple[Hidden, HGRN2State]:
-        mixed, memory = vector_decay(*self._project(x, context), state.memory)
-        return self._read(mixed), HGRN2State(memory)
+    def prefill(self, x: Hidden, state: MemoryState | None, context: Context) -> tuple[Hidden, MemoryState]:
+        mixed, memory = vector_decay(*self._project(x, context), state.memory if state else None)
+        return self._read(mixed), MemoryState(memory)
 
     def _project(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Query, key 1 - f, value and log f, each (B, T, H, K), without T in `step`."""
         query, gate, value = self.project(x).chunk(3, -1)
-        gate = at_least_float32(gate)
+        gate, query = at_least_float32(gate), F.silu(query)
         if self.bounds is not None:
             bounds = self.bounds.to(gate.dtype).softmax(0)
             bounds = torch.cat((torch.zeros_like(bounds[:1]), bounds[1:].cumsum(0)))
@@ -87,9 +76,7 @@ class HGRN2(StatefulMixer[HGRN2State]):
             bound = context.store[BOUNDS][..., self.layer, :]
             log_forget = torch.logaddexp(bound.log(), torch.log1p(-bound) + log_forget)
             key = (1 - bound) * key
-        query, key, value, log_forget = (
-            part.unflatten(-1, (self.heads, -1)) for part in (F.silu(query), key, value, log_forget)
-        )
+        query, key, value, log_forget = (p.unflatten(-1, (self.heads, -1)) for p in (query, key, value, log_forget))
         return query, key, value, log_forget
 
     def _read(self, mixed: Tensor) -> Tensor:

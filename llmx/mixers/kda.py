@@ -5,38 +5,31 @@
     S_t = (I - beta_t k_t k_t^T) diag(a_t) S_{t-1} + beta_t k_t v_t^T                  (K, K) a head, K = D / H
     y_t = W_o (norm(S_t^T q_t) * sigmoid(G_2 G_1 x_t))          norm: RMSNorm over the K channels of a head
 
-F_1 and G_1 are (R, D). B = 1; with B = 2 eigenvalues may be negative (arXiv 2411.12537). Start: exp(A_log) uniform in 1
-to 16, softplus(d) log-uniform in 0.001 to 0.1. Time O(T (c + K) D) a sequence in chunks of c = 16, see
-llmx/parts/delta.py; the state is S and the last 3 inputs of the convolution, K D + 9 D numbers a sequence, whatever its
-length. No positions: decays that differ by channel tell near from far. The traps: the decay comes before the erasure,
-and where it has a number a channel the two do not commute; exp(-sum of log a), which would make the scores of a chunk
-one matrix product, overflows; the output gate is sigmoid, in Gated DeltaNet SiLU.
+F_1 and G_1 are (R, D). B = 1; with B = 2 eigenvalues may be negative (arXiv 2411.12537). At the start exp(A_log) is
+uniform in 1 to 16, softplus(d) log-uniform in 0.001 to 0.1. Time O(T (c + K) D) a sequence in chunks of c = 16, see
+llmx/parts/delta.py. The state is S and the last 3 inputs of the convolution, K D + 9 D numbers a sequence, whatever its
+length. There are no positions: decays that differ by channel tell near from far. The traps: the decay comes before the
+erasure, and with one number a channel the two do not commute; exp(-sum of log a), which would make the scores of a
+chunk one matrix product, overflows; the output gate is sigmoid, in Gated DeltaNet SiLU.
 """
-
-import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmx.parts.delta import delta_step, l2_norm, vector_delta_rule
-from llmx.parts.init import normal_, residual_std
+from llmx.parts.checks import check_sizes, head_width
+from llmx.parts.delta import check_rate, delta_step, unit_heads, vector_delta_rule
+from llmx.parts.init import normal_, residual_std, softplus_time_steps
 from llmx.parts.norm import RMSNorm
 from llmx.parts.precision import exact_dtype, exact_zeros
 from llmx.parts.short_convolution import ShortConvolution
+from llmx.parts.states import ConvolvedState
 from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
-FASTEST, SLOWEST = 0.1, 0.001  # softplus(d) at the start
 STRONGEST = 16.0  # exp(A_log) at the start; the weakest is 1
 
 
-class KDAState(NamedTuple):
-    convolution: Tensor  # (B, w - 1, 3 D)
-    memory: Tensor  # (B, H, K, K), S
-
-
-class KDA(StatefulMixer[KDAState]):
+class KDA(StatefulMixer[ConvolvedState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
@@ -46,9 +39,6 @@ class KDA(StatefulMixer[KDAState]):
         convolution: tokens that the convolution sees, the current one among them.
         beta_max: B, above 0 and up to 2.
         eps: of the norm.
-
-    Raises:
-        ValueError: for heads that do not divide the width, a rank below 1, or a rate beyond its bounds.
     """
 
     def __init__(
@@ -61,22 +51,17 @@ class KDA(StatefulMixer[KDAState]):
         eps: float = 1e-6,
     ):
         super().__init__()
-        if heads < 1 or site.dim % heads:
-            raise ValueError(f"heads: {heads} heads must divide dim {site.dim}")
-        rank = site.dim // heads if rank is None else rank
-        if rank < 1:
-            raise ValueError(f"rank: {rank} is below 1")
-        if not 0 < beta_max <= 2:
-            raise ValueError(f"beta_max: {beta_max} is not above 0 and up to 2")
         self.heads = heads
-        self.head_dim = site.dim // heads
+        self.head_dim = head_width(site.dim, heads)
+        rank = self.head_dim if rank is None else rank
+        check_sizes(rank=rank)
+        check_rate(beta_max)
         self.beta_max = beta_max
         self.widths = (3 * site.dim, rank, rank, heads)  # q, k, v; F_1; G_1; beta
         self.project = nn.Linear(site.dim, sum(self.widths), bias=False)
         self.convolution = ShortConvolution(3 * site.dim, convolution)
         self.decay_up = nn.Linear(rank, site.dim, bias=False)  # F_2
-        start = torch.empty(site.dim).uniform_(math.log(SLOWEST), math.log(FASTEST)).exp()
-        self.decay_bias = nn.Parameter(start.expm1().log())  # d: softplus of it is the start
+        self.decay_bias = nn.Parameter(softplus_time_steps(site.dim))  # d
         self.decay_log = nn.Parameter(torch.empty(heads).uniform_(1, STRONGEST).log())  # A_log
         self.gate_up = nn.Linear(rank, site.dim, bias=False)  # G_2
         self.norm = RMSNorm(self.head_dim, eps)
@@ -86,40 +71,35 @@ class KDA(StatefulMixer[KDAState]):
         normal_(self.out, residual_std(site.depth))
 
     def forward(self, x: Hidden, context: Context) -> Hidden:
-        u, beta, log_decay, gate = self._project(x)
-        mixed, _ = vector_delta_rule(*self._heads(self.convolution(u)), beta, log_decay)
-        return self._read(mixed, gate)
+        return self.prefill(x, None, context)[0]
 
-    def init_state(self, batch_size: int, max_length: int) -> KDAState:
-        like = self.out.weight
-        memory = exact_zeros(like, batch_size, self.heads, self.head_dim, self.head_dim)
-        return KDAState(self.convolution.init_state(batch_size), memory)
+    def init_state(self, batch_size: int, max_length: int) -> ConvolvedState:
+        memory = exact_zeros(self.out.weight, batch_size, self.heads, self.head_dim, self.head_dim)
+        return ConvolvedState(self.convolution.init_state(batch_size), memory)
 
-    def step(self, x: Tensor, state: KDAState, context: Context) -> tuple[Tensor, KDAState]:
+    def step(self, x: Tensor, state: ConvolvedState, context: Context) -> tuple[Tensor, ConvolvedState]:
         u, beta, log_decay, gate = self._project(x)
         u, convolution = self.convolution.step(u, state.convolution)
-        mixed, memory = delta_step(*self._heads(u), beta, log_decay, state.memory)
-        return self._read(mixed, gate), KDAState(convolution, memory)
+        heads = unit_heads(u, self.heads, self.head_dim, self.heads)
+        mixed, memory = delta_step(*heads, beta, log_decay, state.memory)
+        return self._read(mixed, gate), ConvolvedState(convolution, memory)
 
-    def prefill(self, x: Hidden, state: KDAState, context: Context) -> tuple[Hidden, KDAState]:
+    def prefill(self, x: Hidden, state: ConvolvedState | None, context: Context) -> tuple[Hidden, ConvolvedState]:
+        convolution, memory = state or (None, None)
         u, beta, log_decay, gate = self._project(x)
-        u, convolution = self.convolution.prefill(u, state.convolution)
-        mixed, memory = vector_delta_rule(*self._heads(u), beta, log_decay, state.memory)
-        return self._read(mixed, gate), KDAState(convolution, memory)
+        u, convolution = self.convolution.prefill(u, convolution)
+        heads = unit_heads(u, self.heads, self.head_dim, self.heads)
+        mixed, memory = vector_delta_rule(*heads, beta, log_decay, memory)
+        return self._read(mixed, gate), ConvolvedState(convolution, memory)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What is convolved (B, T, 3 D), beta (B, T, H), log a (B, T, H, K), output gate (B, T, D), without T in
+        """The convolution's input (B, T, 3 D), beta (B, T, H), log a (B, T, H, K), output gate (B, T, D), without T in
         `step`."""
         u, decay, gate, rate = self.project(x).split(self.widths, -1)
         exact = exact_dtype(x)
         size = F.softplus(self.decay_up(decay).to(exact) + self.decay_bias.to(exact)).unflatten(-1, (self.heads, -1))
         log_decay = -self.decay_log.to(exact).exp()[:, None] * size
         return u, self.beta_max * rate.to(exact).sigmoid(), log_decay, self.gate_up(gate).sigmoid()
-
-    def _heads(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value (B, T, H, K), without T in `step`."""
-        query, key, value = F.silu(u).unflatten(-1, (3, self.heads, self.head_dim)).unbind(-3)
-        return l2_norm(query) * self.head_dim**-0.5, l2_norm(key), value
 
     def _read(self, mixed: Tensor, gate: Tensor) -> Tensor:
         """(B, T, H, K), and the gate (B, T, D) -> (B, T, D), without T in `step`."""

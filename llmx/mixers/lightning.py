@@ -4,47 +4,38 @@
     y_t = W_o (sigmoid(W_g x_t) * norm(S_t^T q_t))           norm: RMSNorm over all D channels
     s_hl = 2^(-8 (h + 1) / H) (1 - l / (L - 1) + 1e-5),      h = 0 .. H - 1 heads, l = 0 .. L - 1 layers
 
-The slopes are those of ALiBi, scaled down with the layer: the first layers see near, the last one forgets nothing. No
-normaliser z: the norm stands in for it. Time O(T (c + K) D) a sequence with K = D / H, memory O(T c) a head for
-chunks of c = 32; the state is S, K D numbers a sequence, whatever its length. No positions. The traps: the values go
-through SiLU too; and code that builds the block's decays in advance as exp(s t) and exp(-s t) is limited to short
-blocks by the steepest head, while their differences are safe at any length.
+The slopes are those of ALiBi, scaled down with the layer: the first layers see near, the last one forgets nothing. The
+norm replaces a normaliser z. Time O(T (c + K) D) a sequence with K = D / H, memory O(T c) a head for chunks of c = 32.
+The state is S, K D numbers a sequence, whatever its length. There are no positions. The traps: the values go through
+SiLU too; and exp(s t) and exp(-s t), computed in advance as factors of a block's decays, limit the block to what the
+steepest head allows, while their differences are safe at any length.
 """
-
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmx.parts.checks import head_width
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.linear_attention import decay_step, scalar_decay
 from llmx.parts.norm import RMSNorm
 from llmx.parts.precision import exact_dtype, exact_zeros
+from llmx.parts.states import MemoryState
 from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
 
-class LightningState(NamedTuple):
-    memory: Tensor  # (B, H, K, K), S
-
-
-class LightningAttention(StatefulMixer[LightningState]):
+class LightningAttention(StatefulMixer[MemoryState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
         site: where the mixer stands; its layer sets the decays.
         heads: must divide `dim`.
-
-    Raises:
-        ValueError: for heads that do not divide the width.
     """
 
     def __init__(self, site: Site, heads: int = 4):
         super().__init__()
-        if heads < 1 or site.dim % heads:
-            raise ValueError(f"heads: {heads} heads must divide dim {site.dim}")
         self.heads = heads
-        self.head_dim = site.dim // heads
+        self.head_dim = head_width(site.dim, heads)
         self.slope = 1 - site.layer / max(site.depth - 1, 1) + 1e-5  # of this layer
         self.qkv = nn.Linear(site.dim, 3 * site.dim, bias=False)
         self.gate = nn.Linear(site.dim, site.dim, bias=False)
@@ -55,24 +46,21 @@ class LightningAttention(StatefulMixer[LightningState]):
         normal_(self.out, residual_std(site.depth))
 
     def forward(self, x: Hidden, context: Context) -> Hidden:
-        query, key, value = self._project(x)
-        mixed, _ = scalar_decay(query, key, value, self._log_decay(value).expand(1, x.shape[1], -1))
-        return self._read(mixed, x)
+        return self.prefill(x, None, context)[0]
 
-    def init_state(self, batch_size: int, max_length: int) -> LightningState:
-        like = self.out.weight
-        return LightningState(exact_zeros(like, batch_size, self.heads, self.head_dim, self.head_dim))
+    def init_state(self, batch_size: int, max_length: int) -> MemoryState:
+        return MemoryState(exact_zeros(self.out.weight, batch_size, self.heads, self.head_dim, self.head_dim))
 
-    def step(self, x: Tensor, state: LightningState, context: Context) -> tuple[Tensor, LightningState]:
+    def step(self, x: Tensor, state: MemoryState, context: Context) -> tuple[Tensor, MemoryState]:
         query, key, value = self._project(x)
         mixed, memory = decay_step(query, key, value, self._log_decay(value)[:, None], state.memory)
-        return self._read(mixed, x), LightningState(memory)
+        return self._read(mixed, x), MemoryState(memory)
 
-    def prefill(self, x: Hidden, state: LightningState, context: Context) -> tuple[Hidden, LightningState]:
+    def prefill(self, x: Hidden, state: MemoryState | None, context: Context) -> tuple[Hidden, MemoryState]:
         query, key, value = self._project(x)
         log_decay = self._log_decay(value).expand(1, x.shape[1], -1)
-        mixed, memory = scalar_decay(query, key, value, log_decay, state.memory)
-        return self._read(mixed, x), LightningState(memory)
+        mixed, memory = scalar_decay(query, key, value, log_decay, state.memory if state else None)
+        return self._read(mixed, x), MemoryState(memory)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value, each (B, T, H, K), without T in `step`."""
@@ -81,8 +69,7 @@ class LightningAttention(StatefulMixer[LightningState]):
 
     def _log_decay(self, like: Tensor) -> Tensor:
         """(H,), -s."""
-        exact = exact_dtype(like)
-        heads = torch.arange(1, self.heads + 1, device=like.device, dtype=exact)
+        heads = torch.arange(1, self.heads + 1, device=like.device, dtype=exact_dtype(like))
         return -self.slope * torch.exp2(-8 * heads / self.heads)
 
     def _read(self, mixed: Tensor, x: Tensor) -> Tensor:

@@ -1,13 +1,13 @@
-"""Linear attention (arXiv 2006.16236): the softmax kernel replaced by a product of features.
+"""Linear attention (arXiv 2006.16236): a product of features replaces the softmax kernel.
 
     phi(x) = elu(x) + 1 > 0,     S_t = S_{t-1} + phi(k_t) v_t^T  (K, K),     z_t = z_{t-1} + phi(k_t)  (K,)
     y_t = W_o concat_h  S_t^T phi(q_t) / (z_t . phi(q_t))
 
-No positions: the sums know which tokens came before, not in which order, so the embedding has to say it. Time
-O(T K D) a sequence with K = D / H, memory O(T c) a head for chunks of c = 32; the state is S and z, K (K + 1) H numbers
-a sequence, whatever its length. Nothing is ever forgotten: what each token weighs shrinks as 1 / t. The traps: both
-sums include t itself, else the first token divides 0 by 0; and z has to be carried like S: a normaliser taken over the
-tokens at hand alone is right in training and wrong as soon as a text is continued.
+There are no positions: the sums know which tokens came before, not in which order, so the embedding has to say it. Time
+O(T K D) a sequence with K = D / H, memory O(T c) a head for chunks of c = 32. The state is S and z, K (K + 1) H numbers
+a sequence, whatever its length. Nothing is ever forgotten: the weight of each token shrinks as 1 / t. The traps: both
+sums include t itself, else the first token divides 0 by 0; and z is carried like S: a normaliser over the current piece
+alone is right in training and wrong as soon as a text is continued.
 """
 
 from typing import NamedTuple
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmx.parts.checks import head_width
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.linear_attention import scalar_decay
 from llmx.parts.precision import at_least_float32, exact_zeros
@@ -35,28 +36,22 @@ class LinearAttention(StatefulMixer[LinearAttentionState]):
     Args:
         site: where the mixer stands.
         heads: must divide `dim`.
-
-    Raises:
-        ValueError: for heads that do not divide the width.
     """
 
     def __init__(self, site: Site, heads: int = 4):
         super().__init__()
-        if heads < 1 or site.dim % heads:
-            raise ValueError(f"heads: {heads} heads must divide dim {site.dim}")
         self.heads = heads
-        self.head_dim = site.dim // heads
+        self.head_dim = head_width(site.dim, heads)
         self.qkv = nn.Linear(site.dim, 3 * site.dim, bias=False)
         self.out = nn.Linear(site.dim, site.dim, bias=False)
         normal_(self.qkv)
         normal_(self.out, residual_std(site.depth))
 
     def forward(self, x: Hidden, context: Context) -> Hidden:
-        return self._mix(x, None)[0]
+        return self.prefill(x, None, context)[0]
 
     def init_state(self, batch_size: int, max_length: int) -> LinearAttentionState:
-        like = self.out.weight
-        memory = exact_zeros(like, batch_size, self.heads, self.head_dim, self.head_dim)
+        memory = exact_zeros(self.out.weight, batch_size, self.heads, self.head_dim, self.head_dim)
         return LinearAttentionState(memory, memory[..., 0].clone())
 
     def step(self, x: Tensor, state: LinearAttentionState, context: Context) -> tuple[Tensor, LinearAttentionState]:
@@ -68,22 +63,20 @@ class LinearAttention(StatefulMixer[LinearAttentionState]):
         mixed = (read / (weight + EPS)).flatten(1).to(x.dtype)
         return self.out(mixed), LinearAttentionState(memory, normalizer)
 
-    def prefill(self, x: Hidden, state: LinearAttentionState, context: Context) -> tuple[Hidden, LinearAttentionState]:
-        both = torch.cat((state.memory, state.normalizer[..., None]), -1)
-        output, both = self._mix(x, both)
-        return output, LinearAttentionState(both[..., :-1], both[..., -1])
-
-    def _mix(self, x: Hidden, both: Tensor | None) -> tuple[Hidden, Tensor]:
-        """In chunks from a state [S, z] (B, H, K, K + 1): z is the memory of a value that is always 1."""
+    def prefill(
+        self, x: Hidden, state: LinearAttentionState | None, context: Context
+    ) -> tuple[Hidden, LinearAttentionState]:
+        both = None  # [S, z], (B, H, K, K + 1): z is the memory of a value that is always 1
+        if state is not None:
+            both = torch.cat((state.memory, state.normalizer[..., None]), -1)
         query, key, value = self._project(x)
         no_decay = query.new_zeros(1, x.shape[1], self.heads)
         sums, both = scalar_decay(query, key, F.pad(value, (0, 1), value=1.0), no_decay, both)
         read, weight = sums.split((self.head_dim, 1), -1)
-        return self.out((read / (weight + EPS)).flatten(2).to(x.dtype)), both
+        mixed = (read / (weight + EPS)).flatten(2).to(x.dtype)
+        return self.out(mixed), LinearAttentionState(both[..., :-1], both[..., -1])
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """phi(query), phi(key) and value (B, T, H, K), without T in `step`, in float32 at least."""
-        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
-        heads = at_least_float32(heads)
-        query, key, value = heads.chunk(3, -2)
+        query, key, value = at_least_float32(self.qkv(x)).unflatten(-1, (-1, self.head_dim)).chunk(3, -2)
         return F.elu(query) + 1, F.elu(key) + 1, value

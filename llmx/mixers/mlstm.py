@@ -5,11 +5,11 @@
     n_t = the same of k_t alone (K,),        h_t = C_t^T q_t / max(|n_t . q_t|, exp(-m_t)),  q_t scaled by K^(-1/2)
     y_t = W_o (sigmoid(W_g x_t) * norm_h(h_t))                      norm_h: LayerNorm over the V channels of a head
 
-The input gate is an exponential without bound, so memory and normaliser are kept divided by exp(m), m the largest
-exponent so far; h does not depend on m. K = D / (2 H), V = D / H. Time O(T (c + K) D) a sequence, memory O(T c) a head
-for chunks of c = 32; the state is C, n and m, (K V + K + 1) H numbers a sequence, whatever its length. No positions.
-The traps: the 1 of the unscaled max(|n . q|, 1) has to be divided too, into exp(-m), or h changes with m; and a chunk
-needs the m of each of its rows, those of the memory before it included.
+The input gate is an exponential without bound, so memory and normaliser are kept divided by exp(m), where m is the
+largest exponent so far; h does not depend on m. K = D / (2 H), V = D / H. Time O(T (c + K) D) a sequence, memory O(T c)
+a head for chunks of c = 32. The state is C, n and m, (K V + K + 1) H numbers a sequence, whatever its length. There are
+no positions. The traps: the 1 of the unscaled max(|n . q|, 1) has to be divided too, into exp(-m), or h changes with m;
+and a chunk needs the m of each of its rows, that of the memory before it included.
 """
 
 from typing import NamedTuple
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmx.parts.checks import even_head_width
 from llmx.parts.head_norm import HeadNorm
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.linear_attention import carry, chunked, joined
@@ -40,24 +41,20 @@ class MLSTM(StatefulMixer[MLSTMState]):
     Args:
         site: where the mixer stands.
         heads: twice as many must divide `dim`.
-        gate_cap: bound on the logits of input and forget gate, cap tanh(logit / cap).
-
-    Raises:
-        ValueError: for heads that do not divide the width, or a cap that is not positive.
+        gate_cap: bound on the logits of input and forget gate, cap tanh(logit / cap); above 0.
     """
 
     def __init__(self, site: Site, heads: int = 4, gate_cap: float = 15.0):
         super().__init__()
-        if heads < 1 or site.dim % (2 * heads):
-            raise ValueError(f"heads: {heads} heads must divide dim {site.dim} into even parts")
         if gate_cap <= 0:
             raise ValueError(f"gate_cap: {gate_cap} is not above 0")
         self.heads = heads
+        self.head_dim = even_head_width(site.dim, heads)  # V
         self.dim = site.dim
         self.gate_cap = gate_cap
         self.project = nn.Linear(site.dim, 3 * site.dim, bias=False)  # query and key of half the width, value, W_g
         self.gates = nn.Linear(site.dim, 2 * heads)  # i and f
-        self.norm = HeadNorm(heads, site.dim // heads, eps=1e-6)
+        self.norm = HeadNorm(heads, self.head_dim, eps=1e-6)
         self.out = nn.Linear(site.dim, site.dim, bias=False)
         normal_(self.project)
         normal_(self.out, residual_std(site.depth))
@@ -67,13 +64,10 @@ class MLSTM(StatefulMixer[MLSTMState]):
             self.gates.bias[heads:].copy_(torch.linspace(3, 6, heads))
 
     def forward(self, x: Hidden, context: Context) -> Hidden:
-        query, key, value, gate, input_gate, log_forget = self._project(x)
-        return self._read(mlstm(query, key, value, input_gate, log_forget)[0], gate)
+        return self.prefill(x, None, context)[0]
 
     def init_state(self, batch_size: int, max_length: int) -> MLSTMState:
-        like = self.out.weight
-        shape = (batch_size, self.heads, self.dim // (2 * self.heads), self.dim // self.heads)
-        memory = exact_zeros(like, *shape)
+        memory = exact_zeros(self.out.weight, batch_size, self.heads, self.head_dim // 2, self.head_dim)
         return MLSTMState(memory, memory[..., 0].clone(), memory[..., 0, 0].clone())
 
     def step(self, x: Tensor, state: MLSTMState, context: Context) -> tuple[Tensor, MLSTMState]:
@@ -89,7 +83,7 @@ class MLSTM(StatefulMixer[MLSTMState]):
         mixed = (read / (weight + EPS)[..., None]).to(gate.dtype)
         return self._read(mixed, gate), MLSTMState(memory, normalizer, stabilizer)
 
-    def prefill(self, x: Hidden, state: MLSTMState, context: Context) -> tuple[Hidden, MLSTMState]:
+    def prefill(self, x: Hidden, state: MLSTMState | None, context: Context) -> tuple[Hidden, MLSTMState]:
         query, key, value, gate, input_gate, log_forget = self._project(x)
         mixed, state = mlstm(query, key, value, input_gate, log_forget, state)
         return self._read(mixed, gate), state
@@ -100,8 +94,7 @@ class MLSTM(StatefulMixer[MLSTMState]):
         half = self.dim // 2
         query, key, value, gate = self.project(x).split((half, half, self.dim, self.dim), -1)
         query, key, value = (part.unflatten(-1, (self.heads, -1)) for part in (query, key, value))
-        logits = self.gates(x)
-        logits = at_least_float32(logits)
+        logits = at_least_float32(self.gates(x))
         input_gate, forget = (self.gate_cap * torch.tanh(logits / self.gate_cap)).chunk(2, -1)
         return query * query.shape[-1] ** -0.5, key, value, gate, input_gate, F.logsigmoid(forget)
 

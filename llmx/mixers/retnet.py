@@ -3,33 +3,29 @@
     S_t = g_h S_{t-1} + (R_t k_t) v_t^T,     g_h = 1 - 2^(-5 - h), h = 0 .. H - 1,     S: (K, V) a head
     y_t = W_o (swish(W_g x_t) * norm_h(S_t^T R_t q_t / sqrt(K)))
 
-K = D / H, V = 2 D / H; R turns query and key by their position, which with the decay is the paper's xPos with one
-decay a head. norm_h is a LayerNorm over the V channels of one head and token. Time O(T K D) a sequence, memory O(T c)
-a head for chunks of c = 32; the state is S, K V H numbers a sequence, whatever its length. The paper's other scales,
-the root of the row sums of decays and max(|row sum|, 1), are left out: the norm divides by them anyway. The traps: a
-group norm on (B, H V, T) takes its statistics over time and shows each token its future; and the slowest head forgets
-half in 177 tokens at H = 4, so within a short window retention is almost undecayed.
+K = D / H, V = 2 D / H. R turns query and key by their position; with the decay this is the paper's xPos with one decay
+a head. norm_h is a LayerNorm over the V channels of one head and token. Time O(T K D) a sequence, memory O(T c) a head
+for chunks of c = 32. The state is S, K V H numbers a sequence, whatever its length. The paper's other scales, the root
+of the row sums of decays and max(|row sum|, 1), are left out: the norm divides by them anyway. The traps: a group norm
+on (B, H V, T) takes its statistics over time and shows each token its future; and the slowest head forgets half in 177
+tokens at H = 4, so within a short window retention is almost undecayed.
 """
-
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmx.parts.checks import check_sizes, even_head_width
 from llmx.parts.head_norm import HeadNorm
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.linear_attention import decay_step, scalar_decay
 from llmx.parts.precision import exact_dtype, exact_zeros
 from llmx.parts.rotary import rotate, shared_table
+from llmx.parts.states import MemoryState
 from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
 
-class RetentionState(NamedTuple):
-    memory: Tensor  # (B, H, K, V), S
-
-
-class Retention(StatefulMixer[RetentionState]):
+class Retention(StatefulMixer[MemoryState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
@@ -37,18 +33,13 @@ class Retention(StatefulMixer[RetentionState]):
         heads: must divide `dim` into even parts.
         value_factor: width of the values, in multiples of `dim`.
         rotary_base: base of the rotary frequencies.
-
-    Raises:
-        ValueError: for heads that do not divide the width, or no values.
     """
 
     def __init__(self, site: Site, heads: int = 4, value_factor: int = 2, rotary_base: float = 10000.0):
         super().__init__()
-        if heads < 1 or site.dim % (2 * heads):
-            raise ValueError(f"heads: {heads} heads must divide dim {site.dim} into even parts")
-        if value_factor < 1:
-            raise ValueError(f"value_factor: {value_factor} is below 1")
+        check_sizes(value_factor=value_factor)
         self.heads = heads
+        self.head_dim = even_head_width(site.dim, heads)  # K
         self.dim = site.dim
         self.value_dim = value_factor * site.dim
         self.rotary_base = rotary_base
@@ -59,37 +50,34 @@ class Retention(StatefulMixer[RetentionState]):
         normal_(self.out, residual_std(site.depth))
 
     def forward(self, x: Hidden, context: Context) -> Hidden:
-        query, key, value, gate = self._project(x, context)
-        mixed, _ = scalar_decay(query, key, value, self._log_decay(value).expand(1, x.shape[1], -1))
-        return self._read(mixed, gate)
+        return self.prefill(x, None, context)[0]
 
-    def init_state(self, batch_size: int, max_length: int) -> RetentionState:
-        like = self.out.weight
-        shape = (batch_size, self.heads, self.dim // self.heads, self.value_dim // self.heads)
-        return RetentionState(exact_zeros(like, *shape))
+    def init_state(self, batch_size: int, max_length: int) -> MemoryState:
+        shape = (batch_size, self.heads, self.head_dim, self.value_dim // self.heads)
+        return MemoryState(exact_zeros(self.out.weight, *shape))
 
-    def step(self, x: Tensor, state: RetentionState, context: Context) -> tuple[Tensor, RetentionState]:
+    def step(self, x: Tensor, state: MemoryState, context: Context) -> tuple[Tensor, MemoryState]:
         query, key, value, gate = self._project(x, context)
         mixed, memory = decay_step(query, key, value, self._log_decay(value)[:, None], state.memory)
-        return self._read(mixed, gate), RetentionState(memory)
+        return self._read(mixed, gate), MemoryState(memory)
 
-    def prefill(self, x: Hidden, state: RetentionState, context: Context) -> tuple[Hidden, RetentionState]:
+    def prefill(self, x: Hidden, state: MemoryState | None, context: Context) -> tuple[Hidden, MemoryState]:
         query, key, value, gate = self._project(x, context)
         log_decay = self._log_decay(value).expand(1, x.shape[1], -1)
-        mixed, memory = scalar_decay(query, key, value, log_decay, state.memory)
-        return self._read(mixed, gate), RetentionState(memory)
+        mixed, memory = scalar_decay(query, key, value, log_decay, state.memory if state else None)
+        return self._read(mixed, gate), MemoryState(memory)
 
     def _project(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Rotated query and key (B, T, H, K), value (B, T, H, V), gate (B, T, H V), without T in `step`."""
         query, key, value, gate = self.project(x).split((self.dim, self.dim, self.value_dim, self.value_dim), -1)
         query, key, value = (part.unflatten(-1, (self.heads, -1)) for part in (query, key, value))
-        table = shared_table(context, self.dim // self.heads, self.rotary_base, x.dtype)
-        return rotate(query * query.shape[-1] ** -0.5, table), rotate(key, table), value, gate
+        table = shared_table(context, self.head_dim, self.rotary_base, x.dtype)
+        return rotate(query * self.head_dim**-0.5, table), rotate(key, table), value, gate
 
     def _log_decay(self, like: Tensor) -> Tensor:
         """(H,), log g."""
-        exact = exact_dtype(like)
-        return torch.log1p(-torch.exp2(-5 - torch.arange(self.heads, device=like.device, dtype=exact)))
+        head = torch.arange(self.heads, device=like.device, dtype=exact_dtype(like))
+        return torch.log1p(-torch.exp2(-5 - head))
 
     def _read(self, mixed: Tensor, gate: Tensor) -> Tensor:
         return self.out(F.silu(gate) * self.norm(mixed))

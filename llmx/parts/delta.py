@@ -18,6 +18,7 @@ too.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llmx.parts.linear_attention import carry_moved, chunked, joined, plus_product
@@ -30,6 +31,21 @@ def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """x / sqrt(|x|^2 + eps) over the last dimension, in float32 at least: zeros stay zeros, with a finite gradient."""
     x = at_least_float32(x)
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
+
+
+def unit_heads(u: Tensor, key_heads: int, key_dim: int, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Query and key (B, T, G, K) of length 1, the query / sqrt(K), and value (B, T, H, V), from what was convolved,
+    (B, T, 2 G K + H V); without T in `step`."""
+    keys = key_heads * key_dim
+    query, key, value = F.silu(u).split((keys, keys, u.shape[-1] - 2 * keys), -1)
+    query, key = (l2_norm(y.unflatten(-1, (key_heads, key_dim))) for y in (query, key))
+    return query * key_dim**-0.5, key, value.unflatten(-1, (heads, -1))
+
+
+def check_rate(beta_max: float) -> None:
+    """Raises ValueError for a factor of beta with which the memory could grow, or would never be written."""
+    if not 0 < beta_max <= 2:
+        raise ValueError(f"beta_max: {beta_max} is not above 0 and up to 2")
 
 
 def delta_rule(

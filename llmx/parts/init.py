@@ -2,7 +2,10 @@
 
 import math
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+SLOWEST, FASTEST = 0.001, 0.1  # time steps of a state space at the start, by its papers
 
 
 def normal_(linear: nn.Linear | nn.Embedding, std: float = 0.02) -> None:
@@ -15,3 +18,23 @@ def normal_(linear: nn.Linear | nn.Embedding, std: float = 0.02) -> None:
 def residual_std(depth: int) -> float:
     """The standard deviation for projections that write to the residual stream, two a layer (GPT-2)."""
     return 0.02 / math.sqrt(2 * depth)
+
+
+def log_time_steps(size: int) -> Tensor:
+    """Logarithms of time steps, uniform between those of 0.001 and 0.1."""
+    return torch.empty(size).uniform_(math.log(SLOWEST), math.log(FASTEST))
+
+
+def softplus_time_steps(size: int) -> Tensor:
+    """Numbers whose softplus are such time steps."""
+    return log_time_steps(size).exp().expm1().log()
+
+
+def recurrent_(inputs: nn.Linear, recurrent: nn.Linear) -> None:
+    """Input weights uniform in +-1 / sqrt(D), biases 0, and an orthogonal recurrent matrix for each gate."""
+    dim = recurrent.in_features
+    nn.init.uniform_(inputs.weight, -(dim**-0.5), dim**-0.5)
+    nn.init.zeros_(inputs.bias)
+    with torch.no_grad():
+        for rows in recurrent.weight.split(dim):
+            nn.init.orthogonal_(rows)

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmx.parts.precision import at_least_float32
+
 
 class Norm(nn.Module, ABC):
     """(..., dim) -> (..., dim), each vector by itself. Built by a factory from `dim`."""
@@ -87,5 +89,5 @@ class DyT(Norm):
 
 
 def _rms(x: Tensor, eps: float) -> Tensor:
-    exact = x if x.dtype == torch.float64 else x.float()
+    exact = at_least_float32(x)
     return (exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps)).to(x.dtype)

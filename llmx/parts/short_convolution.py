@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from llmx.parts.checks import check_sizes
+
 
 class ShortConvolution(nn.Module):
     """(B, T, D) -> (B, T, D). Its state is (B, w - 1, D), oldest first.
@@ -31,8 +33,7 @@ class ShortConvolution(nn.Module):
 
     def __init__(self, dim: int, width: int = 4, bias: bool = False):
         super().__init__()
-        if width < 1:
-            raise ValueError(f"width: {width} is below 1")
+        check_sizes(width=width)
         self.width = width
         self.taps = nn.Parameter(torch.empty(width, dim).uniform_(-(width**-0.5), width**-0.5))  # oldest first
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
@@ -49,8 +50,11 @@ class ShortConvolution(nn.Module):
         y = (seen * self.taps.to(x.dtype)).sum(1)
         return y if self.bias is None else y + self.bias.to(x.dtype), _alone(seen[:, 1:])
 
-    def prefill(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """From any state, (B, T, D) -> (B, T, D)."""
+    def prefill(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        """From any state, (B, T, D) -> (B, T, D); without one, at the start of a text."""
+        if state is None:
+            last = x[:, max(0, x.shape[1] - self.width + 1) :]
+            return self(x), F.pad(last, (0, 0, self.width - 1 - last.shape[1], 0))
         seen = torch.cat((state.to(x.dtype), x), 1)
         return self._convolve(seen), _alone(seen[:, x.shape[1] :])
 
