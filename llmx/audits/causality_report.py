@@ -1,4 +1,4 @@
-"""What the causality audit finds: breaches, the report on a network, the error that stops a run, the influence map."""
+"""The results of the causality audit: breaches, the report, the error that stops a run, the influence map."""
 
 from __future__ import annotations
 
@@ -9,24 +9,37 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from llmx.audits.rounding import TOLERANCE
 from llmx.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-CHECKS = ("finite", "losses", "suffix", "prefix", "gradient", "batch", "memory", "run")
-TOLERANCE = 1e-9  # relative to the largest output; a convolution by FFT has 4e-16
+CHANGED = "the output at position {position} changed by {size:.2g} (relative) when only "
+SENTENCES = {  # by check, in the order of a report
+    "finite": "the output at position {position} is not finite",
+    "losses": "the loss at position {position} is {size:.2g} nats away from the cross-entropy of the logits",
+    "suffix": CHANGED + "positions from {changed} on were replaced",
+    "prefix": CHANGED + "positions from {changed} on were cut off",
+    "gradient": "the output at position {position} has a gradient of {size:.2g} (relative to the largest) with respect "
+    "to the embedding at position {changed}",
+    "batch": CHANGED + "other rows of the batch were replaced or left out",
+    "memory": CHANGED + "the batch before it was another",
+    "run": "the loss at position {position} changed by {size:.2g} (relative) when only text from {changed} on was "
+    "replaced, in the run's own precision and on its device",
+}
+CHECKS = tuple(SENTENCES)
 
 
 @dataclass(frozen=True)
 class Breach:
-    """One way in which the network cheats (or fails, for `finite`).
+    """One way in which the network cheats, or fails (`finite`).
 
     check:         one of CHECKS
     mode:          "train" or "eval"
     length:        tokens in a sequence
     module:        dotted name of the first module in forward order that turns unchanged inputs into a changed output;
-                   the network's class where it is none of its parts, or not looked for (`losses`, `run`)
+                   the network's class if it is none of its parts, or for `losses` and `run`, which do not look for it
     module_class:  its class
     position:      the output position that changed most
     changed:       the first input position that was replaced, cut off, or differentiated by
@@ -43,39 +56,24 @@ class Breach:
     size: float
 
     def __str__(self) -> str:
-        what = {
-            "finite": f"the output at position {self.position} is not finite",
-            "losses": f"the loss at position {self.position} is {self.size:.2g} nats away from the cross-entropy of "
-            "the logits",
-            "run": f"the loss at position {self.position} changed by {self.size:.2g} (relative)",
-            "gradient": f"the output at position {self.position} has a gradient of {self.size:.2g} (relative to the "
-            f"largest) with respect to the embedding at position {self.changed}",
-        }.get(self.check, f"the output at position {self.position} changed by {self.size:.2g} (relative)")
-        when = {
-            "suffix": f" when only positions from {self.changed} on were replaced",
-            "prefix": f" when only positions from {self.changed} on were cut off",
-            "batch": " when only other rows of the batch were replaced or left out",
-            "memory": " when only the batch before it was another",
-            "run": f" when only text from {self.changed} on was replaced, in the run's own precision and on its device",
-        }.get(self.check, "")
-        where = f"{self.check}, {self.mode} mode, length {self.length}"
-        if self.check in ("losses", "run"):  # which look at the whole network alone
-            return f"{what}{when} ({where})"
+        sentence = SENTENCES[self.check].format(**vars(self))
+        sentence += f" ({self.check}, {self.mode} mode, length {self.length})"
+        if self.check in ("losses", "run"):  # these look at the whole network
+            return sentence
         module = self.module if self.module == self.module_class else f"{self.module} ({self.module_class})"
-        fault = "is not finite" if self.check == "finite" else "leaks"
-        return f"{what}{when} ({where}); the first module that {fault} is {module}"
+        return f"{sentence}; the first module that {'is not finite' if self.check == 'finite' else 'leaks'} is {module}"
 
 
 @dataclass(frozen=True)
 class CausalityReport:
     """What the audit found.
 
-    breaches:   in the order of CHECKS, the first length alone for each check and mode; empty for an honest network
+    breaches:   in the order of CHECKS, one for each check and mode, at the first length; empty for an honest network
     skipped:    checks that could not run, each with its reason
     lengths:    tokens in the sequences tried
-    tolerance:  relative size up to which a change counts as rounding
-    influence:  (T, T), norm of the gradient of output t with respect to the embedding at s; None where it was skipped
-    seconds:    what the audit took
+    tolerance:  changes up to this relative size count as rounding
+    influence:  (T, T), norm of the gradient of output t with respect to the embedding at s; None if skipped
+    seconds:    duration of the audit
     """
 
     breaches: tuple[Breach, ...]
@@ -91,26 +89,23 @@ class CausalityReport:
 
     def summary(self) -> str:
         """A short paragraph for people."""
-        lengths = ", ".join(map(str, self.lengths))
-        parts = [f"causality: lengths {lengths}, train and eval, {self.seconds:.1f} s: "]
-        parts.append(f"LEAKING: {self.describe()}" if self.leaking else "no leak.")
+        verdict = f"LEAKING: {self.describe()}" if self.leaking else "no leak."
+        text = (
+            f"causality: lengths {', '.join(map(str, self.lengths))}, train and eval, {self.seconds:.1f} s: {verdict}"
+        )
         if self.skipped:
-            parts.append(f" Skipped: {'; '.join(self.skipped)}.")
+            text += f" Skipped: {'; '.join(self.skipped)}."
         if self.tolerance > TOLERANCE:
-            parts.append(
-                f" The network casts to a lower precision: changes below {self.tolerance:g} count as rounding."
-            )
-        return "".join(parts)
-
-    __str__ = summary
+            text += f" The network casts to a lower precision: changes below {self.tolerance:g} count as rounding."
+        return text
 
     def describe(self) -> str:
-        """The first breach as a sentence, and who else saw it."""
+        """The first breach as a sentence, and the other checks that saw it."""
         others = [f"{breach.check} ({breach.mode})" for breach in self.breaches[1:]]
         return f"{self.breaches[0]}{'; seen too by ' + ', '.join(others) if others else ''}."
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for the record of a run; all but the influence map."""
+        """Plain data for a run's record, without the influence map."""
         return {
             "leaking": self.leaking,
             "breaches": [
@@ -125,22 +120,21 @@ class CausalityReport:
 
 
 class CausalityError(UserError):
-    """A leaking network; carries the `report`."""
+    """The network leaks; carries the `report`."""
 
     def __init__(self, report: CausalityReport):
         fault = {"finite": "fails", "losses": "cheats"}.get(report.breaches[0].check, "leaks")
         super().__init__(
-            f"the network {fault}: {report.describe()} Mend that, or train the network all the same with "
+            f"the network {fault}: {report.describe()} Fix it, or train the network anyway with "
             "`--model.audit warn`, which marks the run as LEAKING."
         )
         self.report = report
 
 
 def influence_figure(report: CausalityReport) -> Figure:
-    """The influence map on a logarithmic scale. What lies in the hatched triangle is a leak.
+    """The influence map on a logarithmic scale. Any color in the hatched triangle is a leak.
 
-    Raises:
-        ValueError: for a report without the map.
+    Raises ValueError for a report without the map.
     """
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure

@@ -1,7 +1,5 @@
 """Copies of a network for the audits: in float64, with moved weights. The caller's random state stays as it was."""
 
-from __future__ import annotations
-
 import copy
 import math
 import random

@@ -1,18 +1,16 @@
-"""The audit of forms: `forward`, `prefill` and `step` are one function, in outputs and in gradients.
+"""The equivalence audit: `forward`, `prefill` and `step` are one function, in outputs and in gradients.
 
-What a network learns in its parallel form it has to do in its recurrent form too, or the text it generates is another
-network's than the one that was measured. On a float64 copy with its weights moved, the logits of the parallel form are
-held against those of several segmentations of the same tokens, pieces of one token going through `step`, longer ones
-through `prefill`; and so are the gradients of all parameters. Where the window is longer than that takes, the outputs
-alone are held against each other for more tokens, for rings and chunks that are longer. The trap: a state that is right
-for the last token and wrong for continuing, which only a piece that follows another piece shows.
+A network learns in its parallel form and generates in its recurrent form. If the two differ, another network writes
+the text than the one that was measured. The audit takes a float64 copy with moved weights and compares the logits of
+the parallel form with those of several segmentations of the same tokens: pieces of one token go through `step`, longer
+ones through `prefill`. It compares the gradients of all parameters too. For longer windows it compares the outputs
+alone over more tokens, to reach longer rings and chunks. The trap: a state can be right for the last token and wrong
+for continuing. Only a piece that follows another piece shows that.
 """
 
-from __future__ import annotations
-
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,8 +21,8 @@ from llmx.errors import UserError
 from llmx.protocol import Context, Logits, Network, Stateful, Tokens
 
 TOLERANCE = 1e-9  # relative to the largest number: the same sums in another order, with room for long ones
-MAX_LENGTH = 37  # tokens: chunked forms of 16 and 32 show a seam, and what is left over
-MOST = 300  # tokens, without gradients
+MAX_LENGTH = 37  # tokens: chunks of 16 and 32 have a boundary inside, and a remainder
+MAX_LENGTH_WITHOUT_GRADIENTS = 300  # tokens
 ROWS = 2
 
 
@@ -32,10 +30,10 @@ ROWS = 2
 class Divergence:
     """Two forms that differ.
 
-    what:       "outputs", or "gradient of NAME"
+    what:       "outputs", or "gradients of NAME"
     lengths:    the segmentation that differs from the parallel form
-    component:  dotted name of the first mixer or feed-forward whose own forms differ, and its class; the network's
-                class where each of them is right
+    component:  dotted name and class of the first mixer or feed-forward whose own forms differ; the network's class
+                if each of them is right
     size:       the difference, relative to the largest number
     """
 
@@ -51,7 +49,7 @@ class Divergence:
 
 @dataclass(frozen=True)
 class EquivalenceReport:
-    """What the audit of forms found; `skipped` says why it could not run."""
+    """What the equivalence audit found; `skipped` says why it could not run."""
 
     divergences: tuple[Divergence, ...]
     skipped: str | None
@@ -71,22 +69,19 @@ class EquivalenceReport:
             return f"{head}forward, prefill and step are one function."
         return f"{head}DIFFERENT: {'; '.join(map(str, self.divergences))}."
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"failing": self.failing, **asdict(self)}
-
 
 def audit_equivalence(network: Network, max_length: int, seed: int = 0) -> EquivalenceReport:
-    """Holds the recurrent form of a network to its parallel form.
+    """Compares the recurrent form of a network with its parallel form.
 
     The network and the caller's random state stay as they are.
 
     Args:
         network: in any mode, on any device.
-        max_length: the window; no more than 37 tokens are tried, 300 without gradients.
+        max_length: the window; the audit tries at most 37 tokens, and 300 without gradients.
         seed: of weights and tokens.
 
     Raises:
-        UserError: for a state that is written in place while its gradient is wanted.
+        UserError: if the network writes into its state in place while gradients are on.
         Exception: whatever the network itself raises.
     """
     started = time.perf_counter()
@@ -102,11 +97,11 @@ def audit_equivalence(network: Network, max_length: int, seed: int = 0) -> Equiv
         weights = torch.randn(*tokens.shape, copy.vocab_size, generator=generator, dtype=torch.float64)
         divergences = _compare(copy, tokens, weights)
         if not divergences and max_length > length:
-            length = min(max_length, MOST)
+            length = min(max_length, MAX_LENGTH_WITHOUT_GRADIENTS)
             tokens = torch.randint(copy.vocab_size, (ROWS, length), generator=generator)
             with torch.no_grad():
                 divergences = _compare(copy, tokens, None)
-    return EquivalenceReport(tuple(divergences), None, length, time.perf_counter() - started)
+    return EquivalenceReport(divergences, None, length, time.perf_counter() - started)
 
 
 def segmentations(length: int) -> list[tuple[int, ...]]:
@@ -115,8 +110,8 @@ def segmentations(length: int) -> list[tuple[int, ...]]:
     return [cut for cut in dict.fromkeys(cuts) if min(cut) > 0]
 
 
-def _compare(network: Network, tokens: Tokens, weights: Tensor | None) -> list[Divergence]:
-    """The first difference, of outputs if there is one; of gradients of outputs times weights, if these are given."""
+def _compare(network: Network, tokens: Tokens, weights: Tensor | None) -> tuple[Divergence, ...]:
+    """The first difference in outputs; else, given weights, in the gradients of the outputs times the weights."""
     parameters = {} if weights is None else dict(network.named_parameters())
 
     def differentiated(logits: Logits) -> tuple[Tensor, dict[str, Tensor]]:
@@ -131,42 +126,47 @@ def _compare(network: Network, tokens: Tokens, weights: Tensor | None) -> list[D
     scale = max((gradient.abs().max().item() for gradient in gradients.values()), default=1.0)
     for lengths in segmentations(tokens.shape[1]):
         try:
-            outputs2, gradients2 = differentiated(_in_pieces(network, tokens, lengths))
+            outputs2, gradients2 = differentiated(
+                torch.cat([logits for _, logits in _in_pieces(network, tokens, lengths)], 1)
+            )
         except RuntimeError as error:
             if "inplace operation" not in str(error):
                 raise
             raise UserError(
-                "the recurrent form writes into a tensor that its gradient is made of; make a new state, or write in "
+                "the recurrent form writes into a tensor that its gradient needs; make a new state, or write in "
                 "place only while gradients are off (torch.is_grad_enabled())"
             ) from error
         sizes = {"outputs": _difference(outputs, outputs2, outputs.abs().max().item())}
         sizes |= {f"gradients of {name}": _difference(gradients[name], gradients2[name], scale) for name in parameters}
         worst = max(sizes, key=lambda what: (sizes[what] > TOLERANCE and what == "outputs", sizes[what]))
         if sizes[worst] > TOLERANCE:
-            return [Divergence(worst, lengths, _culprit(network, tokens, lengths), sizes[worst])]
-    return []
+            return (Divergence(worst, lengths, _culprit(network, tokens, lengths), sizes[worst]),)
+    return ()
 
 
-def _in_pieces(network: Network, tokens: Tokens, lengths: Sequence[int]) -> Logits:
-    state, outputs = network.init_state(len(tokens), tokens.shape[1]), []
-    for piece in tokens.split(list(lengths), 1):
-        if piece.shape[1] == 1:
-            logits, state = network.step(piece[:, 0], state)
-            outputs.append(logits[:, None])
-        else:
-            logits, state = network.prefill(piece, state)
-            outputs.append(logits)
-    return torch.cat(outputs, 1)
+def _in_pieces(
+    part: Any, x: Tensor, lengths: Sequence[int], context: Context | None = None
+) -> Iterator[tuple[slice, Tensor]]:
+    """The recurrent form of a network, or of a component with its context: each piece of x (B, T, ...), its outputs."""
+    state, start = part.init_state(len(x), x.shape[1]), 0
+    for length in lengths:
+        piece = slice(start, start + length)
+        where = start if length == 1 else piece
+        extra = () if context is None else (context.at(where),)
+        output, state = (part.step if length == 1 else part.prefill)(x[:, where], state, *extra)
+        yield piece, output[:, None] if length == 1 else output
+        start += length
 
 
 def _difference(one: Tensor, two: Tensor, scale: float) -> float:
+    """The largest difference, relative to `scale`. Equal infinities differ too, unlike in `relative_change`."""
     difference = (one - two).abs().max().item() / (scale or 1.0)
     return difference if difference == difference else float("inf")
 
 
 @torch.no_grad()
 def _culprit(network: Network, tokens: Tokens, lengths: Sequence[int]) -> str:
-    """The first mixer or feed-forward that gives another output in pieces than its own parallel form gives."""
+    """The first mixer or feed-forward whose output in pieces differs from its own parallel form."""
     calls: list[tuple[Any, Tensor, Context, Tensor]] = []
     handles = [
         part.register_forward_hook(lambda part, args, output: calls.append((part, args[0], args[1], output)))
@@ -179,18 +179,9 @@ def _culprit(network: Network, tokens: Tokens, lengths: Sequence[int]) -> str:
         handle.remove()
     names = {module: name for name, module in network.named_modules()}
     for part, x, context, output in calls:
-        state = part.init_state(len(x), x.shape[1])
         whole = Context(context.tokens, context.positions.expand(len(x), -1), context.embedding)
         whole.store = context.store
-        start = 0
-        for length in lengths:
-            piece = slice(start, start + length)
-            if length == 1:
-                mixed, state = part.step(x[:, start], state, whole.at(start))
-                mixed = mixed[:, None]
-            else:
-                mixed, state = part.prefill(x[:, piece], state, whole.at(piece))
-            if _difference(output[:, piece], mixed, output.abs().max().item()) > TOLERANCE:
-                return f"{names[part]} ({type(part).__name__})"
-            start += length
+        scale = output.abs().max().item()
+        if any(_difference(output[:, at], own, scale) > TOLERANCE for at, own in _in_pieces(part, x, lengths, whole)):
+            return f"{names[part]} ({type(part).__name__})"
     return type(network).__name__

@@ -1,9 +1,9 @@
-"""The honest loss of a network that may look ahead: its future is hidden from it.
+"""The honest loss of a network that may look ahead: the loss with its future hidden.
 
-For every predicted token all later tokens of the window are replaced by independent draws from the unigram
-distribution of the training split; so they carry no information, and yet look to the network like what it was trained
-on. A network that is causal does not notice, and its loss is the ordinary one. Time O(W) forwards of the split for
-each draw, because every prediction needs a window of its own.
+For every predicted token, all later tokens of the window are replaced by independent draws from the unigram
+distribution of the training split. They carry no information, and still look to the network like its training text. A
+causal network does not notice: its loss is the ordinary one. Every prediction needs a window of its own, so each draw
+takes as much time as O(W) forwards of the split.
 """
 
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from llmx.protocol import Network
 
 
 class HiddenFutureLoss(NamedTuple):
-    """loss: nats a token, mean over the draws; spread: standard deviation over them; predictions: tokens counted."""
+    """loss: nats a token, mean over the draws; spread: their standard deviation; predictions: tokens counted."""
 
     loss: float
     spread: float
@@ -36,12 +36,12 @@ def hidden_future_loss(
     seed: int = 0,
     batch_tokens: int = 8192,
 ) -> HiddenFutureLoss:
-    """Evaluates a split with the future hidden, each of its L - 1 predictable tokens once, in windows cut once.
+    """Evaluates a split with the future hidden: each of its L - 1 predictable tokens once, in disjoint windows.
 
-    The network runs in evaluation mode where it is, always at the full window; its mode is restored.
+    The network runs on its own device in evaluation mode, always at the full window. Its mode is restored.
 
     Args:
-        network: of any kind, leaking or not.
+        network: leaking or not.
         tokens: (L,) integers, the whole split.
         unigram: (V,) probabilities or counts of the tokens in the training split.
         window: tokens in a sequence.
@@ -49,8 +49,7 @@ def hidden_future_loss(
         seed: of the draws.
         batch_tokens: tokens in one forward; more do not fit in a processor's cache.
 
-    Raises:
-        UserError: for a split, window or number of draws that leave nothing to measure, or a wrong distribution.
+    Raises UserError if nothing is left to measure, or `unigram` is no distribution.
     """
     weights = torch.as_tensor(unigram, dtype=torch.float64, device="cpu")
     if weights.shape != (network.vocab_size,) or not (weights >= 0).all() or not 0 < weights.sum() < torch.inf:

@@ -1,15 +1,12 @@
-"""The audit of parameters: a gradient reaches every one of them, and the loss starts near that of knowing nothing.
+"""The parameter audit: a gradient reaches every parameter, and the loss starts near that of uniform guessing.
 
-A parameter without a gradient is dead weight that the parameter count of a comparison still charges, and DDP refuses
-it. The trap: a projection that starts at zero hides everything behind it, so the weights are moved first.
+A parameter without a gradient is dead weight that a comparison still counts, and DDP refuses it. The trap: a projection
+that starts at zero hides everything behind it, so the audit moves the weights first.
 """
-
-from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
@@ -17,15 +14,15 @@ from llmx.audits.copies import exact_copy, perturbed_copy, preserve_rng_state, s
 from llmx.protocol import Network
 
 ROWS = 8
-TOO_HIGH = 1.0  # nats above ln V: an initial loss further up is a head or embedding that starts too large
+TOO_HIGH = 1.0  # nats above ln V: beyond, a head or embedding starts too large
 
 
 @dataclass(frozen=True)
 class ParametersReport:
-    """What the audit of parameters found.
+    """What the parameter audit found.
 
     silent:        names of the parameters that no gradient reaches
-    initial_loss:  nats, of the network as it is initialised, on random tokens
+    initial_loss:  nats, of the initialised network on random tokens
     uniform_loss:  ln V
     """
 
@@ -35,28 +32,28 @@ class ParametersReport:
     seconds: float
 
     @property
+    def starts_high(self) -> bool:
+        return not self.initial_loss < self.uniform_loss + TOO_HIGH
+
+    @property
     def failing(self) -> bool:
-        return bool(self.silent) or not self.initial_loss < self.uniform_loss + TOO_HIGH
+        return bool(self.silent) or self.starts_high
 
     def summary(self) -> str:
         """One line for people."""
         reached = f"NO GRADIENT reaches {', '.join(self.silent)}" if self.silent else "a gradient reaches every one"
         start = f"on random tokens the loss is {self.initial_loss:.3f}, ln V is {self.uniform_loss:.3f}"
-        high = "" if self.initial_loss < self.uniform_loss + TOO_HIGH else ": TOO HIGH"
-        return f"parameters: {self.seconds:.1f} s: {reached}; {start}{high}."
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"failing": self.failing, **asdict(self)}
+        return f"parameters: {self.seconds:.1f} s: {reached}; {start}{': TOO HIGH' if self.starts_high else ''}."
 
 
 def audit_parameters(network: Network, max_length: int, seed: int = 0) -> ParametersReport:
-    """Looks for parameters without a gradient, and for a start far from chance.
+    """Looks for parameters without a gradient, and for an initial loss far above ln V.
 
     The network and the caller's random state stay as they are.
 
     Args:
-        network: in any mode, on any device; its own weights are taken as its initialisation.
-        max_length: the window; no more than 32 tokens are tried.
+        network: in any mode, on any device, with its initial weights.
+        max_length: the window; the audit tries at most 32 tokens.
         seed: of weights and tokens.
     """
     started = time.perf_counter()

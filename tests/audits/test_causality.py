@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from llmx.audits.causality import audit_causality
 from llmx.audits.causality_report import CausalityError, CausalityReport, influence_figure
-from llmx.audits.trials import seams
+from llmx.audits.inputs import chunk_boundaries
 from llmx.blocks.prenorm import PreNormBlock
 from llmx.errors import UserError
 from llmx.feedforward.swiglu import SwiGLU
@@ -525,7 +525,7 @@ def test_one_position_at_the_seam_of_chunks_is_found(size):
 
 
 def test_seams_are_multiples_of_the_sizes_that_chunks_have():
-    cuts = seams(1024, 8)
+    cuts = chunk_boundaries(1024, 8)
     assert all(any(cut % size == 0 for cut in cuts) for size in (8, 10, 16, 20, 32, 48, 50, 64, 80, 100, 128, 256, 512))
 
 

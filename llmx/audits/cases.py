@@ -1,0 +1,143 @@
+"""How the causality audit runs a network: a copy in float64 under equal conditions, one length and mode at a time."""
+
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor
+
+from llmx.audits.causality_report import Breach
+from llmx.audits.copies import copy_network, exact_copy, perturbed_copy, seed_cpu
+from llmx.audits.inputs import MAX_ROWS, chunk_boundaries, largest_prime, random_windows, token_budget
+from llmx.audits.module_calls import ForwardPass, ModuleCall, ModuleCalls, Part, first_leaking_module, record_calls
+from llmx.audits.rounding import MIN_LOG_PROBABILITY, SAME_SHAPE_TOLERANCE, RoundingWatch
+from llmx.protocol import Logits, Network, Tokens
+
+MAX_TOKENS = 2048  # in one pass
+
+
+class AuditedNetwork:
+    """A copy of a network that runs again and again under equal conditions, and what the audit found with it."""
+
+    def __init__(self, network: Network, max_length: int, seed: int, text: Tensor | None):
+        self.text = text
+        self.generator = torch.Generator().manual_seed(seed)
+        self.vocab_size = network.vocab_size
+        self.breaches: dict[tuple[str, str], Breach] = {}  # by check and mode
+        self.skipped: dict[str, str] = {}  # check -> reason
+        self.name = type(network).__name__
+        self.budget = token_budget(network, MAX_TOKENS)  # tokens in one pass
+        longest = min(max_length, max(97, self.budget // 3))
+        middle = largest_prime(min(longest, 97)) if longest > 64 else longest
+        self.lengths = tuple(sorted({largest_prime(min(longest, 13)), middle, longest}))
+        exact = exact_copy(network)
+        for scale in (0.1, 0.01, 0.0):  # some networks only stay finite with smaller moves
+            self.source = perturbed_copy(exact, scale, self.generator)
+            with RoundingWatch() as rounding:
+                outputs = self.run(self.tokens(2, longest), training=True)
+            if outputs.isfinite().all():
+                break
+        self.tolerance = rounding.tolerance
+        # for two passes of equal shape
+        self.same_tolerance = self.tolerance if rounding.transforms else min(self.tolerance, SAME_SHAPE_TOLERANCE)
+
+    def fresh_copy(self, training: bool) -> Network:
+        """The copy in its first state: it shares the parameters, its buffers, counters and caches are new."""
+        return copy_network(self.source, share_parameters=True).train(training)
+
+    def run(
+        self,
+        tokens: Tokens,
+        training: bool,
+        after: Tokens | None = None,
+        draw: int = 0,
+        calls: ModuleCalls | None = None,
+    ) -> Logits:
+        """(B, T) -> (B, T, V) log probabilities in float64; the logits themselves if some are not finite.
+
+        Args:
+            after: a batch that the same copy reads first.
+            draw: seeds the random numbers of the network.
+            calls: receives the calls of all modules.
+        """
+        network = self.fresh_copy(training)
+        if after is not None:
+            network(after)
+        if calls is not None:
+            record_calls(network, calls)
+        seed_cpu(draw)
+        outputs = network(tokens.clone()).double()
+        return outputs.log_softmax(-1).clamp(min=MIN_LOG_PROBABILITY) if outputs.isfinite().all() else outputs
+
+    def tokens(self, rows: int, length: int) -> Tokens:
+        """Random tokens; every other row is text."""
+        tokens = torch.randint(self.vocab_size, (rows, length), generator=self.generator)
+        if self.text is not None and len(self.text) >= length:
+            tokens[1::2] = random_windows(self.text, rows // 2, length, self.generator)
+        return tokens
+
+    def replaced(self, tokens: Tokens) -> Tokens:
+        """Another token at every place; needs a vocabulary of 2."""
+        shift = torch.randint(1, self.vocab_size, tokens.shape, generator=self.generator)
+        other = self.tokens(*tokens.shape)
+        return torch.where(other == tokens, (tokens + shift) % self.vocab_size, other)
+
+    def cuts(self, length: int) -> Tensor:
+        """Positions from 1 on where the future may begin, one a row (R,): all positions, or a sample."""
+        rows = max(2, min(MAX_ROWS, self.budget // length))
+        if length - 1 <= rows:
+            return torch.arange(rows) % (length - 1) + 1
+        strata = torch.linspace(1, length - 1, rows - rows // 2).long()  # one cut in each, and the last position
+        strata[:-1] += (torch.rand(len(strata) - 1, generator=self.generator) * strata.diff()).long()
+        return torch.cat((strata, torch.tensor(chunk_boundaries(length, rows // 2))))
+
+
+class AuditCase:
+    """One length in one mode: a few rows of tokens, and the network's outputs for them."""
+
+    def __init__(self, network: AuditedNetwork, length: int, training: bool):
+        self.network = network
+        self.length = length
+        self.training = training
+        self.mode = "train" if training else "eval"
+        self.run = partial(network.run, training=training)
+        self.rows = 3 if length != 3 else 4  # rows and time must differ in size, to tell their axes apart
+        self.tokens = network.tokens(self.rows, length)
+        self.outputs = self.run(self.tokens)
+
+    @cached_property
+    def draws(self) -> bool:
+        """Whether the network draws random numbers. Passes of different shapes draw different ones."""
+        return not torch.equal(self.outputs, self.run(self.tokens, draw=1))
+
+    def found(self, check: str) -> bool:
+        return (check, self.mode) in self.network.breaches
+
+    def skip(self, check: str, reason: str) -> None:
+        self.network.skipped.setdefault(check, reason)
+
+    def breached(
+        self,
+        check: str,
+        change: Tensor,
+        changed: int,
+        first: ForwardPass,
+        second: ForwardPass,
+        part: Part,
+        part2: Part | None = None,
+    ) -> bool:
+        """Whether two passes differ in what they must share, by `change` (rows, positions, V). Records a breach then.
+
+        Without `part2` the passes have the same shape.
+        """
+        tolerance = self.network.same_tolerance if part2 is None else self.network.tolerance
+        if change.max() <= tolerance:
+            return False
+        culprit = first_leaking_module(first, second, part, part2 or part, tolerance)
+        self.record(check, culprit, int(change.amax((0, 2)).argmax()), changed, change.max().item())
+        return True
+
+    def record(self, check: str, culprit: ModuleCall | None, position: int, changed: int, size: float) -> None:
+        module, kind = (culprit.module, culprit.module_class) if culprit else ("", self.network.name)
+        self.network.breaches[check, self.mode] = Breach(
+            check, self.mode, self.length, module or kind, kind, position, changed, size
+        )
