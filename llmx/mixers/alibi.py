@@ -1,10 +1,10 @@
-"""ALiBi: attention whose scores fall linearly with the distance (arXiv 2108.12409), and no other position.
+"""ALiBi: attention whose scores fall linearly with the distance (arXiv 2108.12409), without other positions.
 
     y_t = W_o concat_h  sum_{s <= t} softmax_s(q_t . k_s / sqrt(K) - m_h (t - s)) v_s,    m_h = 2^(-8 h / H), h = 1 .. H
 
-Where H is no power of two, the slopes are those of the power below, and every other one of twice that power for the
-rest. Time O(T^2 D) a sequence, memory O(T^2 H) with the scores written out; the state grows with the length, 2 D
-numbers a token. The trap: heads count from 1, so the first slope is 2^(-8/H) and not 1; and the distance comes from
+If H is no power of two, the first slopes are those of the power below. The rest are every other slope of twice that
+power. Time O(T^2 D) a sequence, memory O(T^2 H) with the scores written out. The state grows with the length: 2 D
+numbers a token. The traps: heads count from 1, so the first slope is 2^(-8/H) and not 1. The distance comes from
 positions, not from slots of the cache.
 """
 
@@ -52,7 +52,7 @@ class ALiBiAttention(SoftmaxAttention):
         return attend_cache(query, key, value, cache, context, self._bias(places(context), slots, query))
 
     def _bias(self, positions: Tensor, keys: Tensor, like: Tensor) -> Tensor:
-        """-m_h (t - s) for positions (B, T) and keys at (1, S): (B, H, 1, T, S)."""
+        """-m_h (t - s), (B, H, 1, T, S), for queries at positions (B, T) and keys at positions (1, S)."""
         distance = (positions[:, :, None] - keys[:, None, :]).to(like.dtype)  # (B, T, S)
         return -self.slopes.to(like.dtype)[:, None, None, None] * distance[:, None, None]
 

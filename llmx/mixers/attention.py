@@ -4,8 +4,9 @@
     y_t = W_o concat_h  sum_{s <= t} softmax_s(R_t q_t . R_s k_s / sqrt(K)) v_s
 
 arXiv 1706.03762 (attention), 2104.09864 (rotary R), 2305.13245 (grouped heads). Time O(T^2 D) a sequence, memory
-O(T D) with the fused kernel and O(T^2) where the products are written out; the state grows with the length, 2 G K
-numbers a token. The trap: grouped heads repeat each key head for neighbouring query heads (h // (H / G)), not in turn.
+O(T D) with the fused kernel and O(T^2) where the products are written out. The state grows with the length: 2 G K
+numbers a token. This is the base's own form, so `SoftmaxAttention` holds the code. The trap: grouped heads repeat each
+key head for neighbouring query heads (h // (H / G)), not in turn.
 """
 
 from llmx.parts.softmax_attention import SoftmaxAttention

@@ -6,11 +6,12 @@
     y_t = W_o concat_h (1 - lambda_init) rms(a_h)
 
 Layers count from 0. The norm is over one head's 2 K channels, has a gain that the heads share, and never sees time.
-Time O(T^2 D) a sequence, twice the scores of plain attention; the state grows with the length, 4 G K numbers a token.
-The traps: query and key heads are half as wide as value heads, so H here is half the heads of a plain attention with
-the same K; the factor 1 - lambda_init comes after the norm, which would undo it; and with grouped heads the second
-query of a head reads the second key, which the usual repetition brings about only if all first heads stand before all
-second ones.
+Time O(T^2 D) a sequence, twice the scores of plain attention. The state grows with the length: 4 G K numbers a token.
+The traps:
+- Query and key heads are half as wide as value heads, so H is half the heads of a plain attention with the same K.
+- The factor 1 - lambda_init comes after the norm, which would undo it.
+- With grouped heads, the second query of a head reads the second key. The usual repetition does so only if all first
+  heads stand before all second ones.
 """
 
 import math
@@ -48,8 +49,8 @@ class DifferentialAttention(SoftmaxAttention):
         self.add_output(site)
 
     def project(self, x: Tensor, context: Context) -> Heads:
-        """Rotated queries (B, T, 2 H, K) and keys (B, T, 2 G, K), those of the first map before those of the second;
-        value (B, T, G, 2 K). Without T in `step`."""
+        """Rotated queries (B, T, 2 H, K) and keys (B, T, 2 G, K), the first map's before the second's, and values
+        (B, T, G, 2 K); no T in `step`."""
         widths = [count * self.head_dim for count in (self.heads, self.kv_heads, self.kv_heads)]
         query, key, value = self.qkv(x).split(widths, -1)
         half = self.head_dim // 2
@@ -67,15 +68,15 @@ class DifferentialAttention(SoftmaxAttention):
         """Each of a head's two queries sees its own half of the slots' keys, which lie side by side."""
         first, second = query.chunk(2, 2)  # (B, T, H, K)
         nothing = torch.zeros_like(first)
-        # the width of the keys is 2 K here, hence the factor that makes the scale 1 / sqrt(K)
+        # keys are 2 K wide here, so this factor makes the scale 1 / sqrt(K)
         halves = torch.stack((torch.cat((first, nothing), -1), torch.cat((nothing, second), -1)), 3) * math.sqrt(2)
         both = torch.cat(key.chunk(2, 2), -1)  # (B, T, G, 2 K)
         mixed, cache = attend_cache(halves.flatten(2, 3), both, value, cache, context)
         return self._difference(*mixed.unflatten(-1, (self.heads, 2, -1)).unbind(3)).flatten(2), cache
 
     def _difference(self, first: Tensor, second: Tensor) -> Tensor:
-        """What the two maps found, (B, T, H, 2 K) each, -> (B, T, H, 2 K)"""
-        # not @, which autocast would make 16-bit
+        """The outputs of the two maps, (B, T, H, 2 K) each -> (B, T, H, 2 K)"""
+        # a sum, because autocast would run @ in 16 bits
         plus, minus = (self.lambdas[0::2] * self.lambdas[1::2]).sum(-1).exp()
         scale = plus - minus + self.lambda_init
         return self.norm(first - scale * second) * (1 - self.lambda_init)

@@ -3,11 +3,11 @@
     f_t = sigmoid(w_f x_t + b_f) a head,     d_ts = sum_{r = s + 1 .. t} log f_r = F_t - F_s <= 0
     y_t = W_o concat_h  sum_{s <= t} softmax_s(q_t . k_s / sqrt(K) + d_ts) v_s
 
-No positions: the gates tell near from far. Time O(T^2 D) a sequence, memory O(T^2 H) with the scores written out; the
-state grows with the length, (2 K + 1) H numbers a token: keys, values, and F, the sums of all log gates up to a token.
-The traps: the gate of s itself does not weaken s, so F_t - F_s begins at s + 1; and F grows without bound. Once a text
-has forgotten much, near 10^5 say, a float32 step by step no longer takes in log gates under 0.004, and its attention
-stops forgetting: F is float64 here, and only differences of it are rounded.
+It has no positions: the gates tell near from far. Time O(T^2 D) a sequence, memory O(T^2 H) with the scores written
+out. The state grows with the length, (2 K + 1) H numbers a token: keys, values, and F, the sum of all log gates up to a
+token. The traps: the gate of s itself does not weaken s, so F_t - F_s begins at s + 1. F also grows without bound. Near
+10^5, a float32 sum no longer takes in log gates under 0.004 step by step, and the attention stops forgetting. So F is
+float64 here, and only differences of it are rounded.
 """
 
 from typing import NamedTuple
@@ -23,7 +23,7 @@ from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
 
 class ForgettingState(NamedTuple):
-    """The past, slot s for position s; caches are written in place while gradients are off."""
+    """The past, slot s for position s. A step writes the caches in place while gradients are off."""
 
     cache: KeyValues
     sums: Tensor  # (B, H, S, 1), F of each slot, float64
@@ -96,12 +96,12 @@ class ForgettingAttention(StatefulMixer[ForgettingState]):
 
 
 def _decay(now: Tensor, past: Tensor, like: Tensor) -> Tensor:
-    """d_ts, but for what is the same for all s, which a softmax ignores; meaningless where s > t.
+    """d_ts up to a term that all s share, which a softmax ignores; meaningless where s > t.
 
     F at T tokens (B, H, T) and at S slots (B, H, S) -> (B, H, 1, T, S), in the precision of `like`, float32 at least.
-    Two float32 numbers make up F: so there is no matrix in float64.
+    Two float32 numbers make up each F, so no matrix is float64.
     """
     exact = exact_dtype(like)
     coarse = past.to(exact)
-    rest = (past - coarse).to(exact).detach()  # the gradient passes through the other part
+    rest = (past - coarse).to(exact).detach()  # the gradient passes through `coarse`
     return (now.to(exact)[..., None] - coarse[..., None, :] - rest[..., None, :])[:, :, None]

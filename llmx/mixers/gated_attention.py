@@ -3,9 +3,9 @@
     q_t, k_t = R_t rms(W_q x_t), R_t rms(W_k x_t);  v_t = W_v x_t;  g_t = sigmoid(W_g x_t)       g a number a channel
     y_t = W_o (g_t * concat_h  sum_{s <= t} softmax_s(q_t . k_s / sqrt(K)) v_s)
 
-The gate lets a head be silent, which without it takes a sink, and stands between the value and the output projection,
+The gate lets a head be silent; without it a head needs a sink. It also separates the value and output projections,
 which otherwise are one low-rank matrix. R turns the first part of every head only. Time O(T^2 D) a sequence, memory
-O(T D) with the fused kernel; the state grows with the length, 2 G K numbers a token. The trap: the gate reads the
+O(T D) with the fused kernel. The state grows with the length: 2 G K numbers a token. The trap: the gate reads the
 mixer's input x_t and not what attention found, and it is sigmoid, not SiLU.
 """
 

@@ -1,14 +1,16 @@
-"""Multi-head latent attention (MLA; DeepSeek-V2, arXiv 2405.04434): keys and values out of one small latent.
+"""Multi-head latent attention (MLA; DeepSeek-V2, arXiv 2405.04434): one small latent holds keys and values.
 
     c_t = rms(W_c x_t)                        latent, (C,);   r_t = R_t W_r x_t      one rotated key for all heads, (R,)
     k_th, v_th = W_kh c_t, W_vh c_t           (N,) and (V,) a head;   (q_th, p_th) = W_qh x_t,  p rotated, (R,)
     y_t = W_o concat_h  sum_{s <= t} softmax_s((q_th . k_sh + R_t p_th . r_s) / sqrt(N + R)) v_sh
 
-Decoding never builds keys and values: W_kh is absorbed into the query, q_th . W_kh c_s = (W_kh^T q_th) . c_s, and
-W_vh is applied once to the mixed latent. Time O(T^2 D) a sequence; the state grows with the length, C + R numbers a
-token, however many heads there are. The query has no latent of its own, as in V2-Lite. The traps: the rotation needs a
-slice of its own, for an R_t between W_kh and c_s could not be absorbed; the rotated key is one for all heads; the scale
-is that of N + R, not of the latent that decoding works in; and what is kept is the latent after its norm.
+Decoding never builds keys and values. It absorbs W_kh into the query, q_th . W_kh c_s = (W_kh^T q_th) . c_s, and
+applies W_vh once to the mixed latent. The query has no latent of its own, as in V2-Lite. Time O(T^2 D) a sequence. The
+state grows with the length: C + R numbers a token, however many heads there are. The traps:
+- The rotation needs a slice of its own, because an R_t between W_kh and c_s could not be absorbed.
+- All heads share one rotated key.
+- The scale is that of N + R, not of the latent that decoding works in.
+- The state keeps the latent after its norm.
 """
 
 from typing import NamedTuple
@@ -24,7 +26,7 @@ from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
 
 class LatentState(NamedTuple):
-    """The past, slot s for position s; written in place while gradients are off."""
+    """The past, slot s for position s. A step writes it in place while gradients are off."""
 
     latent: Tensor  # (B, 1, S, C), normalised
     key: Tensor  # (B, 1, S, R), the shared rotated key
@@ -38,7 +40,7 @@ class LatentAttention(StatefulMixer[LatentState]):
         heads: H.
         latent: C, width of the latent.
         head_dim: N, the part of a head that is not rotated, and V, the width of its value; dim / heads if not given.
-        rotary_dim: R, the part that is; even. With 0 there are no positions (NoPE), as in Kimi Linear.
+        rotary_dim: R, the rotated part of a head; even. With 0 there are no positions (NoPE), as in Kimi Linear.
         rotary_base: base of the rotary frequencies.
         eps: of the latent's norm.
 
@@ -105,7 +107,7 @@ class LatentAttention(StatefulMixer[LatentState]):
     def _attend(
         self, query: Tensor, rotated: Tensor, latent: Tensor, shared: Tensor, state: LatentState, context: Context
     ) -> tuple[Hidden, LatentState]:
-        """Attention of the T tokens of a prefill, or of the one of a step, among the latents."""
+        """Attention of the T tokens of a prefill, or of the one token of a step, over the latents."""
         positions = places(context)
         state = LatentState(
             write(state.latent, latent[:, :, None], positions), write(state.key, shared[:, :, None], positions)
@@ -120,8 +122,8 @@ class LatentAttention(StatefulMixer[LatentState]):
         return self.out(mixed.flatten(2)), state
 
     def _project(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Query (B, T, H, N), its rotated part (B, T, H, R), latent (B, T, C), shared rotated key (B, T, R); without T
-        in `step`."""
+        """Query (B, T, H, N), its rotated part (B, T, H, R), latent (B, T, C), shared rotated key (B, T, R); no T in
+        `step`."""
         table = shared_table(context, self.rotary_dim, self.rotary_base, x.dtype)  # (B, T, 1, 2, R / 2)
         heads = self.query(x).unflatten(-1, (self.heads, -1))
         query, rotated = heads.split((self.head_dim, self.rotary_dim), -1)

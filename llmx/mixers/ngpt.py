@@ -3,12 +3,12 @@
     q_t, k_t = unit(R_t W_q h_t) * s_qk, unit(R_t W_k h_t) * s_qk       each head by itself, unit(x) = x / |x|
     y_t = W_o concat_h  sum_{s <= t} softmax_s(sqrt(K) q_t . k_s) v_s   v_s = W_v h_s
 
-Rows of W_q, W_k, W_v (D,) and columns of W_o (D,) have length 1, and are given it back after every optimizer step; h
-has length 1 too, so that each product with a row is a cosine. s_qk has a number for each of the H K channels, shared by
-query and key; it starts at 1 and is stored as 1 / sqrt(D). Time O(T^2 D) a sequence, memory O(T D) with the fused
-kernel; the state grows with the length, 2 D numbers a token. The traps: the softmax is scaled up by sqrt(K), not down,
-since a product of unit vectors has a variance of 1 / K; and W_o is normalised along its other axis, a mistake that a
-square matrix does not show.
+Rows of W_q, W_k, W_v (D,) and columns of W_o (D,) have length 1; every optimizer step ends by restoring it. h has
+length 1 too, so each product with a row is a cosine. s_qk has a number for each of the H K channels, shared by query
+and key. It starts at 1 and is stored as 1 / sqrt(D). Time O(T^2 D) a sequence, memory O(T D) with the fused kernel. The
+state grows with the length: 2 D numbers a token. The traps: the softmax is scaled up by sqrt(K), not down, since a
+product of unit vectors has a variance of 1 / K. W_o is normalised along its other axis; a square matrix hides a mistake
+here.
 """
 
 from torch import Tensor
@@ -47,5 +47,5 @@ class NGPTAttention(SoftmaxAttention):
         both, value = heads.split((2 * self.heads, self.heads), -2)
         query, key = unit_norm(rotate(both, self.rotary_table(context, x))).chunk(2, -2)
         scale = self.scale().view(self.heads, self.head_dim)
-        # attention divides by sqrt(K), where sqrt(K) is to multiply
+        # attention divides by sqrt(K), but nGPT multiplies by it
         return query * (scale * self.head_dim), key * scale, value

@@ -1,12 +1,12 @@
-"""Causal softmax attention by content alone, as in the first Transformer and in GPT-2: positions are somebody else's.
+"""Causal softmax attention by content alone, as in the first Transformer and in GPT-2: the embedding holds positions.
 
     q_t, k_t, v_t = W_q x_t + b_q, W_k x_t + b_k, W_v x_t + b_v     H query heads, G key/value heads, K = D / H
     y_t = W_o concat_h  sum_{s <= t} softmax_s(q_t . k_s / sqrt(K)) v_s + b_o
 
-arXiv 1706.03762; without any position embedding it is NoPE (arXiv 2305.19466), for a causal mask alone already lets a
-network count. Time O(T^2 D) a sequence, memory O(T D) with the fused kernel; the state grows with the length, 2 G K
-numbers a token. The trap: without positions the mixer is not blind to order, only to distance, so a test that permutes
-the past must find the last output unchanged after one layer, and changed after two.
+arXiv 1706.03762. Without any position embedding it is NoPE (arXiv 2305.19466): a causal mask alone already lets a
+network count. Time O(T^2 D) a sequence, memory O(T D) with the fused kernel. The state grows with the length: 2 G K
+numbers a token. The trap: without positions the mixer still sees order, only not distance. A test that permutes the
+past must find the last output unchanged after one layer, and changed after two.
 """
 
 from torch import Tensor

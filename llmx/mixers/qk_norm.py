@@ -3,10 +3,10 @@
     q_t, k_t = R_t rms(W_q x_t) * g_q, R_t rms(W_k x_t) * g_k          each head by itself, gains g of width K
     y_t = W_o concat_h  sum_{s <= t} softmax_s(q_t . k_s / sqrt(K)) v_s
 
-The scores are bounded by sqrt(K) times the gains, so they cannot grow until the softmax saturates, which is what makes
-large learning rates blow up. Time O(T^2 D) a sequence, memory O(T D) with the fused kernel; the state grows with the
-length, 2 G K numbers a token. The trap: the norm is over one head's K numbers and comes before the rotation, whose
-pairs a gain applied afterwards would pull apart.
+The scores are bounded by sqrt(K) times the gains. So they cannot grow until the softmax saturates, which makes large
+learning rates diverge. Time O(T^2 D) a sequence, memory O(T D) with the fused kernel. The state grows with the length:
+2 G K numbers a token. The trap: the norm is over one head's K numbers and comes before the rotation. A gain applied
+after it would pull the rotated pairs apart.
 """
 
 from torch import Tensor

@@ -2,10 +2,10 @@
 
     y_t = W_o concat_h  sum_s exp(a_ts) v_s / (exp(b_h) + sum_s exp(a_ts)),     a_ts = R_t q_t . R_s k_s / sqrt(K)
 
-A head with nothing to say lets its probability run into b_h, one number a head, instead of into the first token of the
-text. Time O(T^2 D) or O(T w D), memory O(T^2 H) or O(T w H), for the scores are written out; the state grows with the
-length, 2 G K numbers a token, up to w tokens where there is a window. The trap: the sink has no value; to append a key
-of zeros instead would fix its score at 0 and rotate with the text.
+A head with nothing to say puts its probability into b_h, one number a head, instead of into the first token of the
+text. Time O(T^2 D) or O(T w D), memory O(T^2 H) or O(T w H), because the scores are written out. The state grows with
+the length: 2 G K numbers a token, up to w tokens with a window. The trap: the sink has no value. A key of zeros
+appended instead would fix its score at 0 and rotate with the text.
 """
 
 import torch

@@ -2,10 +2,10 @@
 
     y_t = W_o concat_h  sum_{t - w < s <= t} softmax_s(R_t q_t . R_s k_s / sqrt(K)) v_s
 
-Time O(T w D) a sequence, memory O(T w H); the state is a ring of w slots, 2 G K w numbers a sequence at most, whatever
-its length. Depth widens the view: after L layers a position has heard from L (w - 1) before it. The trap: a window of w
-counts the query's own position, so the farthest key is w - 1 away; and a ring that is written before a longer piece has
-attended to it loses what the piece's first queries still see.
+Time O(T w D) a sequence, memory O(T w H). The state is a ring of w slots: at most 2 G K w numbers a sequence, whatever
+its length. Depth widens the view: after L layers a position has heard from L (w - 1) before it. The traps: a window of
+w counts the query's own position, so the farthest key is w - 1 away. A prefill must attend before it writes the ring,
+which otherwise loses what the first queries of the piece still see.
 """
 
 from torch import Tensor

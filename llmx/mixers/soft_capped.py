@@ -3,8 +3,8 @@
     y_t = W_o concat_h  sum_s softmax_s(c tanh(R_t q_t . R_s k_s / (c sqrt(K)))) v_s,       s <= t, or t - w < s <= t
 
 No score leaves (-c, c), so no weight of one key over another exceeds e^(2 c). Time O(T^2 D) or O(T w D), memory
-O(T^2 H) or O(T w H), for the scores are written out; the state grows with the length, 2 G K numbers a token, up to w
-tokens where there is a window. The trap: the cap comes before the mask, for tanh would make a finite score of -inf.
+O(T^2 H) or O(T w H), because the scores are written out. The state grows with the length: 2 G K numbers a token, up to
+w tokens with a window. The trap: the cap comes before the mask, because tanh would make a finite score of -inf.
 """
 
 from torch import Tensor

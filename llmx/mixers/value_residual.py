@@ -1,14 +1,13 @@
-"""Attention with a value residual (arXiv 2410.17897, the learnable ResFormer): later layers mix the values of the first
-layer into their own.
+"""Attention with a value residual (arXiv 2410.17897, the learnable ResFormer): later layers add the first's values.
 
     v_t = l_1 W_v x_t + l_2 v_t^(1)          v^(1) the values of the first layer of this kind, (B, T, G K)
     y_t = W_o concat_h  sum_{s <= t} softmax_s(R_t q_t . R_s k_s / sqrt(K)) v_s
 
-l_1 and l_2 are two learned numbers a layer, both 1/2 at the start; the first layer has none, its values are as they
-are. Attention concentrates on few tokens in deep stacks, and what those tokens were is carried past it. Time, memory
-and state are those of grouped rotary attention: O(T^2 D), and 2 G K numbers a token, for the mixed values are what is
-kept. The trap: the term has to be there in every form. A step that does not hand the first layer's value of the same
-token to the layers above generates from another network than the one that was trained, with no error to show it.
+l_1 and l_2 are two learned numbers a layer, both 1/2 at the start. The first layer has none and keeps its values as
+they are. Attention concentrates on few tokens in deep stacks, and the residual carries those tokens' values past it.
+Time, memory and state are those of grouped rotary attention: O(T^2 D), and 2 G K numbers a token, since the cache keeps
+the mixed values. The trap: every form needs the term. A step must hand the first layer's value of the same token to the
+layers above. Otherwise generation silently uses another network than training.
 """
 
 from collections.abc import Callable
@@ -21,16 +20,16 @@ from llmx.parts.rotary import rotate
 from llmx.parts.softmax_attention import Heads, SoftmaxAttention
 from llmx.protocol import Context, Site
 
-FIRST_VALUE = "first value"  # in the context's store: (B, T, G K), without T in `step`
+FIRST_VALUE = "first value"  # in the context's store: (B, T, G K), no T in `step`
 
 
 class ValueResidualAttention(SoftmaxAttention):
     """Multi-head causal attention with rotary positions, its values mixed with those of the first such layer.
 
-    All layers need the same `heads` and `kv_heads`, for the values to be of one width.
+    All layers need the same `heads` and `kv_heads`, so that their values have one width.
 
     Args:
-        site: where the mixer stands; the one with occurrence 0 is the first.
+        site: where the mixer stands; occurrence 0 is the first layer of this kind.
         heads: query heads; must divide `dim` into even parts.
         kv_heads: key/value heads; must divide `heads`. As many as `heads` if not given.
         rotary_base: base of the rotary frequencies.

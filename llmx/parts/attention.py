@@ -1,9 +1,9 @@
 """Softmax attention over the past, shared by the attention mixers.
 
-PyTorch's fused kernel runs, but for 16-bit numbers over short windows on a CPU: there its backward pays per-call
-overhead for every tiny matrix product, at a window of 32 more than the whole step's arithmetic, and the products are
-written out. In fp32 the fused kernel is ahead at every window (AVX2, forward and backward: 1.4 times at 32, 6 times
-at 2,048).
+PyTorch's fused kernel runs, except for 16-bit numbers over short windows on a CPU. There its backward pays per-call
+overhead for every tiny matrix product: at a window of 32 more than the arithmetic of the whole step. So the products
+are written out. In fp32 the fused kernel is faster at every window (AVX2, forward and backward: 1.4 times at 32, 6
+times at 2,048).
 """
 
 from typing import NamedTuple
@@ -21,10 +21,10 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float =
     """softmax(query key^T / sqrt(K) + causal mask) value, with grouped heads.
 
     query (B, H, T, K), key (B, G, T, K), value (B, G, T, V) -> (B, H, T, V). Query head h reads group h // (H / G).
-    `dropout` is the probability for attention weights; the caller passes 0 outside of training.
+    `dropout` is the probability of dropping an attention weight; callers pass 0 outside of training.
     """
     time = query.shape[2]
-    # asked of the value: under autocast the rotation has made query and key fp32 again
+    # the value's dtype decides, because under autocast the rotation makes query and key fp32 again
     if query.device.type != "cpu" or value.element_size() > 2 or time > WRITTEN_OUT_UP_TO:
         grouped = key.shape[1] != query.shape[1]
         return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True, enable_gqa=grouped)
@@ -42,11 +42,11 @@ def masked_attention(
     cap: float | None = None,
     sink: Tensor | None = None,
 ) -> Tensor:
-    """The same over S slots, written out, with a bias on the scores: -inf for slots hidden from a position, else 0.
+    """softmax(query key^T / sqrt(K) + bias) value over S slots, written out.
 
-    query (B, H, T, K), key (B, G, S, K), value (B, G, S, V), bias, of a shape that
-    broadcasts to (B, G, H/G, T, S), -> (B, H, T, V). `cap` bounds the scores by cap tanh(score / cap) before the bias;
-    `sink` (H,) is one more score in every softmax, whose value is zero.
+    query (B, H, T, K), key (B, G, S, K), value (B, G, S, V), bias that broadcasts to (B, G, H/G, T, S)
+    -> (B, H, T, V). The bias is -inf for slots that a position must not see. `cap` bounds the scores by
+    cap tanh(score / cap) before the bias. `sink` (H,) is one more score in every softmax, whose value is zero.
     """
     batch, heads, time, head_dim = query.shape
     groups = key.shape[1]
@@ -54,7 +54,7 @@ def masked_attention(
     scores = (query @ key.transpose(-1, -2)).view(batch, groups, heads // groups, time, key.shape[2])
     if cap is not None:
         scores = cap * torch.tanh(scores / cap)
-    # autocast would make fp32 weights of 16-bit scores, and keep those for the backward pass beside the 16-bit copy
+    # autocast would make the weights fp32, and keep them for the backward pass beside a 16-bit copy
     with torch.autocast(query.device.type, enabled=False):
         scores = scores + bias.to(scores.dtype)
         if sink is None:
@@ -71,9 +71,12 @@ def masked_attention(
 def past_attention(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor, cap: float | None = None, sink: Tensor | None = None
 ) -> Tensor:
-    """`masked_attention` for a prefill or a step, by PyTorch's fused kernel where several positions are read at once
-    and nothing but the bias changes the scores: in fp32 a prompt of 128 takes 0.9 of the time, 64 of them 0.6. A single
-    position is no faster, of 64 rows slower, and written out it compiles into one function with the rest of a step."""
+    """`masked_attention` for a prefill or a step.
+
+    PyTorch's fused kernel runs if there are several positions and only a bias changes the scores. In fp32 a prompt of
+    128 takes 0.9 of the time, 64 such prompts take 0.6. For one position the kernel is no faster, and slower for 64
+    rows. Written out, it also compiles into one function with the rest of a step.
+    """
     batch, heads, time, _ = query.shape
     groups, slots = key.shape[1:3]
     if time == 1 or cap is not None or sink is not None:
@@ -87,7 +90,7 @@ def write(cache: Tensor, new: Tensor, slots: Tensor) -> Tensor:
     if torch.is_grad_enabled():
         cache = cache.clone()
     rows = torch.arange(cache.shape[0], device=cache.device)[:, None]
-    # not scatter_, which Inductor carries out on a copy of the cache
+    # not scatter_, because Inductor runs that on a copy of the cache
     cache[rows, :, slots] = new.to(cache.dtype)
     return cache
 
@@ -98,8 +101,10 @@ def places(context: Context) -> Tensor:
 
 
 def past_bias(context: Context, slots: int, dtype: torch.dtype) -> Tensor:
-    """The bias that hides what lies behind a position, (B, 1, 1, T, S), slot s for position s: made once for all layers
-    of a prefill or a step."""
+    """The bias that hides the slots after a position, (B, 1, 1, T, S). Slot s holds position s.
+
+    The context keeps it, so all layers of a prefill or a step share one.
+    """
     name = f"past {slots} {dtype}"
     if name not in context.store:
         hidden = torch.arange(slots, device=context.positions.device) > context.positions[..., None]
@@ -109,7 +114,7 @@ def past_bias(context: Context, slots: int, dtype: torch.dtype) -> Tensor:
 
 
 class KeyValues(NamedTuple):
-    """The keys and values of the past, slot s for position s; written in place while gradients are off."""
+    """The keys and values of the past, slot s for position s. A step writes them in place while gradients are off."""
 
     key: Tensor  # (B, G, S, K)
     value: Tensor  # (B, G, S, V)
@@ -132,10 +137,10 @@ def attend_cache(
     cap: float | None = None,
     sink: Tensor | None = None,
 ) -> tuple[Tensor, KeyValues]:
-    """Attention of the T tokens of a prefill, or of the one of a step, over the cache with them in it.
+    """Writes the T tokens of a prefill, or the one token of a step, into the cache and attends over it.
 
-    query (B, T, H, K), key (B, T, G, K), value (B, T, G, V), and a bias on the scores that broadcasts to
-    (B, G, H/G, T, S) -> (B, T, H V) and the cache.
+    query (B, T, H, K), key (B, T, G, K), value (B, T, G, V), bias on the scores that broadcasts to (B, G, H/G, T, S)
+    -> (B, T, H V) and the cache.
     """
     positions = places(context)
     cache = KeyValues(write(cache.key, key, positions), write(cache.value, value, positions))
@@ -155,9 +160,9 @@ def biased_causal_attention(
     cap: float | None = None,
     sink: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention with a bias on the scores that broadcasts to (B, G, H/G, T, T), a cap or a sink, written out.
+    """`masked_attention` among T tokens, each of which sees itself and the tokens before it.
 
-    query (B, H, T, K), key (B, G, T, K), value (B, G, T, V) -> (B, H, T, V).
+    query (B, H, T, K), key (B, G, T, K), value (B, G, T, V), bias that broadcasts to (B, G, H/G, T, T) -> (B, H, T, V).
     """
     time = query.shape[2]
     hidden = torch.full((time, time), float("-inf"), dtype=query.dtype, device=query.device).triu(1)

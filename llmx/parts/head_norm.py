@@ -1,4 +1,4 @@
-"""A norm for each head by itself, after heads have mixed time at scales of their own."""
+"""A norm for each head by itself, for heads that mix time at different scales."""
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +10,8 @@ from llmx.parts.precision import at_least_float32
 class HeadNorm(nn.Module):
     """(..., H, V) -> (..., H V): (x - mean) / sqrt(variance + eps) over V, times a weight a channel.
 
-    This is GroupNorm with a group a head, of each token alone: `nn.GroupNorm` on (B, H V, T) takes its statistics over
-    time too, and shows every position its future.
+    This is GroupNorm of each token alone, with one group a head. `nn.GroupNorm` on (B, H V, T) takes its statistics
+    over time too, and so leaks the future into every position.
 
     Args:
         heads: H.

@@ -1,7 +1,7 @@
 """Rotary position embedding (arXiv 2104.09864) in the half-split layout: dimension i is paired with i + K/2.
 
-The interleaved layout of the paper pairs 2i with 2i + 1; the two differ by a permutation of query and key, which a
-trained network absorbs and copied weights do not.
+The interleaved layout of the paper pairs 2i with 2i + 1. The two differ by a permutation of query and key: training
+absorbs it, but copied weights need it.
 """
 
 import torch
@@ -19,7 +19,7 @@ def rotary_table(positions: Tensor, head_dim: int, base: float, dtype: torch.dty
 
 
 def shared_table(context: Context, head_dim: int, base: float, dtype: torch.dtype) -> Tensor:
-    """The rotary table of this pass, (B or 1, T, 1, 2, K/2), without T in `step`: made once for all layers."""
+    """The rotary table that all layers of this pass share, (B or 1, T, 1, 2, K/2); no T in `step`."""
     name = f"rotary {base} {head_dim}"
     if name not in context.store:
         context.store[name] = rotary_table(context.positions, head_dim, base, dtype)[..., None, :, :]
@@ -34,6 +34,6 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
 
 def rotate_part(x: Tensor, table: Tensor) -> Tensor:
-    """Turns the first dimensions of x (..., K), as many as the table (..., 2, R/2) has angles for, and no others."""
+    """Turns only the first R dimensions of x (..., K), for which the table (..., 2, R/2) has angles."""
     turned, rest = x.split((2 * table.shape[-1], x.shape[-1] - 2 * table.shape[-1]), -1)
     return torch.cat((rotate(turned, table), rest), -1)

@@ -1,11 +1,11 @@
-"""Scores inside a chunk where each channel of the key decays by itself, which GLA, HGRN2 and KDA have in common.
+"""Scores inside a chunk where each channel of the key decays by itself, shared by GLA, HGRN2 and KDA.
 
     w_ts = r_t . exp(g_ts) k_s,  s <= t,     g_ts the sum of log a over s < u <= t, (K,)
 
-Each token by itself, then blocks joined two and two, where the decay from s to t is split at the end of the first:
-exp(g_te) r_t and exp(g_es) k_s, a product of matrices. Time O(c^2 K), memory O(c K log c) for c tokens. The trap: split
-anywhere else one of the factors overflows, and a difference of two long sums has lost the short one: here every g is
-summed by itself, of numbers with one sign.
+Blocks start as single tokens and are joined in pairs. A pair splits the decay from s to t at the end e of its first
+block: exp(g_te) r_t and exp(g_es) k_s, a product of matrices. Time O(c^2 K), memory O(c K log c) for c tokens. The
+trap: with a split anywhere else, one of the factors overflows. A g from a difference of two long sums would lose a
+short decay, so here every g is a sum of its own, of numbers with one sign.
 """
 
 from typing import Any
@@ -30,7 +30,7 @@ def vector_scores(key: Tensor, log_decay: Tensor, *readers: Tensor) -> tuple[Ten
 
 
 class _VectorScores(torch.autograd.Function):
-    """With a backward pass of its own: autograd would copy everything for every size of block."""
+    """The scores with their own backward pass, because autograd would copy everything for every block size."""
 
     @staticmethod
     def forward(ctx: Any, key: Tensor, log_decay: Tensor, *readers: Tensor) -> tuple[Tensor, ...]:
@@ -88,18 +88,18 @@ class _VectorScores(torch.autograd.Function):
 
 
 def _halves(x: Tensor, size: int) -> tuple[Tensor, ...]:
-    """Of blocks of 2 size tokens, (..., c, K): the first and the second, (..., M, size, K) both."""
+    """Cuts (..., c, K) into blocks of 2 size tokens: their first and second halves, (..., M, size, K) each."""
     return x.unflatten(-2, (-1, 2, size)).unbind(-3)
 
 
 def _across(scores: Tensor, size: int) -> Tensor:
-    """Of (..., c, c) what the second halves of blocks of 2 size tokens see of the first: (..., M, size, size)."""
+    """The scores (..., c, c) of second halves of blocks over first halves, as a view (..., M, size, size)."""
     blocks = scores.unflatten(-1, (-1, 2, size)).unflatten(-4, (-1, 2, size))  # (..., M, 2, size, M, 2, size)
     return blocks[..., 1, :, :, 0, :].diagonal(0, -4, -2).movedim(-1, -3)
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right, of which those of next to nothing are slow as one of matrices."""
+    """left @ right; tiny inner sizes are faster by broadcasting."""
     if left.shape[-1] == 1:
         return left * right
     if min(left.shape[-2:]) > 2:

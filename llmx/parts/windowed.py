@@ -1,7 +1,7 @@
-"""Attention over the last w positions, the query's own among them, in time linear in the length.
+"""Attention over the last w positions, the query's own included, in time linear in the length.
 
-In parallel form the sequence is cut into pieces of w; a query sees its own piece and the one before. The state is a
-ring of w slots, position p in slot p mod w, whatever the length.
+The parallel form cuts the sequence into pieces of w; a query sees its own piece and the one before. The state is a ring
+of w slots, whatever the length: slot p mod w holds position p.
 """
 
 import torch
@@ -27,7 +27,7 @@ def window_attention(
     pieces = -(-time // window)
 
     def cut(x: Tensor) -> Tensor:
-        """(B, H, T, K) -> (B, N, H, w, K), the last piece filled up with zeros."""
+        """(B, H, T, K) -> (B, N, H, w, K), the last piece padded with zeros."""
         return F.pad(x, (0, 0, 0, pieces * window - time)).unflatten(2, (pieces, window)).transpose(1, 2)
 
     def with_last(x: Tensor) -> Tensor:
@@ -56,17 +56,17 @@ def attend_ring(
     cap: float | None = None,
     sink: Tensor | None = None,
 ) -> tuple[Tensor, KeyValues]:
-    """Attention of the T tokens of a prefill, or of the one of a step, over the ring and themselves.
+    """Attention of the T tokens of a prefill, or of the one token of a step, over the ring and themselves.
 
-    query (B, T, H, K), key (B, T, G, K), value (B, T, G, V), ring of min(w, room) slots -> (B, T, H V) and the ring.
+    query (B, T, H, K), key (B, T, G, K), value (B, T, G, V), ring of at most w slots -> (B, T, H V) and the ring.
     """
     positions = places(context)
     size = ring.key.shape[2]
     slots = positions[:, -size:] % size
-    alone = positions.shape[1] == 1  # then the ring with the token in it is all that it sees
-    newest = positions[:, :1] if alone else positions[:, :1] - 1  # in the ring, when attention looks at it
+    alone = positions.shape[1] == 1  # a single token sees nothing but the ring with itself in it
+    newest = positions[:, :1] if alone else positions[:, :1] - 1  # in the ring that attention reads
     held = newest - (newest - torch.arange(size, device=query.device)) % size  # (B, S), negative in an empty slot
-    if not alone:  # copies, made before the ring is written
+    if not alone:  # copy before writing the ring
         keys = torch.cat((ring.key.to(key.dtype), key.transpose(1, 2)), 2)
         values = torch.cat((ring.value.to(value.dtype), value.transpose(1, 2)), 2)
         held = torch.cat((held, positions), 1)
