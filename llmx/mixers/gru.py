@@ -4,27 +4,23 @@
     n_t = tanh(W_n x_t + b_n + r_t * (U_n h_{t-1} + u_n))
     y_t = h_t = (1 - z_t) * n_t + z_t * h_{t-1}
 
-Sequential like the LSTM, in the kernel of torch.nn.GRU. Time O(T D^2) in T dependent steps, memory O(T D) for training;
-the state is h, D numbers a sequence, whatever its length.
-The trap: the paper's first version resets before the product, U_n (r_t * h_{t-1}), which is another function and costs
-a second product that waits for the first; here the reset comes after it, hence the bias u_n of its own inside. And the
-papers disagree whether z keeps the old state or takes the new one: here z = 1 keeps.
+Sequential like the LSTM, in the kernel of torch.nn.GRU. Time O(T D^2) in T dependent steps, memory O(T D) for training.
+The state is h, D numbers a sequence, whatever its length. The traps: the paper's first version resets before the
+product, U_n (r_t * h_{t-1}), which is another function and costs a second product that waits for the first. Here the
+reset comes after it, hence the bias u_n of its own inside. And the papers disagree whether z keeps the old state or
+takes the new one: here z = 1 keeps.
 """
-
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmx.parts.init import recurrent_
+from llmx.parts.states import HiddenState
 from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
 
-class GRUState(NamedTuple):
-    hidden: Tensor  # (B, D), h
-
-
-class GRU(StatefulMixer[GRUState]):
+class GRU(StatefulMixer[HiddenState]):
     """One GRU layer, (B, T, D) -> (B, T, D), whose output is its hidden state.
 
     Input weights start uniform in +-1 / sqrt(D), recurrent ones orthogonal for each gate, biases at 0.
@@ -39,36 +35,32 @@ class GRU(StatefulMixer[GRUState]):
         self.input = nn.Linear(dim, 3 * dim)  # rows: the gates r and z, and n
         self.recurrent = nn.Linear(dim, 3 * dim, bias=False)
         self.reset_bias = nn.Parameter(torch.zeros(dim))  # u_n
-        nn.init.uniform_(self.input.weight, -(dim**-0.5), dim**-0.5)
-        nn.init.zeros_(self.input.bias)
-        with torch.no_grad():
-            for rows in self.recurrent.weight.split(dim):
-                nn.init.orthogonal_(rows)
+        recurrent_(self.input, self.recurrent)
 
     def forward(self, x: Hidden, context: Context) -> Hidden:
         return self._run(x, self.init_state(x.shape[0], x.shape[1]))[0]
 
-    def init_state(self, batch_size: int, max_length: int) -> GRUState:
-        return GRUState(self.recurrent.weight.new_zeros(batch_size, self.recurrent.in_features))
+    def init_state(self, batch_size: int, max_length: int) -> HiddenState:
+        return HiddenState(self.recurrent.weight.new_zeros(batch_size, self.recurrent.in_features))
 
-    def step(self, x: Tensor, state: GRUState, context: Context) -> tuple[Tensor, GRUState]:
+    def step(self, x: Tensor, state: HiddenState, context: Context) -> tuple[Tensor, HiddenState]:
         r, z, n = self.input(x).chunk(3, -1)
         past_r, past_z, past_n = self.recurrent(state.hidden).chunk(3, -1)
         keep = (z + past_z).sigmoid()
         new = (n + (r + past_r).sigmoid() * (past_n + self.reset_bias)).tanh()
         hidden = (1 - keep) * new + keep * state.hidden
-        return hidden, GRUState(hidden)
+        return hidden, HiddenState(hidden)
 
-    def prefill(self, x: Hidden, state: GRUState, context: Context) -> tuple[Hidden, GRUState]:
+    def prefill(self, x: Hidden, state: HiddenState, context: Context) -> tuple[Hidden, HiddenState]:
         with torch.autocast(x.device.type, enabled=False):
             return self._run(x.to(state.hidden.dtype), state)
 
     @torch.compiler.disable  # compilation would unroll it
-    def _run(self, x: Hidden, state: GRUState) -> tuple[Hidden, GRUState]:
+    def _run(self, x: Hidden, state: HiddenState) -> tuple[Hidden, HiddenState]:
         """All positions, from any state."""
         bias = F.pad(self.reset_bias, (2 * len(self.reset_bias), 0))
         weights = [self.input.weight, self.recurrent.weight, self.input.bias, bias]
         outputs, hidden = torch.gru(
             x, state.hidden[None], weights, True, 1, 0.0, self.training, False, True
         )  # with biases, one layer, no dropout, one direction, batch first
-        return outputs, GRUState(hidden[0])
+        return outputs, HiddenState(hidden[0])

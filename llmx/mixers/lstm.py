@@ -7,11 +7,11 @@
 
 Sequential: h_{t-1} goes through a matrix and a nonlinearity before anything of step t is known, so `forward` takes one
 step after the other, in the kernel of torch.nn.LSTM (oneDNN, cuDNN). Time O(T D^2) in T dependent steps, memory O(T D)
-for training; the state is h and c, 2 D numbers a sequence, whatever its length.
-The traps: a forget gate with bias 0 starts by halving the cell at every step, and a gradient does not survive 32 of
-them; it starts at 1 here (Jozefowicz et al. 2015). The kernel takes two biases that only ever occur as their sum. Under
-bf16 autocast it keeps the cell in bf16, too, where a cell that counts by hundredths is stuck at 4: a network that is to
-count needs `32-true`. `prefill` and `step` keep the cell as the weights are.
+for training. The state is h and c, 2 D numbers a sequence, whatever its length. The traps: a forget gate with bias 0
+halves the cell at every step at first, and a gradient does not survive 32 of them; it starts at 1 here (Jozefowicz et
+al. 2015). The kernel takes two biases that only ever occur as their sum. Under bf16 autocast it keeps the cell in bf16
+too, where a cell that counts by hundredths is stuck at 4: a network that is to count needs `32-true`. `prefill` and
+`step` keep the cell in the dtype of the weights.
 """
 
 from typing import NamedTuple
@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from llmx.parts.init import recurrent_
 from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
 
@@ -42,11 +43,8 @@ class LSTM(StatefulMixer[LSTMState]):
         dim = site.dim
         self.input = nn.Linear(dim, 4 * dim)  # rows: the gates i, f, g and o
         self.recurrent = nn.Linear(dim, 4 * dim, bias=False)
-        nn.init.uniform_(self.input.weight, -(dim**-0.5), dim**-0.5)
-        nn.init.zeros_(self.input.bias)
+        recurrent_(self.input, self.recurrent)
         with torch.no_grad():
-            for rows in self.recurrent.weight.split(dim):
-                nn.init.orthogonal_(rows)
             self.input.bias[dim : 2 * dim] = forget_bias
 
     def forward(self, x: Hidden, context: Context) -> Hidden:

@@ -5,36 +5,28 @@
     h_t = exp(dt_t A) * h_{t-1} + (dt_t u_t) B_t^T                       (F, N), A = -exp(A_log) (F, N)
     y_t = W_o ((h_t C_t + E * u_t) * silu(g_t))
 
-A large dt forgets and writes, a small one passes the token by. Start: A = -1 .. -N in each channel, dt log-uniform in
-0.001 to 0.1, E = 1. Time O(T D F + T F N), memory O(T F) and the states of a piece of the text, much as in the paper's
-kernel; the state is h and the last 3 inputs of the convolution, (N + 3) F numbers a sequence, whatever its length. No
-positions. The traps: A is discretised exactly, B by Euler, dt B and not (exp(dt A) - 1) / A B; the convolution has a
-state too, without which a step is another function than training; and the bias of dt is the inverse of softplus of the
-step that is meant.
+A large dt forgets and writes, a small one lets the token pass by. At the start A = -1 .. -N in each channel, dt is
+log-uniform in 0.001 to 0.1, and E = 1. Time O(T D F + T F N), memory O(T F) and the states of a piece of the text, much
+as in the paper's kernel. The state is h and the last 3 inputs of the convolution, (N + 3) F numbers a sequence,
+whatever its length. There are no positions. The traps: A is discretised exactly, B by Euler, dt B and not
+(exp(dt A) - 1) / A B; the convolution has a state too, without which a step is another function than training; and the
+bias of dt is the inverse softplus of the intended step.
 """
-
-import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmx.parts.init import normal_, residual_std
+from llmx.parts.checks import check_sizes
+from llmx.parts.init import normal_, residual_std, softplus_time_steps
 from llmx.parts.precision import exact_dtype, exact_zeros
 from llmx.parts.selective_scan import selective_scan
 from llmx.parts.short_convolution import ShortConvolution
+from llmx.parts.states import ConvolvedState
 from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
-FASTEST, SLOWEST = 0.1, 0.001  # dt at the start
 
-
-class MambaState(NamedTuple):
-    convolution: Tensor  # (B, w - 1, F)
-    memory: Tensor  # (B, F, N), h
-
-
-class Mamba(StatefulMixer[MambaState]):
+class Mamba(StatefulMixer[ConvolvedState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
@@ -43,9 +35,6 @@ class Mamba(StatefulMixer[MambaState]):
         state: N, numbers of state a channel.
         rank: R, numbers that the steps dt are computed from; a 16th of `dim`, rounded up, if not given.
         convolution: tokens that the convolution sees, the current one among them.
-
-    Raises:
-        ValueError: for a size below 1.
     """
 
     undecayed = ("decay_log",)
@@ -56,9 +45,7 @@ class Mamba(StatefulMixer[MambaState]):
         super().__init__()
         hidden = 2 * site.dim if hidden is None else hidden
         rank = -(-site.dim // 16) if rank is None else rank
-        for name, size in (("hidden", hidden), ("state", state), ("rank", rank), ("convolution", convolution)):
-            if size < 1:
-                raise ValueError(f"{name}: {size} is below 1")
+        check_sizes(hidden=hidden, state=state, rank=rank, convolution=convolution)
         self.widths = (rank, state, state)
         self.project = nn.Linear(site.dim, 2 * hidden, bias=False)  # u and g
         self.convolution = ShortConvolution(hidden, convolution, bias=True)
@@ -71,37 +58,32 @@ class Mamba(StatefulMixer[MambaState]):
         normal_(self.select, hidden**-0.5)
         normal_(self.out, residual_std(site.depth))
         nn.init.uniform_(self.step_size.weight, -(rank**-0.5), rank**-0.5)
-        start = torch.empty(hidden).uniform_(math.log(SLOWEST), math.log(FASTEST)).exp()
         with torch.no_grad():
-            self.step_size.bias.copy_(start.expm1().log())  # softplus of it is the start
+            self.step_size.bias.copy_(softplus_time_steps(hidden))
 
     def forward(self, x: Hidden, context: Context) -> Hidden:
-        u, gate = self.project(x).chunk(2, -1)
-        return self._mix(F.silu(self.convolution(u)), gate, None)[0]
+        return self.prefill(x, None, context)[0]
 
-    def init_state(self, batch_size: int, max_length: int) -> MambaState:
+    def init_state(self, batch_size: int, max_length: int) -> ConvolvedState:
         memory = exact_zeros(self.decay_log, batch_size, *self.decay_log.shape)
-        return MambaState(self.convolution.init_state(batch_size), memory)
+        return ConvolvedState(self.convolution.init_state(batch_size), memory)
 
-    def step(self, x: Tensor, state: MambaState, context: Context) -> tuple[Tensor, MambaState]:
+    def step(self, x: Tensor, state: ConvolvedState, context: Context) -> tuple[Tensor, ConvolvedState]:
         u, gate = self.project(x).chunk(2, -1)
         u, convolution = self.convolution.step(u, state.convolution)
         u = F.silu(u)
         size, rate, write, read = self._select(u)
         memory = torch.exp(size[..., None] * rate) * state.memory + (size * u)[..., None] * write[:, None]
-        return self._read((memory * read[:, None]).sum(-1), u, gate), MambaState(convolution, memory)
+        return self._read((memory * read[:, None]).sum(-1), u, gate), ConvolvedState(convolution, memory)
 
-    def prefill(self, x: Hidden, state: MambaState, context: Context) -> tuple[Hidden, MambaState]:
+    def prefill(self, x: Hidden, state: ConvolvedState | None, context: Context) -> tuple[Hidden, ConvolvedState]:
+        convolution, memory = state or (None, None)
         u, gate = self.project(x).chunk(2, -1)
-        u, convolution = self.convolution.prefill(u, state.convolution)
-        mixed, memory = self._mix(F.silu(u), gate, state.memory)
-        return mixed, MambaState(convolution, memory)
-
-    def _mix(self, u: Tensor, gate: Tensor, memory: Tensor | None) -> tuple[Hidden, Tensor]:
-        """u and g (B, T, F), h before them (B, F, N) -> (B, T, D), and h after them."""
+        u, convolution = self.convolution.prefill(u, convolution)
+        u = F.silu(u)
         size, rate, write, read = self._select(u)
         mixed, memory = selective_scan(size, u, rate, write, read, memory)
-        return self._read(mixed, u, gate), memory
+        return self._read(mixed, u, gate), ConvolvedState(convolution, memory)
 
     def _select(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """dt (B, T, F), A (F, N), B and C (B, T, N), in float32 at least, without T in `step`."""

@@ -5,38 +5,31 @@
     S_t = a_t S_{t-1} + B_t (dt_t u_t)^T                                  (N, P) a head
     y_t = W_o norm((S_t^T C_t + E u_t) * silu(g_t))                       norm: RMSNorm over all F; E (H,)
 
-C is the query, B the key of linear attention, shared by all heads; dt u is the value. Start: exp(A_log) uniform in 1 to
-16, dt log-uniform in 0.001 to 0.1, E = 1. Time O(T (c + N) F) a sequence for chunks of c = 32, nearly all of it matrix
-products; memory O(T c H) for the scores and N F for each chunk; the state is S and the last 3 inputs of the
-convolution, N F + 3 (F + 2 N) numbers a sequence, whatever its length. No positions. The traps: the norm comes after
-the gate, not before; B and C go through the convolution too; and differences of summed log decays are masked before the
-exponential, not after, for above the diagonal they overflow, and 0 times infinity is no gradient.
+C is the query, B the key of linear attention, shared by all heads; dt u is the value. At the start exp(A_log) is
+uniform in 1 to 16, dt log-uniform in 0.001 to 0.1, and E = 1. Time O(T (c + N) F) a sequence for chunks of c = 32,
+nearly all of it matrix products; memory O(T c H) for the scores and N F for each chunk. The state is S and the last 3
+inputs of the convolution, N F + 3 (F + 2 N) numbers a sequence, whatever its length. There are no positions. The traps:
+the norm comes after the gate, not before; B and C go through the convolution too; and differences of summed log decays
+are masked before the exponential: above the diagonal they overflow, and 0 times infinity is no gradient.
 """
-
-import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmx.parts.init import normal_, residual_std
+from llmx.parts.checks import check_sizes, head_width
+from llmx.parts.init import normal_, residual_std, softplus_time_steps
 from llmx.parts.linear_attention import decay_step, scalar_decay
 from llmx.parts.norm import RMSNorm
 from llmx.parts.precision import exact_dtype, exact_zeros
 from llmx.parts.short_convolution import ShortConvolution
+from llmx.parts.states import ConvolvedState
 from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
-FASTEST, SLOWEST = 0.1, 0.001  # dt at the start
 STRONGEST = 16.0  # exp(A_log) at the start; the weakest is 1
 
 
-class Mamba2State(NamedTuple):
-    convolution: Tensor  # (B, w - 1, F + 2 N)
-    memory: Tensor  # (B, H, N, P), S
-
-
-class Mamba2(StatefulMixer[Mamba2State]):
+class Mamba2(StatefulMixer[ConvolvedState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
@@ -45,26 +38,19 @@ class Mamba2(StatefulMixer[Mamba2State]):
         heads: H; must divide `hidden`.
         state: N, numbers of state a channel.
         convolution: tokens that the convolution sees, the current one among them.
-
-    Raises:
-        ValueError: for heads that do not divide the channels, or a size below 1.
     """
 
     def __init__(self, site: Site, hidden: int | None = None, heads: int = 4, state: int = 64, convolution: int = 4):
         super().__init__()
         hidden = 2 * site.dim if hidden is None else hidden
-        for name, size in (("hidden", hidden), ("state", state), ("convolution", convolution)):
-            if size < 1:
-                raise ValueError(f"{name}: {size} is below 1")
-        if heads < 1 or hidden % heads:
-            raise ValueError(f"heads: {heads} heads must divide hidden {hidden}")
+        check_sizes(hidden=hidden, state=state, convolution=convolution)
         self.heads = heads
+        self.memory_shape = (heads, state, head_width(hidden, heads, "hidden"))  # H, N, P
         self.widths = (hidden, hidden + 2 * state, heads)  # g, what is convolved, r
         self.convolved = (hidden, state, state)  # u, B, C
         self.project = nn.Linear(site.dim, sum(self.widths), bias=False)
         self.convolution = ShortConvolution(hidden + 2 * state, convolution, bias=True)
-        start = torch.empty(heads).uniform_(math.log(SLOWEST), math.log(FASTEST)).exp()
-        self.step_bias = nn.Parameter(start.expm1().log())  # b: softplus of it is the start
+        self.step_bias = nn.Parameter(softplus_time_steps(heads))  # b
         self.decay_log = nn.Parameter(torch.empty(heads).uniform_(1, STRONGEST).log())  # A_log
         self.skip = nn.Parameter(torch.ones(heads))  # E
         self.norm = RMSNorm(hidden)
@@ -73,29 +59,26 @@ class Mamba2(StatefulMixer[Mamba2State]):
         normal_(self.out, residual_std(site.depth))
 
     def forward(self, x: Hidden, context: Context) -> Hidden:
-        gate, u, steps = self.project(x).split(self.widths, -1)
-        query, key, value, new, log_decay = self._recurrence(self.convolution(u), steps)
-        mixed, _ = scalar_decay(query, key, new, log_decay)
-        return self._read(mixed, value, gate)
+        return self.prefill(x, None, context)[0]
 
-    def init_state(self, batch_size: int, max_length: int) -> Mamba2State:
-        hidden, state, _ = self.convolved
-        memory = exact_zeros(self.skip, batch_size, self.heads, state, hidden // self.heads)
-        return Mamba2State(self.convolution.init_state(batch_size), memory)
+    def init_state(self, batch_size: int, max_length: int) -> ConvolvedState:
+        memory = exact_zeros(self.skip, batch_size, *self.memory_shape)
+        return ConvolvedState(self.convolution.init_state(batch_size), memory)
 
-    def step(self, x: Tensor, state: Mamba2State, context: Context) -> tuple[Tensor, Mamba2State]:
+    def step(self, x: Tensor, state: ConvolvedState, context: Context) -> tuple[Tensor, ConvolvedState]:
         gate, u, steps = self.project(x).split(self.widths, -1)
         u, convolution = self.convolution.step(u, state.convolution)
         query, key, value, new, log_decay = self._recurrence(u, steps)
         mixed, memory = decay_step(query, key, new, log_decay[..., None], state.memory)
-        return self._read(mixed, value, gate), Mamba2State(convolution, memory)
+        return self._read(mixed, value, gate), ConvolvedState(convolution, memory)
 
-    def prefill(self, x: Hidden, state: Mamba2State, context: Context) -> tuple[Hidden, Mamba2State]:
+    def prefill(self, x: Hidden, state: ConvolvedState | None, context: Context) -> tuple[Hidden, ConvolvedState]:
+        convolution, memory = state or (None, None)
         gate, u, steps = self.project(x).split(self.widths, -1)
-        u, convolution = self.convolution.prefill(u, state.convolution)
+        u, convolution = self.convolution.prefill(u, convolution)
         query, key, value, new, log_decay = self._recurrence(u, steps)
-        mixed, memory = scalar_decay(query, key, new, log_decay, state.memory)
-        return self._read(mixed, value, gate), Mamba2State(convolution, memory)
+        mixed, memory = scalar_decay(query, key, new, log_decay, memory)
+        return self._read(mixed, value, gate), ConvolvedState(convolution, memory)
 
     def _recurrence(self, u: Tensor, steps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """C and B (B, T, 1, N), u and dt u (B, T, H, P), and log a (B, T, H), without T in `step`."""

@@ -7,13 +7,13 @@
     S_t = alpha_t S_{t-1} + (1 - lambda_t) dt_t alpha_t k_{t-1} x_{t-1}^T + lambda_t dt_t k_t x_t^T    (N, P) a head
     y_t = W_o ((S_t^T q_t + E x_t) * silu(g_t))                               E (H,)
 
-Turning the first 2 R numbers of B and C in pairs gives a complex decay alpha exp(i dt theta), which counts modulo n, as
-no decay in (0, 1] can; lambda = 1 is Mamba-2's step (Euler). No convolution: the term of t - 1 takes its place. MIMO is
-left out. At the start dt is log-uniform in 0.001 to 0.1; softplus(a) is at least 1e-4. Time O(T (c + N) F) a sequence
-for chunks of c = 32, memory O(T c H) for the scores and N F for each chunk; the state is S, k, x and phi,
-N F + H N + F + H R numbers a sequence, whatever its length. No positions. The traps: one weight for x_t, of its own
-term and of what t + 1 adds, shows y_t the next token, so here the sum runs over inputs one token late; and phi grows
-without bound, until float32 cannot hold the angle: it is summed in float64, in whole turns, modulo 1.
+The first 2 R numbers of B and C turn in pairs. That is a complex decay alpha exp(i dt theta), which counts modulo n, as
+no decay in (0, 1] can. lambda = 1 is Mamba-2's step (Euler). The term of t - 1 replaces the convolution. MIMO is left
+out. At the start dt is log-uniform in 0.001 to 0.1; softplus(a) is at least 1e-4. Time O(T (c + N) F) a sequence for
+chunks of c = 32, memory O(T c H) for the scores and N F for each chunk. The state is S, k, x and phi,
+N F + H N + F + H R numbers a sequence, whatever its length. There are no positions. The traps: a single weight for x_t,
+covering its own term and what t + 1 adds, shows y_t the next token, so here the sum runs over inputs one token late;
+and phi grows without bound, until float32 cannot hold the angle: it is summed in float64, in whole turns, modulo 1.
 """
 
 import math
@@ -23,14 +23,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmx.parts.init import normal_, residual_std
+from llmx.parts.checks import check_sizes, head_width
+from llmx.parts.init import normal_, residual_std, softplus_time_steps
 from llmx.parts.linear_attention import scalar_decay
 from llmx.parts.norm import RMSNorm
 from llmx.parts.precision import exact_dtype, exact_zeros
 from llmx.parts.rotary import rotate_part
 from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
-FASTEST, SLOWEST = 0.1, 0.001  # dt at the start
 WEAKEST = 1e-4  # the least softplus(a)
 
 
@@ -61,38 +61,26 @@ class Mamba3(StatefulMixer[Mamba3State]):
         hidden: F, the channels of the state space; twice `dim` if not given.
         heads: H; must divide `hidden`.
         state: N, numbers of state a channel.
-        rotary_dim: 2 R, how many of them turn; even; half of them if not given, as in the authors' code.
-
-    Raises:
-        ValueError: for heads that do not divide the channels, a size below 1, or a rotary_dim that is odd or outside of
-            2 to `state`.
+        rotary_dim: 2 R, how many of them turn; even, from 2 to `state`; half of them if not given, as in the authors'
+            code.
     """
 
     undecayed = ("key_bias", "query_bias")
 
     def __init__(
-        self,
-        site: Site,
-        hidden: int | None = None,
-        heads: int = 4,
-        state: int = 64,
-        rotary_dim: int | None = None,
+        self, site: Site, hidden: int | None = None, heads: int = 4, state: int = 64, rotary_dim: int | None = None
     ):
         super().__init__()
         hidden = 2 * site.dim if hidden is None else hidden
         rotary_dim = max(2, state // 4 * 2) if rotary_dim is None else rotary_dim
-        for name, size in (("hidden", hidden), ("state", state)):
-            if size < 1:
-                raise ValueError(f"{name}: {size} is below 1")
-        if heads < 1 or hidden % heads:
-            raise ValueError(f"heads: {heads} heads must divide hidden {hidden}")
+        check_sizes(hidden=hidden, state=state)
+        self.head_dim = head_width(hidden, heads, "hidden")  # P
         if not 2 <= rotary_dim <= state or rotary_dim % 2:
             raise ValueError(f"rotary_dim: {rotary_dim} is no even number from 2 to state {state}")
         self.heads = heads
         self.widths = (hidden, hidden, state, state, heads, heads, heads, rotary_dim // 2)  # g, x, B, C, r, a, l, w
         self.project = nn.Linear(site.dim, sum(self.widths), bias=False)
-        start = torch.empty(heads).uniform_(math.log(SLOWEST), math.log(FASTEST)).exp()
-        self.step_bias = nn.Parameter(start.expm1().log())  # b: softplus of it is the start
+        self.step_bias = nn.Parameter(softplus_time_steps(heads))  # b
         self.key_norm, self.query_norm = RMSNorm(state), RMSNorm(state)
         self.key_bias = nn.Parameter(torch.ones(heads, state))  # b_B
         self.query_bias = nn.Parameter(torch.ones(heads, state))  # b_C
@@ -102,12 +90,11 @@ class Mamba3(StatefulMixer[Mamba3State]):
         normal_(self.out, residual_std(site.depth))
 
     def forward(self, x: Hidden, context: Context) -> Hidden:
-        return self._mix(x, None)[0]
+        return self.prefill(x, None, context)[0]
 
     def init_state(self, batch_size: int, max_length: int) -> Mamba3State:
-        hidden, _, state, *_, angles = self.widths
-        channels = hidden // self.heads
-        shapes = ((state, channels), (state,), (channels,), (angles,))
+        _, _, state, *_, angles = self.widths
+        shapes = ((state, self.head_dim), (state,), (self.head_dim,), (angles,))
         return Mamba3State(*(exact_zeros(self.skip, batch_size, self.heads, *shape) for shape in shapes))
 
     def step(self, x: Tensor, state: Mamba3State, context: Context) -> tuple[Tensor, Mamba3State]:
@@ -120,12 +107,9 @@ class Mamba3(StatefulMixer[Mamba3State]):
         mixed = (query[..., None] * memory).sum(-2)
         return self._read(mixed, new.value, gate), Mamba3State(memory, key, new.value, angle)
 
-    def prefill(self, x: Hidden, state: Mamba3State, context: Context) -> tuple[Hidden, Mamba3State]:
-        return self._mix(x, state)
-
-    def _mix(self, x: Hidden, state: Mamba3State | None) -> tuple[Hidden, Mamba3State]:
-        """The core takes keys and values a token late: at t it adds all that x_{t-1} is ever worth, its own term, faded
-        by alpha_t, and that of t. What x_t has of its own comes on top; a memory that is given has it already."""
+    def prefill(self, x: Hidden, state: Mamba3State | None, context: Context) -> tuple[Hidden, Mamba3State]:
+        """Keys and values enter the sum one token late: at t it adds both terms of x_{t-1}, its own, faded by alpha_t,
+        and that of t. The own term of x_t is added afterwards; a given memory has it already."""
         new, gate = self._project(x)
         memory, key_before, value_before, angle_before = (None,) * 4 if state is None else state
         angle = new.turn.double().cumsum(1)
@@ -142,7 +126,7 @@ class Mamba3(StatefulMixer[Mamba3State]):
         return self._read(mixed, new.value, gate), Mamba3State(memory, key[:, -1], new.value[:, -1], angle[:, -1])
 
     def _project(self, x: Tensor) -> tuple[Inputs, Tensor]:
-        """(B, T, D) -> what the recurrence reads, and the gate (B, T, F), without T in `step`."""
+        """(B, T, D) -> the inputs of the recurrence, and the gate (B, T, F), without T in `step`."""
         gate, value, key, query, steps, decay, share, angle = self.project(x).split(self.widths, -1)
         exact = exact_dtype(steps)
         value, steps, decay, share, angle = (part.to(exact) for part in (value, steps, decay, share, angle))
@@ -167,7 +151,7 @@ class Mamba3(StatefulMixer[Mamba3State]):
 
 
 def _modulo(turns: Tensor) -> Tensor:
-    """Into -1/2 to 1/2, exactly; 2 pi in its place would be rounded at each turn."""
+    """Into -1/2 to 1/2, exactly; modulo 2 pi would round at each turn."""
     return turns - turns.round()
 
 

@@ -3,46 +3,38 @@
     f_t, i_t = sigmoid(W_f x_t + b_f), sigmoid(W_i x_t + b_i),    c_t = W_c x_t + b_c      (F,) each
     h_t = f_t / (f_t + i_t) * h_{t-1} + i_t / (f_t + i_t) * c_t,    y_t = W_o h_t
 
-No cell apart from h, no output gate. The two gates are divided by their sum, so that h stays a running mean of the
-candidates, whatever the length; only the ratio of the gates matters. Time O(T D F), memory O(T F) by a scan; the state
-is h, F numbers a sequence. The candidate has any sign, as in the paper's first form. The traps: without the division h
-grows with the length; and where both gates are nearly shut the division is 0 / 0, so the ratio is taken of logarithms:
-f / (f + i) = sigmoid(log f - log i).
+There is no cell apart from h, and no output gate. The two gates are divided by their sum, so that h stays a running
+mean of the candidates, whatever the length; only the ratio of the gates matters. Time O(T D F), memory O(T F) by a
+scan. The state is h, F numbers a sequence. The candidate has any sign, as in the paper's first form. The traps: without
+the division h grows with the length; and where both gates are nearly shut the division is 0 / 0, so the ratio is taken
+of logarithms: f / (f + i) = sigmoid(log f - log i).
 """
-
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmx.parts.checks import check_sizes
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.precision import exact_dtype, exact_zeros
 from llmx.parts.scan import scan
+from llmx.parts.states import HiddenState
 from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
 
-class MinLSTMState(NamedTuple):
-    hidden: Tensor  # (B, F), h
-
-
-class MinLSTM(StatefulMixer[MinLSTMState]):
+class MinLSTM(StatefulMixer[HiddenState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
         site: where the mixer stands.
         hidden: F, the channels of the recurrence; `dim` if not given.
         forget_bias: where the bias of the forget gate starts.
-
-    Raises:
-        ValueError: for a hidden width below 1.
     """
 
     def __init__(self, site: Site, hidden: int | None = None, forget_bias: float = 1.0):
         super().__init__()
         hidden = site.dim if hidden is None else hidden
-        if hidden < 1:
-            raise ValueError(f"hidden: {hidden} is below 1")
+        check_sizes(hidden=hidden)
         self.input = nn.Linear(site.dim, 3 * hidden)  # f, i and c
         self.out = nn.Linear(hidden, site.dim, bias=False)
         normal_(self.input, site.dim**-0.5)
@@ -51,20 +43,19 @@ class MinLSTM(StatefulMixer[MinLSTMState]):
             self.input.bias[:hidden] = forget_bias
 
     def forward(self, x: Hidden, context: Context) -> Hidden:
-        return self.out(scan(*self._recurrence(x)).to(x.dtype))
+        return self.prefill(x, None, context)[0]
 
-    def init_state(self, batch_size: int, max_length: int) -> MinLSTMState:
-        like = self.out.weight
-        return MinLSTMState(exact_zeros(like, batch_size, self.out.in_features))
+    def init_state(self, batch_size: int, max_length: int) -> HiddenState:
+        return HiddenState(exact_zeros(self.out.weight, batch_size, self.out.in_features))
 
-    def step(self, x: Tensor, state: MinLSTMState, context: Context) -> tuple[Tensor, MinLSTMState]:
+    def step(self, x: Tensor, state: HiddenState, context: Context) -> tuple[Tensor, HiddenState]:
         keep, write = self._recurrence(x)
         hidden = keep * state.hidden + write
-        return self.out(hidden.to(x.dtype)), MinLSTMState(hidden)
+        return self.out(hidden.to(x.dtype)), HiddenState(hidden)
 
-    def prefill(self, x: Hidden, state: MinLSTMState, context: Context) -> tuple[Hidden, MinLSTMState]:
-        hidden = scan(*self._recurrence(x), state.hidden)
-        return self.out(hidden.to(x.dtype)), MinLSTMState(hidden[:, -1])
+    def prefill(self, x: Hidden, state: HiddenState | None, context: Context) -> tuple[Hidden, HiddenState]:
+        hidden = scan(*self._recurrence(x), state.hidden if state else None)
+        return self.out(hidden.to(x.dtype)), HiddenState(hidden[:, -1])
 
     def _recurrence(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """f / (f + i), and i / (f + i) * c, (B, T, F) each, without T in `step`."""

@@ -4,18 +4,18 @@
     c_t = f_t * c_{t-1} + (1 - f_t) * z_t                                           the paper's fo-pooling
     y_t = o_t * c_t
 
-An LSTM with x_{t-1} in the place of h_{t-1}: nothing recurrent is inside a nonlinearity, so all gates are one matrix
+An LSTM that reads x_{t-1} instead of h_{t-1}: nothing recurrent is inside a nonlinearity, so all gates are one matrix
 product for the whole text, and c is a scan. Unlike the convolutions of later models this one mixes channels. Time
-O(T w D^2), memory O(T D); the state is c and the last w - 1 inputs, w D numbers a sequence, whatever its length. The
-trap: a convolution that is centred, as libraries pad it, shows each gate the next token; this one sees back only.
+O(T w D^2), memory O(T D). The state is c and the last w - 1 inputs, w D numbers a sequence, whatever its length. The
+trap: a centred convolution, the padding of most libraries, shows each gate the next token; this one sees back only.
 """
 
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmx.parts.checks import check_sizes
 from llmx.parts.init import normal_
 from llmx.parts.precision import at_least_float32, exact_zeros
 from llmx.parts.scan import scan
@@ -33,27 +33,22 @@ class QRNN(StatefulMixer[QRNNState]):
     Args:
         site: where the mixer stands.
         width: w, tokens that the gates see, the current one among them.
-
-    Raises:
-        ValueError: for a width below 1.
     """
 
     def __init__(self, site: Site, width: int = 2):
         super().__init__()
-        if width < 1:
-            raise ValueError(f"width: {width} is below 1")
+        check_sizes(width=width)
         self.width = width
         self.dim = site.dim
         self.gates = nn.Linear(width * site.dim, 3 * site.dim)  # columns: oldest token first; rows: z, f, o
         normal_(self.gates, (width * site.dim) ** -0.5)
 
     def forward(self, x: Hidden, context: Context) -> Hidden:
-        return self._pool(F.pad(x, (0, 0, self.width - 1, 0)), None)[0]
+        return self.prefill(x, None, context)[0]
 
     def init_state(self, batch_size: int, max_length: int) -> QRNNState:
-        like = self.gates.weight
-        inputs = like.new_zeros(batch_size, self.width - 1, self.dim)
-        return QRNNState(inputs, exact_zeros(like, batch_size, self.dim))
+        inputs = self.gates.weight.new_zeros(batch_size, self.width - 1, self.dim)
+        return QRNNState(inputs, exact_zeros(inputs, batch_size, self.dim))
 
     def step(self, x: Tensor, state: QRNNState, context: Context) -> tuple[Tensor, QRNNState]:
         seen = torch.cat((state.inputs.to(x.dtype), x[:, None]), 1)  # (B, w, D)
@@ -62,17 +57,12 @@ class QRNN(StatefulMixer[QRNNState]):
         cell = f * state.cell + (1 - f) * z.tanh()
         return (o.sigmoid() * cell).to(x.dtype), QRNNState(seen[:, 1:], cell)
 
-    def prefill(self, x: Hidden, state: QRNNState, context: Context) -> tuple[Hidden, QRNNState]:
-        seen = torch.cat((state.inputs.to(x.dtype), x), 1)
-        y, cell = self._pool(seen, state.cell)
-        return y, QRNNState(seen[:, x.shape[1] :], cell)
-
-    def _pool(self, seen: Tensor, start: Tensor | None) -> tuple[Hidden, Tensor]:
-        """(B, w - 1 + T, D) -> (B, T, D), and the last cell."""
-        time = seen.shape[1] - self.width + 1
+    def prefill(self, x: Hidden, state: QRNNState | None, context: Context) -> tuple[Hidden, QRNNState]:
+        inputs, start = state or (x.new_zeros(len(x), self.width - 1, self.dim), None)
+        seen = torch.cat((inputs.to(x.dtype), x), 1)
+        time = x.shape[1]
         windows = torch.cat([seen[:, j : j + time] for j in range(self.width)], -1)  # (B, T, w D)
-        gates = self.gates(windows)
-        z, f, o = at_least_float32(gates).chunk(3, -1)
+        z, f, o = at_least_float32(self.gates(windows)).chunk(3, -1)
         f = f.sigmoid()
         cell = scan(f, (1 - f) * z.tanh(), start)
-        return (o.sigmoid() * cell).to(seen.dtype), cell[:, -1]
+        return (o.sigmoid() * cell).to(x.dtype), QRNNState(seen[:, time:], cell[:, -1])

@@ -5,12 +5,12 @@
     h_t = a_t * h_{t-1} + sqrt(1 - a_t^2) * (i_t * u_t)
     y_t = W_o (h_t * gelu(W_g x_t))
 
-Each channel by itself between the projections; sqrt(1 - a^2) keeps the size of h whatever the decay. L starts where
-a^8, the decay of a fully open gate, is uniform in 0.9 to 0.999, as in the paper; RecurrentGemma's code has a there.
-Time O(T D F), memory O(T F); the state is h and the last 3 inputs of the convolution, 4 F numbers a sequence, whatever
-its length. The traps: near a = 1, 1 - a^2 is all rounding, so it is -expm1(2 log a), whose root has an infinite slope
-at 0; and the first token of a text, with nothing to be averaged with, enters without the root, as in RecurrentGemma
-(the paper is silent), so positions matter even here.
+Between the projections each channel stands by itself. sqrt(1 - a^2) keeps the size of h whatever the decay. L starts
+where a^8, the decay of a fully open gate, is uniform in 0.9 to 0.999, as in the paper; RecurrentGemma's code has a
+there. Time O(T D F), memory O(T F). The state is h and the last 3 inputs of the convolution, 4 F numbers a sequence,
+whatever its length. The traps: near a = 1, 1 - a^2 is all rounding, so it is -expm1(2 log a), whose root has an
+infinite slope at 0; and the first token of a text, with nothing to average with, enters without the root, as in
+RecurrentGemma (the paper is silent), so positions matter even here.
 """
 
 from typing import NamedTuple
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmx.parts.checks import check_sizes, head_width
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.precision import at_least_float32, exact_zeros
 from llmx.parts.scan import scan
@@ -42,22 +43,14 @@ class RGLRU(StatefulMixer[RGLRUState]):
         hidden: F, the channels of the recurrence; `dim` if not given, the paper takes 4/3 of it.
         heads: blocks of the gates' matrices; must divide `hidden`.
         convolution: tokens that the convolution sees, the current one among them.
-
-    Raises:
-        ValueError: for heads that do not divide the channels, or a size below 1.
     """
 
     def __init__(self, site: Site, hidden: int | None = None, heads: int = 4, convolution: int = 4):
         super().__init__()
         hidden = site.dim if hidden is None else hidden
-        if hidden < 1:
-            raise ValueError(f"hidden: {hidden} is below 1")
-        if heads < 1 or hidden % heads:
-            raise ValueError(f"heads: {heads} heads must divide hidden {hidden}")
-        if convolution < 1:
-            raise ValueError(f"convolution: {convolution} is below 1")
-        block = hidden // heads
-        self.project = nn.Linear(site.dim, 2 * hidden)  # u, and what is gated by gelu
+        check_sizes(hidden=hidden, convolution=convolution)
+        block = head_width(hidden, heads, "hidden")
+        self.project = nn.Linear(site.dim, 2 * hidden)  # u, and the input of the gelu gate
         self.convolution = ShortConvolution(hidden, convolution, bias=True)
         self.gates = nn.Parameter(torch.randn(heads, block, 2 * block) * block**-0.5)  # r and i
         self.gate_bias = nn.Parameter(torch.zeros(heads, 2 * block))
@@ -68,8 +61,7 @@ class RGLRU(StatefulMixer[RGLRUState]):
         normal_(self.out, residual_std(site.depth))
 
     def forward(self, x: Hidden, context: Context) -> Hidden:
-        u, gate = self.project(x).chunk(2, -1)
-        return self._read(scan(*self._recurrence(self.convolution(u), context.positions)), gate)
+        return self.prefill(x, None, context)[0]
 
     def init_state(self, batch_size: int, max_length: int) -> RGLRUState:
         hidden = exact_zeros(self.decay, batch_size, len(self.decay))
@@ -82,14 +74,15 @@ class RGLRU(StatefulMixer[RGLRUState]):
         hidden = a * state.hidden + b
         return self._read(hidden, gate), RGLRUState(convolution, hidden)
 
-    def prefill(self, x: Hidden, state: RGLRUState, context: Context) -> tuple[Hidden, RGLRUState]:
+    def prefill(self, x: Hidden, state: RGLRUState | None, context: Context) -> tuple[Hidden, RGLRUState]:
+        convolution, start = state or (None, None)
         u, gate = self.project(x).chunk(2, -1)
-        u, convolution = self.convolution.prefill(u, state.convolution)
-        hidden = scan(*self._recurrence(u, context.positions), state.hidden)
+        u, convolution = self.convolution.prefill(u, convolution)
+        hidden = scan(*self._recurrence(u, context.positions), start)
         return self._read(hidden, gate), RGLRUState(convolution, hidden[:, -1])
 
     def _recurrence(self, u: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """a_t and what it adds, in float32 at least: u (B, T, F), positions (B or 1, T), without T in `step`."""
+        """a_t and the added term, in float32 at least: u (B, T, F), positions (B or 1, T), without T in `step`."""
         blocks = u.unflatten(-1, (len(self.gates), -1))
         gates = torch.einsum("...hk,hkj->...hj", blocks, self.gates.to(u.dtype)) + self.gate_bias.to(u.dtype)
         r, i = at_least_float32(gates).sigmoid().chunk(2, -1)

@@ -5,8 +5,8 @@
     K_l = 2 Re sum_n C_n (exp(dt A_n) - 1) / A_n exp(l dt A_n),   v = K * u + E u,   y_t = GLU(W gelu(v_t) + b)
 
 Start (S4D-Lin): A_n = -1/2 + i pi n; dt log-uniform over channels in 0.001 to 0.1; C normal; B is 1, absorbed by C.
-Time O(T (log T + N) D) by transforms padded to 2 T, memory O(T D + T^0.5 N D); the state is h, N D numbers a
-sequence, whatever its length. No positions. The traps: unpadded transforms wrap the end of the text round to its
+Time O(T (log T + N) D) by transforms padded to 2 T, memory O(T D + T^0.5 N D). The state is h, N D numbers a sequence,
+whatever its length. There are no positions. The traps: unpadded transforms wrap the end of the text round to its
 beginning; exp(dt A) - 1 loses its digits where dt is small, so it is expm1; and half of the modes stand for their
 conjugates, hence the 2. The authors train A and dt at a smaller rate; here all share one.
 """
@@ -18,12 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmx.parts.init import normal_
+from llmx.parts.init import log_time_steps, normal_
 from llmx.parts.long_convolution import long_convolution
 from llmx.parts.precision import exact_dtype
 from llmx.protocol import Context, Hidden, Site, StatefulMixer
-
-FASTEST, SLOWEST = 0.1, 0.001  # dt at the start
 
 
 class S4DState(NamedTuple):
@@ -36,9 +34,6 @@ class S4D(StatefulMixer[S4DState]):
     Args:
         site: where the mixer stands.
         state: N, real numbers of state a channel; even.
-
-    Raises:
-        ValueError: for a state that is odd or below 2.
     """
 
     undecayed = ("log_decay", "frequency")
@@ -48,7 +43,7 @@ class S4D(StatefulMixer[S4DState]):
         if state < 2 or state % 2:
             raise ValueError(f"state: {state} must be even and 2 at least")
         modes = state // 2
-        self.log_step = nn.Parameter(torch.empty(site.dim).uniform_(math.log(SLOWEST), math.log(FASTEST)))  # of dt
+        self.log_step = nn.Parameter(log_time_steps(site.dim))  # of dt
         self.log_decay = nn.Parameter(torch.full((site.dim, modes), math.log(0.5)))  # of -Re A
         self.frequency = nn.Parameter(math.pi * torch.arange(modes).float().repeat(site.dim, 1))  # Im A
         self.read = nn.Parameter(torch.randn(site.dim, modes, 2) * 0.5**0.5)  # C, real and imaginary

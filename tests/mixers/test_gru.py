@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from llmx.mixers.gru import GRU, GRUState
+from llmx.mixers.gru import GRU
+from llmx.parts.states import HiddenState
 from llmx.protocol import Context, Site
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
@@ -34,7 +35,7 @@ def test_outputs_states_and_gradients_are_those_of_torch(batch: int, time: int, 
     ours, theirs = pair(dim)
     x, before = torch.randn(batch, time, dim).double(), torch.randn(batch, dim).double()
     expected, hidden = theirs(x, before[None])
-    output, after = ours.prefill(x, GRUState(before), context(x))
+    output, after = ours.prefill(x, HiddenState(before), context(x))
     assert_close(output, expected, **CLOSE)
     assert_close(after.hidden, hidden[0], **CLOSE)
 
