@@ -85,9 +85,9 @@ def text_column(heading: str, min_width: int | None = None) -> Column:
     return Column(heading, overflow="fold", min_width=min_width)
 
 
-def number_column(heading: str) -> Column:
-    """Aligned right, never cut."""
-    return Column(heading, justify="right", no_wrap=True)
+def number_column(heading: str, wrap: bool = False) -> Column:
+    """Aligned right, and never cut unless it may wrap."""
+    return Column(heading, justify="right", no_wrap=not wrap)
 
 
 def table(*columns: Column | str, title: str | None = None) -> Table:

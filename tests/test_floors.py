@@ -33,7 +33,7 @@ ROOMS = {  # first name below llmx -> floor; inside one room imports are free
     "cli": 9,
 }
 DATA_MAY_IMPORT = ("llmx.data", "llmx.errors", "llmx.protocol", "llmx.runs.archive")
-LIGHTNING = ("llmx.training", "llmx.data.datamodule", "llmx.sweep.watching", "llmx.cli")  # where it may appear
+LIGHTNING = ("llmx.training", "llmx.data.datamodule", "llmx.sweep.callback", "llmx.cli")  # where it may appear
 MODULES = {
     ".".join(path.relative_to(LLMX.parent).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(LLMX.rglob("*.py"))

@@ -64,7 +64,7 @@ from llmx.training.saving import StopOnSignal
 from llmx.training.trainer import Trainer
 
 GROUPS: dict[str, type] = {"model": LanguageModel, "data": TextDataModule}
-OTHER_VERBS = {  # modules with a run(arguments) -> exit code
+OTHER_VERBS = {  # modules with a run(arguments) -> exit code; sweep's also takes `execute`
     "compare": "llmx.comparison.command",
     "sweep": "llmx.sweep.command",
 }
@@ -86,7 +86,8 @@ def main(args: list[str] | None = None) -> int:
     former = _leave_on_signals()
     try:
         if arguments and arguments[0] in OTHER_VERBS:
-            return importlib.import_module(OTHER_VERBS[arguments[0]]).run(arguments[1:])
+            run = importlib.import_module(OTHER_VERBS[arguments[0]]).run
+            return run(arguments[1:], execute) if arguments[0] == "sweep" else run(arguments[1:])
         return execute(arguments).exit_code
     except UserError as error:
         message = str(error)

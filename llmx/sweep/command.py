@@ -1,4 +1,4 @@
-"""`sweep`: reads its command line, and shows what came of it. Everything that it does not know goes to `fit`."""
+"""`sweep`: reads its command line, runs the study, shows the result. Every flag that it does not know goes to `fit`."""
 
 from __future__ import annotations
 
@@ -6,21 +6,27 @@ import argparse
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llmx.cli import execute
 from llmx.config.bases import with_bases
 from llmx.errors import ArgumentParser, UserError
 from llmx.runs.folder import RUNS
 from llmx.sweep.report import Report
 from llmx.sweep.space import Space, Values, read_space, with_point
 
+if TYPE_CHECKING:
+    from llmx.sweep.study import Execute
 
-def run(arguments: list[str]) -> int:
-    """Runs what is missing of the study, and shows all of it.
+
+def run(arguments: list[str], execute: Execute) -> int:
+    """Runs the missing trials of the study and shows all trials. Returns the exit code.
+
+    Args:
+        arguments: the command line, without the verb.
+        execute: runs a command line of the trainer, such as that of `fit`.
 
     Raises:
-        UserError: for whatever is wrong with the arguments, and where every trial failed.
+        UserError: for wrong arguments, or if every trial failed.
     """
     options, others = _parser().parse_known_args(arguments)
     fit = [word for config in options.config or [] for word in ("--config", config)] + others
@@ -32,7 +38,7 @@ def run(arguments: list[str]) -> int:
     trials = options.trials or space.trials
     if points is None and trials is None:
         raise UserError("trials: a range has no last combination; give their number, --trials 20")
-    trainer = _trainer_settings(fit, space)
+    trainer = _trainer_settings(fit, space, execute)
     try:
         from llmx.sweep.study import Sweep, open_storage
     except ImportError as error:
@@ -50,12 +56,13 @@ def run(arguments: list[str]) -> int:
         seeds=seeds,
         fit=[*fit, "--trainer.devices", "1"] if trainer.devices == "auto" else fit,
         identity={"space": space.to_dict(), "seeds": seeds, "settings": with_bases(fit)},
+        execute=execute,
         say=partial(print, flush=True, file=sys.stderr if options.format == "json" else sys.stdout),
     )
     try:
         sweep.run()
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the same command goes on from here\n")
+        sys.stderr.write("interrupted; the same command continues the study\n")
         return 130
     report = Report(name, space, sweep.trials(), command=["python", "main.py", "fit", *fit], means=not options.sweep)
     report.show(options.format)
@@ -71,15 +78,15 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--config", "-c", action="append", help="The config that every trial starts from.")
     parser.add_argument("--sweep", help="The search space: a YAML file, see configs/sweeps/.")
     parser.add_argument("--seeds", type=int, help="Repeat each configuration over the seeds 1 to this, for their mean.")
-    parser.add_argument("--trials", type=int, help="How many configurations are tried; all, where they can be counted.")
-    parser.add_argument("--storage", help=f"The database that processes share; {RUNS}/sweeps.db if not given.")
-    parser.add_argument("--study", help="The study's name there; from the names of the files if not given.")
-    parser.add_argument("--format", choices=["table", "json"], default="table", help="How the result is shown.")
+    parser.add_argument("--trials", type=int, help="How many configurations to try; default: all, if they are finite.")
+    parser.add_argument("--storage", help=f"The database that processes share; default: {RUNS}/sweeps.db.")
+    parser.add_argument("--study", help="The study's name in the database; default: from the names of the files.")
+    parser.add_argument("--format", choices=["table", "json"], default="table", help="How to show the result.")
     return parser
 
 
 def _space(options: argparse.Namespace) -> tuple[Space, list[int] | None]:
-    """The space, and the seeds of each of its points; where seeds are all there is, they are the space."""
+    """The space, and the seeds of each of its points. Without a space file, the seeds are the space."""
     seeds = None if options.seeds is None else list(range(1, options.seeds + 1))
     if options.sweep is not None:
         return read_space(options.sweep), seeds
@@ -88,11 +95,11 @@ def _space(options: argparse.Namespace) -> tuple[Space, list[int] | None]:
     return Space({"seed_everything": Values(tuple(seeds))}), None
 
 
-def _trainer_settings(fit: list[str], space: Space) -> Any:
-    """What `fit` understands of all this, which is read before there is a study.
+def _trainer_settings(fit: list[str], space: Space, execute: Execute) -> Any:
+    """The trainer's settings as `fit` parses them; reading them first means that a mistake leaves no study behind.
 
     Raises:
-        UserError: for keys that do not exist, and for what a sweep cannot do.
+        UserError: for unknown keys, and for settings that a sweep does not support.
     """
     first = {key: d.values[0] if isinstance(d, Values) else d.low for key, d in space.dimensions.items()}
     arguments = with_point(["fit", *fit], first)

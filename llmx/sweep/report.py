@@ -1,6 +1,6 @@
-"""What came of a sweep: its trials by validation loss, the best one's command, and whether its ranges held it.
+"""The result of a sweep: its trials by validation loss, the command of the best, and whether it lies inside its ranges.
 
-What leaks or was not audited is behind all others and never the best; of losses that are not of one kind none is."""
+Trials that leak or were not audited come last and are never the best. If the losses are not comparable, none is."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import statistics
 import textwrap
 from typing import TYPE_CHECKING, Any, Literal
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from llmx import display
 from llmx.sweep.space import Space, with_point
 
 if TYPE_CHECKING:
@@ -28,14 +28,14 @@ ORDER = ["COMPLETE", "PRUNED", "RUNNING", "WAITING", "FAIL"]
 
 
 class Report:
-    """A study as it stands.
+    """The present state of a study.
 
     Args:
         name: of the study.
-        space: what was searched.
-        trials: that count.
-        command: of one run, without what was searched.
-        means: the trials are one configuration's seeds: their mean is the result, and none is the best.
+        space: the dimensions that were searched.
+        trials: all trials to show.
+        command: of one run, without the flags of its point.
+        means: whether the trials are the seeds of one config: then their mean is the result, and none is the best.
     """
 
     def __init__(self, name: str, space: Space, trials: list[FrozenTrial], command: list[str], means: bool):
@@ -57,7 +57,7 @@ class Report:
         Console().print(self._table())
         if self.means:
             marks = "".join(f"{mark}: {MEANING[mark]}. " for mark in self.marks)
-            print(f"{marks}val loss {_with_deviation(self.losses)} over {len(self.losses)} seeds")
+            print(f"{marks}val loss {display.with_deviation(self.losses)} over {len(self.losses)} seeds")
         if self.best is not None:
             print(f"best: {self._reproduction()}")
         elif self.differing:
@@ -72,7 +72,7 @@ class Report:
                 print(f"{edge['key']}: {edge['value']} is AT THE EDGE of {range_} ({edge['edge']}): widen it there")
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain data."""
+        """The report as plain data."""
         return {
             "study": self.name,
             "trials": [
@@ -93,18 +93,16 @@ class Report:
         }
 
     def _table(self) -> Table:
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title=f"sweep {self.name}")
-        names = _short(list(self.space.dimensions))
-        for heading in ("trial", *names, "val loss"):
-            table.add_column(heading, justify="right", no_wrap=heading == "val loss")
-        table.add_column("run", overflow="fold")
+        keys = _short(list(self.space.dimensions))
+        columns = [display.number_column(heading, wrap=True) for heading in ("trial", *keys)]
+        table = display.table(*columns, display.number_column("val loss"), "run", title=f"sweep {self.name}")
         for trial in self.trials:
             values = [str(trial.params.get(key, "")) for key in self.space.dimensions]
             table.add_row(str(trial.number), *values, _loss(trial), _places(trial))
         return table
 
     def _reproduction(self) -> str:
-        """The command of the best trial, of its first seed if it has several."""
+        """The command of the best trial, with its first seed if it has several."""
         assert self.best is not None
         seed = self.best.user_attrs["runs"][0]["seed"]
         seeding = [] if seed is None else [f"--seed_everything={seed}"]
@@ -112,7 +110,7 @@ class Report:
         return shlex.join([*with_point(self.command, point), *seeding])
 
     def _edges(self) -> list[dict[str, Any]]:
-        """Of each range of numbers, which end the best trial lies at, or none."""
+        """For each range of numbers, the end at which the best trial lies, if any."""
         if self.best is None:
             return []
         found = []
@@ -127,15 +125,10 @@ class Report:
 def _loss(trial: FrozenTrial) -> str:
     runs = trial.user_attrs.get("runs", [])
     if trial.state.name == "COMPLETE":
-        return _with_deviation([run["val/loss"] for run in runs])
-    if trial.state.name == "PRUNED":
-        return f"{trial.value:.4f} at step {runs[0]['step']}, pruned"
+        return display.with_deviation([run["val/loss"] for run in runs])
+    if trial.state.name == "PRUNED" and trial.value is not None:
+        return f"{display.loss(trial.value)} at step {runs[0]['step']}, pruned"
     return "failed" if trial.state.name == "FAIL" else trial.state.name.lower()
-
-
-def _with_deviation(losses: list[float]) -> str:
-    mean = f"{statistics.fmean(losses):.4f}"
-    return mean if len(losses) < 2 else f"{mean}, SD {statistics.stdev(losses):.4f}"
 
 
 def _places(trial: FrozenTrial) -> str:
@@ -152,7 +145,7 @@ def _mark(trial: FrozenTrial) -> str:
 
 
 def _differing(trials: list[FrozenTrial]) -> list[str]:
-    """The keys of the data by which losses of these trials are not of one kind."""
+    """The keys of the data that differ, so that the losses of these trials cannot be compared."""
     protocols = [run["protocol"] for trial in trials for run in trial.user_attrs["runs"] if "protocol" in run]
     keys = dict.fromkeys(key for protocol in protocols for key in protocol)
     return [f"data.{key}" for key in keys if any(protocol[key] != protocols[0][key] for protocol in protocols)]
@@ -163,7 +156,7 @@ def _error(trial: FrozenTrial) -> str | None:
 
 
 def _short(keys: list[str]) -> list[str]:
-    """The last parts of keys, as many as tell them apart; `init_args` is left out."""
+    """The last parts of each key, as many as tell the keys apart, without `init_args`."""
     parts = [[part for part in key.split(".") if part != "init_args"] for key in keys]
     for length in range(1, max(map(len, parts))):
         names = [".".join(part[-length:]) for part in parts]

@@ -1,8 +1,8 @@
-"""A study of Optuna whose trials are runs of `fit` in this process.
+"""An Optuna study whose trials are runs of `fit` in this process.
 
-Any number of processes work on one study. A combination of values goes into the study's queue when a process is about
-to run one; whoever takes it there runs it, unless an earlier trial holds the same one already. A process that dies
-leaves its trial without a heartbeat: another declares it failed, and queues it again.
+Any number of processes share one study. A process queues a point (a combination of values) when it is about to run one.
+The process that takes it from the queue runs it, unless an earlier trial covers the same point. A process that dies
+leaves its trial without a heartbeat; another process then fails the trial and queues its point again.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from datetime import datetime
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import optuna
 import sqlalchemy
@@ -29,41 +28,63 @@ from optuna.samplers import RandomSampler, TPESampler
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from llmx.cli import CLI, execute
+from llmx import display
 from llmx.comparison.runs import PROTOCOL
 from llmx.errors import UserError
+from llmx.sweep.callback import ReportToStudy
 from llmx.sweep.report import DIED
 from llmx.sweep.space import Point, Space, flags, with_point
-from llmx.sweep.watching import Watch
 
 HEARTBEAT = 15  # seconds
-GRACE = 120  # seconds without one, after which a trial's process counts as dead
-RETRIES = 3  # of a trial whose process died, which may well be its own doing
-CREATION = 5.0  # seconds within which the process that creates a study says what it is
-POLL = 1.0  # seconds between two looks at what other processes do
+GRACE = 120  # seconds without a heartbeat, after which a trial's process counts as dead
+RETRIES = 3  # of a trial whose process died: the trial itself may have killed it
+CREATION = 5.0  # seconds within which the process that creates a study sets the study's identity
+POLL = 1.0  # seconds between two looks at the trials of other processes
 
 
-class Held(Exception):
-    """Another trial has what this one was made for."""
+class Executed(Protocol):
+    """What a sweep reads after a command was executed."""
+
+    config: Any  # the parsed settings by verb
+    trainer: Any  # callback_metrics
+    datamodule: Any  # protocol
+    model: Any  # leaking, causality
+
+
+class Execute(Protocol):
+    """Executes a command line of the trainer; `dry` only parses it."""
+
+    def __call__(
+        self,
+        arguments: list[str],
+        callbacks: Sequence[ReportToStudy] = (),
+        dry: bool = False,
+        command: list[str] | None = None,
+    ) -> Executed: ...
+
+
+class Covered(Exception):
+    """An earlier trial covers this point."""
 
 
 class Sweep:
-    """Runs what is missing of a study.
+    """Runs the missing trials of a study.
 
     Args:
         name: of the study.
-        storage: where it is kept.
-        space: what is searched.
-        points: all that are to be run; None where a sampler chooses.
-        trials: how many are to be run, where a sampler chooses.
-        prune: whether runs stop early that are worse than the median of the others.
-        seeds: over which each point is run; None for one run with the seed of the configuration.
-        fit: the arguments that all runs have.
-        identity: what may not differ between processes and from one day to the next.
+        storage: the database that holds the study.
+        space: the dimensions to search.
+        points: all points to run; None if a sampler chooses them.
+        trials: how many trials to run, if a sampler chooses.
+        prune: whether to stop a run early that is worse than the median of the others.
+        seeds: of the runs of each point; None for one run with the seed of the config.
+        fit: the arguments that all runs share.
+        identity: settings that all processes of the study have to share, today and later.
+        execute: runs a command.
         say: prints a line.
 
     Raises:
-        UserError: for a study that is another sweep's.
+        UserError: for a study that belongs to another sweep.
     """
 
     def __init__(
@@ -77,12 +98,14 @@ class Sweep:
         seeds: list[int] | None,
         fit: list[str],
         identity: dict[str, Any],
+        execute: Execute,
         say: Callable[[str], None],
     ):
         self.space, self.points, self.wanted = space, points, trials
-        self.prune, self.seeds, self.fit, self.say = prune, seeds, fit, say
+        self.prune, self.seeds, self.fit = prune, seeds, fit
+        self.execute, self.say = execute, say
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        sampler = TPESampler() if points is None else RandomSampler()  # the latter has nothing to choose
+        sampler = TPESampler() if points is None else RandomSampler()  # the queued points leave it no choice
         pruner = optuna.pruners.MedianPruner() if prune else optuna.pruners.NopPruner()
         try:
             self.study = optuna.create_study(study_name=name, storage=storage, sampler=sampler, pruner=pruner)
@@ -90,7 +113,7 @@ class Sweep:
         except DuplicatedStudyError:
             self.study = optuna.load_study(study_name=name, storage=storage, sampler=sampler, pruner=pruner)
         self._check(name, identity)
-        self.first = len(self.study.get_trials(deepcopy=False))  # the number of this session's first trial
+        self.first = len(self.study.get_trials(deepcopy=False))  # number of this session's first trial
 
     def _check(self, name: str, identity: dict[str, Any]) -> None:
         deadline = time.monotonic() + CREATION
@@ -103,24 +126,24 @@ class Sweep:
             raise UserError(f"study: {name} {what}{shown}; give a new one a name, --study NAME")
 
     def trials(self) -> list[FrozenTrial]:
-        """All that count: not those that never began, nor failures that were tried again."""
+        """All trials except those that never began and failures that were tried again."""
         return _current(self.study.get_trials(deepcopy=False))
 
     def run(self) -> None:
-        """Until nothing is missing.
+        """Runs trials until none is missing.
 
         Raises:
-            UserError: where every trial failed.
+            UserError: if every trial failed.
         """
         waited = False
         while True:
             fail_stale_trials(self.study)
             trials = self.study.get_trials(deepcopy=False)
-            self._fail_unborn(trials)
+            self._fail_never_started(trials)
             point, states = self._missing(trials), {trial.state for trial in trials}
             open_ = self.wanted is not None and len(_current(trials)) < self.wanted
             if point is not None:
-                before = next((t for t in reversed(trials) if _point(t) == point), None)  # what it has is kept
+                before = next((t for t in reversed(trials) if _point(t) == point), None)  # whose runs are kept
                 runs = [] if before is None else before.user_attrs.get("runs", [])
                 self.study.enqueue_trial(point, user_attrs={"runs": runs})
             elif TrialState.WAITING not in states and not open_:
@@ -142,21 +165,21 @@ class Sweep:
             raise UserError(f"every trial failed; the first: {trials[0].user_attrs.get('error', DIED)}")
 
     def _missing(self, trials: list[FrozenTrial]) -> Point | None:
-        """The next point to queue: one that was never run, or failed before this session."""
+        """The next point to queue: never run, or failed before this session."""
         held = [_point(t) for t in trials if t.state != TrialState.FAIL or t.number >= self.first]
         failed = (_point(t) for t in _current(trials) if t.state == TrialState.FAIL)
         return next((point for point in self.points or failed if point not in held), None)
 
-    def _fail_unborn(self, trials: list[FrozenTrial]) -> None:
-        """Trials whose process died before their first heartbeat, which Optuna would wait for for ever."""
+    def _fail_never_started(self, trials: list[FrozenTrial]) -> None:
+        """Fails trials whose process died before the first heartbeat; Optuna would wait for them forever."""
         for trial in trials:
             started = trial.datetime_start or datetime.now()
-            unborn = trial.state == TrialState.RUNNING and not trial.params
-            if unborn and (datetime.now() - started).total_seconds() > GRACE:
+            never_started = trial.state == TrialState.RUNNING and not trial.params
+            if never_started and (datetime.now() - started).total_seconds() > GRACE:
                 self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
 
-    def _held(self, trial: Trial) -> bool:
-        """Whether an earlier trial has this one's point, or there are enough without this one."""
+    def _covered(self, trial: Trial) -> bool:
+        """Whether an earlier trial covers this point, or enough trials stand before this one."""
         trials = self.study.get_trials(deepcopy=False)
         earlier = [t for t in trials if t.number < trial.number]
         point = next(_point(t) for t in trials if t.number == trial.number)
@@ -165,8 +188,8 @@ class Sweep:
         return self.wanted is None or len(_current(earlier)) >= self.wanted
 
     def _objective(self, trial: Trial) -> float:
-        if self._held(trial):
-            raise Held
+        if self._covered(trial):
+            raise Covered
         point = {key: dimension.suggest(trial, key) for key, dimension in self.space.dimensions.items()}
         shown = f"trial {trial.number}: {' '.join(flags(point))}"
         trial.set_user_attr("parameters", point)
@@ -184,53 +207,41 @@ class Sweep:
             trial.set_user_attr("error", str(error))
             self.say(f"{shown}: failed: {error}")
             raise
-        self.say(f"{shown}: val loss {loss:.4f}")
+        self.say(f"{shown}: val loss {display.loss(loss)}")
         return loss
 
     def _loss(self, trial: Trial, arguments: list[str]) -> float:
-        """The final validation loss, its mean over the seeds. Every run is kept among the trial's user attributes."""
+        """The final validation loss, its mean over the seeds. The trial's user attributes keep every run."""
         runs = [run for run in trial.user_attrs.get("runs", []) if "val/loss" in run]  # of an earlier attempt
-        torch.compiler.reset()  # the graphs of other networks count towards a limit, beyond which nothing is compiled
+        torch.compiler.reset()  # graphs of earlier networks count towards a limit, beyond which nothing is compiled
         seeds: list[int] | list[None] = self.seeds or [None]
         for seed in seeds:
             if any(run["seed"] == seed for run in runs):
                 continue
             run: dict[str, Any] = {"seed": seed, "folder": None}
-
-            def started(folder: Path | None, run: dict[str, Any] = run) -> None:
-                run["folder"] = None if folder is None else str(folder)
-                trial.set_user_attr("runs", [*runs, run])
-
-            def validated(step: int, loss: float, run: dict[str, Any] = run) -> None:
-                if not self.prune or runs:
-                    return
-                trial.report(loss, step)
-                if trial.should_prune():
-                    trial.set_user_attr("runs", [{**run, "pruned": True, "step": step}])
-                    raise optuna.TrialPruned
-
             seeding = [] if seed is None else [f"--seed_everything={seed}"]
-            cli = _fit([*arguments, *seeding], Watch(started, validated))
-            loss = cli.trainer.callback_metrics.get("val/loss")
+            callback = ReportToStudy(trial, runs, run, self.prune and not runs)  # only the first seed can be pruned
+            executed = _fit(self.execute, [*arguments, *seeding], callback)
+            loss = executed.trainer.callback_metrics.get("val/loss")
             if loss is None or not math.isfinite(loss):
                 raise UserError(f"val/loss is {'not measured' if loss is None else loss.item()}: nothing to compare by")
-            protocol = {key: cli.datamodule.protocol[key] for key in PROTOCOL}
-            audit = {"leaking": cli.model.leaking, "audited": cli.model.causality is not None}
+            protocol = {key: executed.datamodule.protocol[key] for key in PROTOCOL}
+            audit = {"leaking": executed.model.leaking, "audited": executed.model.causality is not None}
             runs.append({**run, "val/loss": loss.item(), **audit, "protocol": protocol})
             trial.set_user_attr("runs", runs)
         return statistics.fmean(run["val/loss"] for run in runs)
 
 
 def open_storage(url: str) -> RDBStorage:
-    """The database, made if it is new.
+    """The database, created if it is new.
 
     Raises:
-        UserError: where it cannot be opened.
+        UserError: if it cannot be opened.
     """
     warnings.filterwarnings("ignore", category=ExperimentalWarning)  # of the heartbeat
     waiting = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
     failure: Exception | None = None
-    for _ in range(4):  # two processes that make the tables at once get in each other's way
+    for _ in range(4):  # two processes that create the tables at once disturb each other
         try:
             return RDBStorage(
                 url,
@@ -242,7 +253,7 @@ def open_storage(url: str) -> RDBStorage:
         except sqlalchemy.exc.DBAPIError as error:
             failure = error.orig or error
             time.sleep(0.5)
-        except Exception as error:  # an unknown dialect, a driver that is missing, a schema of another version
+        except Exception as error:  # an unknown dialect, a missing driver, a schema of another version
             failure = error
             break
     try:
@@ -252,18 +263,18 @@ def open_storage(url: str) -> RDBStorage:
     raise UserError(f"storage: {shown} cannot be opened: {' '.join(str(failure).split())}")
 
 
-def _fit(arguments: list[str], watch: Watch) -> CLI:
-    """`fit` as if in a process of its own; what it prints goes to stderr."""
+def _fit(execute: Execute, arguments: list[str], callback: ReportToStudy) -> Executed:
+    """`fit` as if in a fresh process; prints to stderr."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     with redirect_stdout(sys.stderr):
-        return execute(arguments, [watch], command=["python", "main.py", *arguments])
+        return execute(arguments, [callback], command=["python", "main.py", *arguments])
 
 
 def _current(trials: list[FrozenTrial]) -> list[FrozenTrial]:
-    """Without failures that never began, or whose point is held by another trial, or failed once more."""
+    """Leaves out failures that never began, whose point another trial covers, or whose point failed again later."""
     held = {_key(trial) for trial in trials if trial.state != TrialState.FAIL}
     failed = {_key(trial): trial.number for trial in trials if trial.state == TrialState.FAIL and trial.params}
     failed = {key: number for key, number in failed.items() if key not in held}

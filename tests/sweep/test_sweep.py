@@ -168,10 +168,10 @@ def test_a_sampler_keeps_to_the_ranges_reaches_into_lists_and_goes_on_to_the_num
         assert model["optimizer"]["init_args"]["lr"] == rate
 
 
-def interrupted_at_seed_2(arguments, watch, fit=llmx.sweep.study._fit):
+def interrupted_at_seed_2(execute, arguments, callback, fit=llmx.sweep.study._fit):
     if "--seed_everything=2" in arguments:
         raise KeyboardInterrupt
-    return fit(arguments, watch)
+    return fit(execute, arguments, callback)
 
 
 def test_seeds_alone_are_runs_with_their_mean_and_beside_a_space_the_mean_is_the_value(lab, capsys, monkeypatch):

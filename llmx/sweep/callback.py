@@ -1,0 +1,46 @@
+"""The Lightning callback that connects a running fit to its trial in the study."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from optuna import TrialPruned
+from optuna.trial import Trial
+
+from llmx.training.logger import run_folder
+from llmx.training.module import LanguageModel
+
+
+class ReportToStudy(Callback):
+    """Records the run in the trial before the first step, and reports its validations to the pruner.
+
+    Args:
+        trial: the trial that the fit belongs to.
+        runs: the finished runs of the trial, one a seed.
+        run: this run; gets its folder.
+        prune: whether the pruner may end the run.
+
+    Raises:
+        TrialPruned: at a validation, if the pruner ends the run.
+    """
+
+    def __init__(self, trial: Trial, runs: list[dict[str, Any]], run: dict[str, Any], prune: bool):
+        self.trial, self.runs, self.run, self.prune = trial, runs, run, prune
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        folder = run_folder(trainer)
+        self.run["folder"] = None if folder is None else str(folder)
+        self.trial.set_user_attr("runs", [*self.runs, self.run])
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
+        step, loss = trainer.global_step, trainer.callback_metrics.get("val/loss")
+        if trainer.sanity_checking or trainer.state.fn != "fit" or step >= pl_module.total_steps:
+            return  # the last validation is the result of the run: too late to prune it
+        if not self.prune or loss is None:
+            return
+        self.trial.report(loss.item(), step)
+        if self.trial.should_prune():
+            self.trial.set_user_attr("runs", [{**self.run, "pruned": True, "step": step}])
+            raise TrialPruned
