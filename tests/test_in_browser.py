@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from llmx.cli import main
+from testbed.tiny import network
 from tests.browser import CHROMIUM, Browser
-from tests.tiny import network
 
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed to look with"),

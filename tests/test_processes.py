@@ -13,9 +13,10 @@ import yaml
 from lightning.pytorch.callbacks import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from benchmarks.robustness.forked import processes
 from llmx.cli import main
-from tests.tiny import TEXT, network, newest_run
+from testbed.forked import forked_ranks
+from testbed.tiny import TEXT, network
+from tests.laboratory import newest_run
 
 pytestmark = pytest.mark.xdist_group("processes")  # the fixture's runs once, whatever the number of workers
 
@@ -50,8 +51,8 @@ WAYS = {
 def ranks(command):
     """The exit codes of two processes that are started from outside, as torchrun does, and that nobody watches over;
     and what the first one said."""
-    started = processes(Path.cwd(), command, {})
-    return [process.wait(60) for process in started], started[0].said
+    started = forked_ranks(Path.cwd(), command, {})
+    return [process.wait(60) for process in started], started[0].output
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,7 @@ from hypothesis import strategies as st
 from benchmarks.robustness.fuzz_cases import Case, config, kinds
 from llmx.cli import main as command_line
 from llmx.runs.provenance import provenance
-from tests.tiny import TEXT
+from testbed.tiny import TEXT
 
 SECONDS = 30  # of one case; a tiny run takes one or two
 MEMORY = 8 * 2**30  # bytes of addresses beyond those of the start

@@ -20,7 +20,7 @@ from llmx.config.factories import components_by_name
 from llmx.parts.norm import Norm
 from llmx.protocol import Block, Embedding, FeedForward, Head, Mixer, Network, Stack
 from llmx.training.trainer import Trainer
-from tests.tiny import TEXT, network
+from testbed.tiny import TEXT, network
 
 GROUPS = ("model", "data", "trainer")
 STRUCTURE = ("class_path", "init_args", *GROUPS)  # parts of a path that say nothing by themselves

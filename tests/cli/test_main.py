@@ -14,7 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from llmx import LanguageModel
 from llmx.cli import main
-from tests.tiny import TEXT, network, newest_run
+from testbed.tiny import TEXT, network
+from tests.laboratory import newest_run
 
 LEAKY = """
 import torch

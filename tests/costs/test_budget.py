@@ -21,7 +21,7 @@ from llmx.feedforward.swiglu import SwiGLU
 from llmx.mixers.attention import Attention
 from llmx.networks.decoder import Decoder
 from llmx.networks.founding import FoundingNetwork
-from tests import tiny
+from testbed import tiny
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 V, D, L, H, F = 65, 32, 2, 4, 40

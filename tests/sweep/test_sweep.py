@@ -18,7 +18,7 @@ import llmx.sweep.study
 from llmx.cli import main
 from llmx.sweep.report import Report
 from llmx.sweep.space import Range, Space, Values, flags, read_space
-from tests.tiny import network
+from testbed.tiny import network
 
 CHECKOUT = Path(__file__).parents[2]
 RATE = "model.optimizer.init_args.lr"

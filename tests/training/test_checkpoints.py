@@ -24,7 +24,8 @@ from llmx import LanguageModel, TextDataModule
 from llmx.cli import main
 from llmx.errors import UserError
 from llmx.runs.archive import read_checkpoint
-from tests.tiny import TEXT, network, newest_run
+from testbed.tiny import TEXT, network
+from tests.laboratory import newest_run
 
 CHECKOUT = Path(__file__).parents[2]
 SETTINGS = {

@@ -17,7 +17,8 @@ from llmx.feedforward.mlp import MLP
 from llmx.mixers.mamba import Mamba
 from llmx.training import optimizers
 from llmx.training.optimizers import BatchedMuon, Hybrid, orthogonalized, parameter_groups
-from tests.tiny import TEXT, network, newest_run
+from testbed.tiny import TEXT, network
+from tests.laboratory import newest_run
 
 MUON = partial(BatchedMuon, lr=0.02)
 CHOICES = {

@@ -22,7 +22,8 @@ from llmx.errors import UserError
 from llmx.feedforward.swiglu import SwiGLU
 from llmx.mixers.attention import Attention
 from llmx.runs.provenance import code, file_hash
-from tests.tiny import TEXT, network, newest_run
+from testbed.tiny import TEXT, network
+from tests.laboratory import newest_run
 
 ROOT = Path(__file__).parents[2]
 MINE = """

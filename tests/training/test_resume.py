@@ -1,5 +1,5 @@
 """A run that is killed, signalled or queued again, and goes on with the same command, is the run that nothing happened
-to, bit by bit. `benchmarks/faults.py` injects some hundred more, at random moments."""
+to, bit by bit. `benchmarks/robustness/faults` injects some hundred more, at random moments."""
 
 import json
 import os
@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks.robustness.forked import Command, differences, processes
 from llmx.runs.archive import read_checkpoint
-from tests.tiny import TEXT, network
+from testbed.differences import differences
+from testbed.forked import ForkedProcess, forked_ranks
+from testbed.tiny import TEXT, network
 
 STOPS = """
 import os
@@ -70,10 +71,10 @@ def fit(folder, *arguments, devices=1, stop="0 0 0", **environment):
     command = ["fit", "--config", "run.yaml", "--trainer.devices", devices, *arguments]
     environment["STOP"] = stop
     if devices == 1:
-        started = [Command(folder, command, environment)]
+        started = [ForkedProcess(folder, command, environment)]
     else:
-        started = processes(folder, command, environment, devices)
-    return [one.wait(90) for one in started], started[0].said
+        started = forked_ranks(folder, command, environment, devices)
+    return [one.wait(90) for one in started], started[0].output
 
 
 def test_a_run_that_is_killed_twice_is_the_whole_run(lab):

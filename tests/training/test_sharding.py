@@ -13,11 +13,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.multiprocessing.spawn import start_processes
 
-from benchmarks.robustness.forked import free_port
 from llmx.cli import execute
 from llmx.config.factories import build, to_config
 from llmx.protocol import Block
 from llmx.training.sharding import build_sharded, policy, shard
+from testbed.forked import free_port
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NAMES = ("transformer", "mamba2", "griffin", "looped")  # griffin: recurrences and attention; looped: a block runs twice
