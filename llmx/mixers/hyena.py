@@ -4,12 +4,12 @@
     u_t = k_t * v_t,    z_t = sum_{s <= t} h_{t-s} * u_s + b * u_t,    y_t = W_o (q_t * z_t)
     h_l = N(phi(l / L)) * (exp(-r l / L) + 0.05)            (D,) for the lag l; r (D,) fixed, fast to slow channels
 
-N is a small network with sines between its layers, phi the lag, sines and cosines of it. L is `max_length`: no lag
-beyond it has a filter. As in the paper's own code the short convolution stands for the filter before the first gate.
-Time O(T log T D) a sequence, memory O(T D). No fixed-size state: a step is a product of the filter with all past u,
-O(S D) for a cache of S slots; with the filter, for N is slow, 2 S D + 6 D numbers a sequence. The trap: a product of
-spectra is a circular convolution, where the end of the text wraps round to its beginning and every position sees the
-future; both sides are padded with zeros to 2 T. What is left of the future is rounding, 1e-7 in fp32.
+N is a small network with sines between its layers; phi is the lag and sines and cosines of it. L is `max_length`: no
+lag beyond it has a filter. As in the paper's own code the short convolution replaces the filter before the first gate.
+Time O(T log T D) a sequence, memory O(T D). The state grows: a step is a product of the filter with all past u, O(S D)
+for a cache of S slots. With the filter, which is cached because N is slow, it is 2 S D + 6 D numbers a sequence. The
+trap: a product of spectra is a circular convolution, where the end of the text wraps round to its beginning and every
+position sees the future; both sides are padded with zeros to 2 T. Only rounding is left of it, 1e-7 in fp32.
 """
 
 import math
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from llmx.parts.attention import write
+from llmx.parts.checks import check_sizes
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.long_convolution import long_convolution
 from llmx.parts.precision import exact_dtype
@@ -26,7 +27,7 @@ from llmx.parts.short_convolution import ShortConvolution
 from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
 FASTEST, SLOWEST = math.log(100) / 0.3, math.log(100) / 1.5  # a channel's window is at 1/100 after 0.3 L to 1.5 L
-FLOOR = 0.05  # of the window, below which it does not fall
+FLOOR = 0.05  # the least of the window
 
 
 class HyenaState(NamedTuple):
@@ -40,29 +41,27 @@ class Hyena(StatefulMixer[HyenaState]):
 
     Args:
         site: where the mixer stands.
-        max_length: L, the longest sequence; lags are measured in it, so it is part of what is learned.
+        max_length: L, the longest sequence and the unit of lags: weights learned with one L fit no other.
         filter_hidden: width of the network that computes the filter.
         bands: frequencies of the sines and cosines that it reads.
         frequency: where the slopes of its sines start.
 
     Raises:
-        ValueError: for a size below 1, and for a sequence longer than `max_length`.
+        ValueError: for a sequence longer than `max_length`, in every form.
     """
 
     def __init__(
         self, site: Site, max_length: int = 1024, filter_hidden: int = 64, bands: int = 16, frequency: float = 10.0
     ):
         super().__init__()
-        for name, size in (("max_length", max_length), ("filter_hidden", filter_hidden), ("bands", bands)):
-            if size < 1:
-                raise ValueError(f"{name}: {size} is below 1")
+        check_sizes(max_length=max_length, filter_hidden=filter_hidden, bands=bands)
         self.max_length = max_length
         self.project = nn.Linear(site.dim, 3 * site.dim, bias=False)
         self.short = ShortConvolution(3 * site.dim, 3)
         self.filter = ImplicitFilter(site.dim, max_length, filter_hidden, bands, frequency)
         self.skip = nn.Parameter(torch.randn(site.dim))
         self.out = nn.Linear(site.dim, site.dim, bias=False)
-        normal_(self.project, site.dim**-0.5)  # products of three: smaller factors would start at nothing
+        normal_(self.project, site.dim**-0.5)  # the output is a product of three: smaller factors would start it near 0
         normal_(self.out, residual_std(site.depth))
 
     def forward(self, x: Hidden, context: Context) -> Hidden:
@@ -129,7 +128,7 @@ class ImplicitFilter(nn.Module):
         """The lags below `length` -> (length, D), in float32 at least."""
         weight = self.last.weight
         exact = exact_dtype(weight)
-        with torch.autocast("cpu" if weight.is_meta else weight.device.type, enabled=False):  # there is none of meta
+        with torch.autocast("cpu" if weight.is_meta else weight.device.type, enabled=False):  # meta has no autocast
             lag = torch.arange(length, device=weight.device, dtype=exact)[:, None] / self.max_length
             angle = 2 * math.pi * torch.arange(1, self.bands + 1, device=weight.device, dtype=exact) * lag
             hidden = torch.cat((lag, angle.cos(), angle.sin()), 1)

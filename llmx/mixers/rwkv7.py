@@ -7,10 +7,10 @@
     S_t = S_{t-1} (diag(w_t) - e_t (a_t * e_t)^T) + v_t k_t^T        (K, K) a head
     y_t = W_o (g_t * (norm(S_t r_t) + (r_t . (m_r * k_t)) v_t))      the norm in each head, and the bonus of the token
 
-f are of low rank; exp(-exp(-softplus(-f) - 1/2)) is the same w, which stays above 0.545. Time O(T D (D + K)) a sequence
-in chunks, memory O(T (D + c H)); the state is S and the last x, D (K + 1) numbers a sequence, whatever its length. The
-traps: what is erased is read from S_{t-1} before it fades; v^(1) has to be there in every form; and the start decides:
-output 0, orthogonal maps, rates spread over channels and layers. What the paper has beyond the mixer is left to the
+The maps f are of low rank. exp(-exp(-softplus(-f) - 1/2)) is the same w, which stays above 0.545. Time O(T D (D + K)) a
+sequence in chunks, memory O(T (D + c H)). The state is S and the last x, D (K + 1) numbers a sequence, whatever its
+length. The traps: the erased value is read from S_{t-1} before it fades; v^(1) has to be there in every form; and the
+start decides: output 0, orthogonal maps, rates spread over channels and layers. The rest of the paper is left to the
 network: a norm after the embedding, no weight decay on the low-rank maps, twice the learning rate for the bias of w.
 """
 
@@ -21,12 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmx.parts.checks import check_sizes
 from llmx.parts.dplr import dplr
 from llmx.parts.precision import at_least_float32, exact_zeros
 from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
 FIRST_VALUE = "first value of RWKV-7"  # in the context's store: (B, T, D), without T in `step`
-FASTEST = -math.exp(-0.5)  # the log decay that no channel exceeds
+FASTEST = -math.exp(-0.5)  # the floor of every log decay
 
 
 class RWKV7State(NamedTuple):
@@ -34,8 +35,8 @@ class RWKV7State(NamedTuple):
     memory: Tensor  # (B, H, K, K), S^T: keys by values
 
 
-class Rows(NamedTuple):
-    """What a token brings to the memory, each (..., H, K)."""
+class Inputs(NamedTuple):
+    """The inputs of the recurrence, each (..., H, K)."""
 
     receptance: Tensor  # r
     log_decay: Tensor  # log w, (FASTEST, 0)
@@ -46,20 +47,17 @@ class Rows(NamedTuple):
 
 
 class RWKV7(StatefulMixer[RWKV7State]):
-    """(B, T, D) -> (B, T, D): what the paper calls time mixing.
+    """(B, T, D) -> (B, T, D): the paper's time mixing.
 
-    All layers need the same width, for the first layer's values to fit.
+    All layers need the same width, so that the first layer's values fit.
 
     Args:
         site: where the mixer stands; the one with occurrence 0 is the first.
-        heads: must divide `dim`; the paper's heads are 64 wide.
-        decay_rank: of the map to the decay; as the paper suggests for the width if not given, and so are the others.
+        heads: must divide `dim` into parts of 2 or more; the paper's heads are 64 wide.
+        decay_rank: of the map to the decay; this rank and the others follow the paper for the width if not given.
         rate_rank: of the map to the learning rate a.
         value_rank: of the map to the share of the first layer's values.
         gate_rank: of the gate.
-
-    Raises:
-        ValueError: for heads that do not divide the width, or leave one channel to each, and a rank below 1.
     """
 
     def __init__(
@@ -79,10 +77,7 @@ class RWKV7(StatefulMixer[RWKV7State]):
         rate_rank = suggested_rank(dim, 2.5) if rate_rank is None else rate_rank
         value_rank = suggested_rank(dim, 1.7) if value_rank is None else value_rank
         gate_rank = suggested_rank(dim, 5.0) if gate_rank is None else gate_rank
-        ranks = {"decay_rank": decay_rank, "rate_rank": rate_rank, "value_rank": value_rank, "gate_rank": gate_rank}
-        for name, rank in ranks.items():
-            if rank < 1:
-                raise ValueError(f"{name}: {rank} is below 1")
+        check_sizes(decay_rank=decay_rank, rate_rank=rate_rank, value_rank=value_rank, gate_rank=gate_rank)
         self.heads = heads
         self.head_dim = dim // heads
 
@@ -114,37 +109,34 @@ class RWKV7(StatefulMixer[RWKV7State]):
         nn.init.zeros_(self.out.weight)
 
     def forward(self, x: Hidden, context: Context) -> Hidden:
-        return self._mix(x, F.pad(x, (0, 0, 1, -1)), None, context)[0]
+        return self.prefill(x, None, context)[0]
 
     def init_state(self, batch_size: int, max_length: int) -> RWKV7State:
-        like = self.out.weight
-        memory = exact_zeros(like, batch_size, self.heads, self.head_dim, self.head_dim)
-        return RWKV7State(like.new_zeros(batch_size, like.shape[0]), memory)
+        last = self.out.weight.new_zeros(batch_size, self.heads * self.head_dim)
+        return RWKV7State(last, exact_zeros(last, batch_size, self.heads, self.head_dim, self.head_dim))
 
     def step(self, x: Tensor, state: RWKV7State, context: Context) -> tuple[Tensor, RWKV7State]:
-        rows, gate = self._project(x, state.last.to(x.dtype), context)
+        inputs, gate = self._project(x, state.last.to(x.dtype), context)
         dtype = state.memory.dtype
         with torch.autocast(x.device.type, enabled=False):
-            receptance, log_decay, key, value, erase, rate = (row.to(dtype)[..., None] for row in rows)  # (B, H, K, 1)
+            receptance, log_decay, key, value, erase, rate = (y.to(dtype)[..., None] for y in inputs)  # (B, H, K, 1)
             removed = (state.memory * erase).sum(-2)[..., None, :]  # e^T S^T, (B, H, 1, K)
             memory = log_decay.exp() * state.memory - rate * erase * removed + key * value.mT
             read = (memory * receptance).sum(-2)  # (B, H, K)
-        return self._read(read, rows, gate), RWKV7State(x, memory)
+        return self._read(read, inputs, gate), RWKV7State(x, memory)
 
-    def prefill(self, x: Hidden, state: RWKV7State, context: Context) -> tuple[Hidden, RWKV7State]:
-        shifted = torch.cat((state.last.to(x.dtype)[:, None], x[:, :-1]), 1)
-        output, memory = self._mix(x, shifted, state.memory, context)
-        return output, RWKV7State(x[:, -1], memory)
-
-    def _mix(self, x: Hidden, shifted: Hidden, memory: Tensor | None, context: Context) -> tuple[Hidden, Tensor]:
-        """In chunks, from any memory."""
-        rows, gate = self._project(x, shifted, context)
-        receptance, log_decay, key, value, erase, rate = rows
+    def prefill(self, x: Hidden, state: RWKV7State | None, context: Context) -> tuple[Hidden, RWKV7State]:
+        if state is None:
+            memory, shifted = None, F.pad(x, (0, 0, 1, -1))
+        else:
+            memory, shifted = state.memory, torch.cat((state.last.to(x.dtype)[:, None], x[:, :-1]), 1)
+        inputs, gate = self._project(x, shifted, context)
+        receptance, log_decay, key, value, erase, rate = inputs
         read, memory = dplr(receptance, key, value, log_decay, -erase, erase * rate, FASTEST, memory)
-        return self._read(read, rows, gate), memory
+        return self._read(read, inputs, gate), RWKV7State(x[:, -1], memory)
 
-    def _project(self, x: Tensor, shifted: Tensor, context: Context) -> tuple[Rows, Tensor]:
-        """The rows of the token, and the gate (..., D), from x and the x of the token before, both (..., D)."""
+    def _project(self, x: Tensor, shifted: Tensor, context: Context) -> tuple[Inputs, Tensor]:
+        """The inputs and the gate (..., D), from x and the x of the token before, both (..., D)."""
         change = shifted - x
         for_r, for_w, for_k, for_v, for_a, for_g = (torch.addcmul(x, change, m.to(x.dtype)) for m in self.shifts)
         key = self.key(for_k)
@@ -159,15 +151,15 @@ class RWKV7(StatefulMixer[RWKV7State]):
         erase = F.normalize(self._heads(key * self.erase_scale), dim=-1)
         key = key * (1 + (rate - 1) * self.rate_scale)
         heads = self._heads
-        rows = Rows(heads(self.receptance(for_r)), heads(log_decay), heads(key), heads(value), erase, heads(rate))
-        return rows, self.gate(for_g)
+        inputs = Inputs(heads(self.receptance(for_r)), heads(log_decay), heads(key), heads(value), erase, heads(rate))
+        return inputs, self.gate(for_g)
 
-    def _read(self, read: Tensor, rows: Rows, gate: Tensor) -> Tensor:
-        """What was read, (..., H, K), and the token's own bonus -> (..., D)."""
+    def _read(self, read: Tensor, inputs: Inputs, gate: Tensor) -> Tensor:
+        """S r, (..., H, K), and the token's own bonus -> (..., D)."""
         eps = 1e-5 * self.head_dim  # 64e-5 at the paper's width
         normed = F.layer_norm(at_least_float32(read), read.shape[-1:], eps=eps)
         mixed = normed.flatten(-2) * self.norm_weight + self.norm_bias
-        bonus = (rows.receptance * rows.key * self._heads(self.bonus)).sum(-1, keepdim=True) * rows.value
+        bonus = (inputs.receptance * inputs.key * self._heads(self.bonus)).sum(-1, keepdim=True) * inputs.value
         return self.out((mixed + bonus.flatten(-2)).to(gate.dtype) * gate)
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -175,7 +167,7 @@ class RWKV7(StatefulMixer[RWKV7State]):
 
 
 class LowRank(nn.Module):
-    """bias + U f(V x), with V x of few numbers; at the start no more than the bias.
+    """bias + U f(V x), with a short V x; at the start the bias alone.
 
     Args:
         dim: D.

@@ -1,12 +1,11 @@
-"""A gated convolution over the last few tokens and nothing else: what short memory alone is worth.
+"""A gated convolution over the last few tokens and nothing else: the worth of short memory alone.
 
     y_t = W_o (silu(W_g x_t) * sum_{j < w} c_j * (W_v x)_{t-j})         c_j (D,), each channel by itself
 
 A baseline for longer memories (gated convolutions, arXiv 1612.08083; the operator inside H3, Hyena and Mamba is of this
-kind): a stack of L layers sees L (w - 1) tokens back. Time O(T D (D + w)) a sequence, memory O(T D); the state is the
-last w - 1 inputs of the convolution, (w - 1) D numbers a sequence, whatever its length. The trap: a convolution padded
-on both sides, as image networks have it, reads the future; and one that is padded anew at each piece of a text forgets
-what came before.
+kind). A stack of L layers sees L (w - 1) tokens back. Time O(T D (D + w)) a sequence, memory O(T D). The state is the
+last w - 1 inputs of the convolution, (w - 1) D numbers a sequence, whatever its length. The traps: a convolution padded
+on both sides, as in image networks, reads the future; and one padded anew at each piece forgets the last piece.
 """
 
 import torch.nn.functional as F
@@ -14,18 +13,15 @@ from torch import Tensor, nn
 
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.short_convolution import ShortConvolution
-from llmx.protocol import Context, Hidden, Site, State, StatefulMixer
+from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
 
-class GatedShortConvolution(StatefulMixer):
+class GatedShortConvolution(StatefulMixer[tuple[Tensor]]):
     """(B, T, D) -> (B, T, D).
 
     Args:
         site: where the mixer stands.
         width: w, the tokens that the convolution sees, its own among them.
-
-    Raises:
-        ValueError: for a width below 1.
     """
 
     def __init__(self, site: Site, width: int = 4):
@@ -37,18 +33,17 @@ class GatedShortConvolution(StatefulMixer):
         normal_(self.out, residual_std(site.depth))
 
     def forward(self, x: Hidden, context: Context) -> Hidden:
-        gate, value = self.gate_value(x).chunk(2, -1)
-        return self.out(F.silu(gate) * self.convolution(value))
+        return self.prefill(x, None, context)[0]
 
-    def init_state(self, batch_size: int, max_length: int) -> State:
+    def init_state(self, batch_size: int, max_length: int) -> tuple[Tensor]:
         return (self.convolution.init_state(batch_size),)
 
-    def step(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
+    def step(self, x: Tensor, state: tuple[Tensor], context: Context) -> tuple[Tensor, tuple[Tensor]]:
         gate, value = self.gate_value(x).chunk(2, -1)
         mixed, last = self.convolution.step(value, state[0])
         return self.out(F.silu(gate) * mixed), (last,)
 
-    def prefill(self, x: Hidden, state: State, context: Context) -> tuple[Hidden, State]:
+    def prefill(self, x: Hidden, state: tuple[Tensor] | None, context: Context) -> tuple[Hidden, tuple[Tensor]]:
         gate, value = self.gate_value(x).chunk(2, -1)
-        mixed, last = self.convolution.prefill(value, state[0])
+        mixed, last = self.convolution.prefill(value, state[0] if state else None)
         return self.out(F.silu(gate) * mixed), (last,)

@@ -5,11 +5,11 @@
     z_t, o_t = tanh, sigmoid of W x_t + R h_{t-1} + b        R block-diagonal: (K, K) for each head and gate
     c_t = f_t c_{t-1} + i_t z_t,   n_t = f_t n_{t-1} + i_t,   h_t = o_t * c_t / n_t,   y_t = norm of h_t in each head
 
-Truly sequential: h_{t-1} goes through the gates of step t, so `forward` is a loop over time; what does not depend on h
-is one product for all positions before it. Time O(T D (D + K)) in T dependent steps, memory O(T D); the state is h, c,
-n, m and 3 inputs of the convolution, 7 D numbers a sequence. The trap: exp overflows. A stabiliser
-m_t = max(log f_t + m_{t-1}, log i_t) is taken out of both gates and cancels in c / n; it starts at minus infinity, for
-from m_0 = 0 a first i_t below e^-88 would round to nothing and give 0 / 0. As it is, n_t >= 1 at every step. No output
+Truly sequential: h_{t-1} goes through the gates of step t, so `forward` is a loop over time. One product before it
+covers all that does not depend on h. Time O(T D (D + K)) in T dependent steps, memory O(T D). The state is h, c, n, m
+and 3 inputs of the convolution, 7 D numbers a sequence. The trap: exp overflows. A stabiliser
+m_t = max(log f_t + m_{t-1}, log i_t) is taken out of both gates and cancels in c / n. It starts at minus infinity: from
+m_0 = 0 a first i_t below e^-88 would round to nothing and give 0 / 0. So n_t >= 1 at every step. There is no output
 projection: the paper's block goes from the norm straight to its feed-forward.
 """
 
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmx.parts.checks import head_width
 from llmx.parts.head_norm import HeadNorm
 from llmx.parts.init import normal_
 from llmx.parts.precision import at_least_float32, exact_zeros
@@ -37,24 +38,19 @@ class SLSTMState(NamedTuple):
 class SLSTM(StatefulMixer[SLSTMState]):
     """(B, T, D) -> (B, T, D).
 
-    Recurrent weights start at 0. The bias of the forget gate starts between 5 and -7 over the channels of a head, the
-    more of them high the lower the layer.
+    Recurrent weights start at 0. The bias of the forget gate starts between 5 and -7 over the channels of a head; in
+    lower layers more of them start high.
 
     Args:
         site: where the mixer stands.
         heads: must divide `dim`.
         width: tokens that the convolution before the input and forget gates sees.
-
-    Raises:
-        ValueError: for heads that do not divide the width, and a convolution over no tokens.
     """
 
     def __init__(self, site: Site, heads: int = 4, width: int = 4):
         super().__init__()
-        if heads < 1 or site.dim % heads:
-            raise ValueError(f"heads: {heads} heads must divide dim {site.dim}")
         self.heads = heads
-        self.head_dim = site.dim // heads
+        self.head_dim = head_width(site.dim, heads)
         self.convolution = ShortConvolution(site.dim, width)
         self.gates = nn.Linear(site.dim, 2 * site.dim, bias=False)  # rows: heads, in each i and f
         self.inputs = nn.Linear(site.dim, 2 * site.dim, bias=False)  # rows: heads, in each z and o
@@ -69,12 +65,10 @@ class SLSTM(StatefulMixer[SLSTMState]):
             self.bias.view(heads, 4, -1)[:, 1] = 5 - 12 * torch.linspace(0, 1, self.head_dim) ** power
 
     def forward(self, x: Hidden, context: Context) -> Hidden:
-        empty = self.init_state(x.shape[0], x.shape[1])
-        return self._run(x, self.convolution(x), empty)[0]
+        return self._run(x, self.convolution(x), self.init_state(len(x), 0))[0]
 
     def init_state(self, batch_size: int, max_length: int) -> SLSTMState:
-        like = self.recurrent
-        zeros = exact_zeros(like, batch_size, self.heads, self.head_dim)
+        zeros = exact_zeros(self.recurrent, batch_size, self.heads, self.head_dim)
         stabilizer = torch.full_like(zeros, float("-inf"))
         return SLSTMState(self.convolution.init_state(batch_size), zeros, zeros.clone(), zeros.clone(), stabilizer)
 
@@ -96,7 +90,7 @@ class SLSTM(StatefulMixer[SLSTMState]):
         return output, state._replace(short=short)
 
     def _run(self, x: Hidden, mixed: Hidden, state: SLSTMState) -> tuple[Hidden, SLSTMState]:
-        """The loop over time, from any state; heads in front, so that a step is one batched product."""
+        """The loop over time, from any state. Heads come first, so that a step is one batched product."""
         inputs = self._project(x, mixed).permute(1, 2, 0, 3).contiguous()  # (T, H, B, 4 K)
         recurrent = self.recurrent.to(inputs.dtype)
         hidden, cell, normalizer, stabilizer = (part.transpose(0, 1) for part in state[1:])  # (H, B, K)
@@ -116,9 +110,8 @@ class SLSTM(StatefulMixer[SLSTMState]):
         return output, SLSTMState(state.short, *after)
 
     def _project(self, x: Tensor, mixed: Tensor) -> Tensor:
-        """What the gates have from the input: (..., H, 4 K), in float32 at least."""
+        """The input's part of the gates: (..., H, 4 K), in float32 at least."""
         shape = (self.heads, 2 * self.head_dim)
         i_f = self.gates(F.silu(mixed)).unflatten(-1, shape)
         z_o = self.inputs(x).unflatten(-1, shape)
-        both = torch.cat((i_f, z_o), -1)
-        return at_least_float32(both) + self.bias.view(self.heads, -1)
+        return at_least_float32(torch.cat((i_f, z_o), -1)) + self.bias.view(self.heads, -1)

@@ -6,13 +6,13 @@
     M_t = (1 - alpha_t) M_{t-1} + S_t                                    (K, K) a head
     y_t = W_o (norm(M_t^T q_t) * silu(W_g x_t))                          norm: RMSNorm over the K channels of a head
 
-M' is M at the end of the mini-batch before, of b = 8 tokens: within one, what a query reads is a masked attention over
-errors, its weights a product of two triangles of decays, eta's and 1 - alpha's. T / b dependent steps of matrix
-products, time O(T (b + K) D), memory O(T K D / b). The state is M', M, S and the last 3 inputs of the convolution,
-3 K D + 9 D numbers a sequence, whatever its length; the first M is learned. No positions. The memory is linear here,
-the shallowest of the paper's. It leaves open how the rates depend on x; the traps are there: b gradients at one M'
-overshoot b times over where keys agree, and momentum 1 / (1 - eta) times more; theta divides both out. And S moves M
-at each token, written or not, so that padding inside of a mini-batch has to hold M still.
+M' is M at the end of the mini-batch before, of b = 8 tokens. Within one, a query reads a masked attention over errors,
+whose weights are a product of two triangles of decays, eta's and 1 - alpha's. T / b dependent steps of matrix products,
+time O(T (b + K) D), memory O(T K D / b). The state is M', M, S and the last 3 inputs of the convolution, 3 K D + 9 D
+numbers a sequence, whatever its length; the first M is learned. There are no positions. The memory is linear here, the
+shallowest of the paper's. The paper leaves open how the rates depend on x, and there are the traps: b gradients at one
+M' overshoot b times over where keys agree, and momentum 1 / (1 - eta) times more; theta divides both out. And S moves M
+at each token, written or not, so padding inside a mini-batch has to hold M still.
 """
 
 import math
@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmx.parts.checks import check_sizes, head_width
 from llmx.parts.delta import l2_norm
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.mini_batches import MiniBatches
@@ -40,8 +41,8 @@ class TitansState(NamedTuple):
     momentum: Tensor  # (B, H, K, K), S
 
 
-class Rows(NamedTuple):
-    """What a token brings, each (B, T, H, ...), without T in `step`."""
+class Inputs(NamedTuple):
+    """The inputs of the recurrence, each (B, T, H, ...), without T in `step`."""
 
     query: Tensor  # (..., K)
     key: Tensor  # (..., K)
@@ -59,19 +60,13 @@ class Titans(StatefulMixer[TitansState]):
         heads: H; must divide `dim`.
         mini_batch: b, tokens whose gradients are taken at the same memory.
         convolution: tokens that the convolution sees, the current one among them.
-
-    Raises:
-        ValueError: for heads that do not divide the width, or a mini-batch below 1.
     """
 
     def __init__(self, site: Site, heads: int = 4, mini_batch: int = 8, convolution: int = 4):
         super().__init__()
-        if heads < 1 or site.dim % heads:
-            raise ValueError(f"heads: {heads} heads must divide dim {site.dim}")
-        if mini_batch < 1:
-            raise ValueError(f"mini_batch: {mini_batch} is below 1")
+        check_sizes(mini_batch=mini_batch)
         self.heads = heads
-        self.head_dim = site.dim // heads
+        self.head_dim = head_width(site.dim, heads)
         self.mini_batch = mini_batch
         self.widths = (3 * site.dim, site.dim, 3 * heads)  # q, k, v; gate; a, e, r
         self.project = nn.Linear(site.dim, sum(self.widths), bias=False)
@@ -87,18 +82,17 @@ class Titans(StatefulMixer[TitansState]):
 
     def forward(self, x: Hidden, context: Context) -> Hidden:
         u, gate, rates = self.project(x).split(self.widths, -1)
-        rows = self._rows(self.convolution(u), rates)
-        return self._train(rows, gate, self.init_state(len(x), 0), None)[0]
+        inputs = self._inputs(self.convolution(u), rates)
+        return self._train(inputs, gate, self.init_state(len(x), 0), None)[0]
 
     def init_state(self, batch_size: int, max_length: int) -> TitansState:
-        exact = at_least_float32(self.memory)
-        memory = exact.repeat(batch_size, 1, 1, 1)
+        memory = at_least_float32(self.memory).repeat(batch_size, 1, 1, 1)
         return TitansState(self.convolution.init_state(batch_size), memory, memory.clone(), torch.zeros_like(memory))
 
     def step(self, x: Tensor, state: TitansState, context: Context) -> tuple[Tensor, TitansState]:
         u, gate, rates = self.project(x).split(self.widths, -1)
         u, convolution = self.convolution.step(u, state.convolution)
-        query, key, value, rate, log_keep, log_momentum = (row[..., None] for row in self._rows(u, rates))
+        query, key, value, rate, log_keep, log_momentum = (y[..., None] for y in self._inputs(u, rates))
         with torch.autocast(x.device.type, enabled=False):
             begins = (context.positions % self.mini_batch == 0)[:, None, None, None]
             start = torch.where(begins, state.memory, state.start)
@@ -112,33 +106,31 @@ class Titans(StatefulMixer[TitansState]):
         u, gate, rates = self.project(x).split(self.widths, -1)
         u, convolution = self.convolution.prefill(u, state.convolution)
         state = state._replace(convolution=convolution)
-        return self._train(self._rows(u, rates), gate, state, context.positions.expand(len(x), -1))
+        return self._train(self._inputs(u, rates), gate, state, context.positions.expand(len(x), -1))
 
-    def _rows(self, u: Tensor, rates: Tensor) -> Rows:
-        """From what was convolved, (B, T, 3 D), and W_r x (B, T, 3 H), without T in `step`: in float32 at least."""
+    def _inputs(self, u: Tensor, rates: Tensor) -> Inputs:
+        """From conv(W x) (B, T, 3 D) and W_r x (B, T, 3 H), without T in `step`; in float32 at least."""
         exact = exact_dtype(u)
         query, key, value = F.silu(u).to(exact).unflatten(-1, (3, self.heads, self.head_dim)).unbind(-3)
         decay, momentum, rate = (rates.to(exact) + self.rates.to(exact)).chunk(3, -1)
         rate = (-momentum).sigmoid() * rate.sigmoid() / self.mini_batch
-        return Rows(l2_norm(query), l2_norm(key), value, rate, F.logsigmoid(-decay), F.logsigmoid(momentum))
+        return Inputs(l2_norm(query), l2_norm(key), value, rate, F.logsigmoid(-decay), F.logsigmoid(momentum))
 
     def _train(
-        self, rows: Rows, gate: Tensor, state: TitansState, positions: Tensor | None
+        self, inputs: Inputs, gate: Tensor, state: TitansState, positions: Tensor | None
     ) -> tuple[Hidden, TitansState]:
-        """One mini-batch after the other. Without positions, at the text's start."""
+        """One mini-batch after the other; without positions, from the text's start."""
         with torch.autocast(gate.device.type, enabled=False):
-            batches = MiniBatches(gate.shape[1], self.mini_batch, positions, rows.rate)
-            query, key, value, rate, log_keep, log_momentum = (batches.cut(row) for row in rows)  # (B, N, H, b, ...)
+            batches = MiniBatches(gate.shape[1], self.mini_batch, positions, inputs.rate)
+            query, key, value, rate, log_keep, log_momentum = (batches.cut(y) for y in inputs)  # (B, N, H, b, ...)
             kept, moved = _faded(log_keep), _faded(log_momentum)  # (B, N, H, b, b + 1)
-            moves = (
-                kept[..., 1:] * batches.present[:, :, :, None]
-            )  # how much of each S is in each M: none after padding
+            moves = kept[..., 1:] * batches.present[:, :, :, None]  # the share of each S in each M: 0 after padding
             memory_keeps, momentum_keeps = kept[..., :1], moved[..., :1]  # of M and S before
             memory_moves = moves @ moved
             carried, written = memory_moves.split((1, self.mini_batch), -1)  # of S before, and of each gradient
             written = written * rate[..., None, :]
             scores = (query @ key.mT) * written  # (B, N, H, b, b)
-            into_memory = written[..., -1, :, None] * key  # what the last place has of each gradient, (B, N, H, b, K)
+            into_memory = written[..., -1, :, None] * key  # each gradient in the last M, (B, N, H, b, K)
             into_momentum = (moved[..., -1, 1:] * rate)[..., None] * key
             into = torch.cat((into_memory, into_momentum), -1).mT  # (B, N, H, 2 K, b)
             from_memory, from_momentum = memory_keeps * query, carried * query
@@ -146,7 +138,7 @@ class Titans(StatefulMixer[TitansState]):
             begins = batches.begins[..., None, None, None]  # (B, N, 1, 1, 1)
             _, start, memory, momentum = state
             reads = []
-            # unbound, where an index would fill a gradient of the whole length at each mini-batch
+            # unbound: the gradient of an index is as long as the whole text, at each mini-batch
             parts = (begins, key, value, from_memory, from_momentum, scores, into, last_kept, last_carried, last_moved)
             for begin, k, v, of_memory, of_momentum, score, write, keep, carry, move in zip(
                 *(part.unbind(1) for part in parts), strict=True
@@ -166,9 +158,10 @@ class Titans(StatefulMixer[TitansState]):
 
 
 def _faded(log_decay: Tensor) -> Tensor:
-    """How much each place (row) has of what was there before the first, and of what came at each place (columns).
+    """(..., b) -> (..., b, b + 1): how much is left at each place (row) of the value before the first place and of the
+    value added at each place (columns).
 
-    (..., b) -> (..., b, b + 1). Sums of one sign, each by itself: a difference of two long ones has lost the short one.
+    Each sum is taken by itself, of numbers with one sign: the difference of two long sums has lost the short one.
     """
     size = log_decay.shape[-1]
     later = torch.ones(size, size + 1, dtype=log_decay.dtype, device=log_decay.device).tril()

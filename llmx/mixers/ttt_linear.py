@@ -5,12 +5,12 @@
     S_t = S' - m_j sum_{s in the mini-batch, s <= t} r_s grad l_s(S')         m_j = max(0, 1 / j + learned)
     y_t = W_o norm(f(q_t; S_t))                                               norm: LayerNorm over all D channels
 
-S' is S at the end of the mini-batch before, j = 1 .. b the place in this one: all its gradients are taken at S', so
-those of b = 16 tokens are one product of matrices, and what a query reads is q_t S' less a masked attention over the
-gradients (the dual form). From mini-batch to mini-batch there is no shortcut, as S' is inside of LN: T / b dependent
-steps are the method's own. Time O(T (b + K) D), memory O(T K D / b) for the S' that the backward pass needs. The state
-is S' and the sum of gradients so far, 2 (K + 1) D numbers a sequence, whatever its length; the first S' is learned. The
-traps: with S of the mini-batch's end in place of S_t, a token reads the gradients of later ones; and a mini-batch is
+S' is S at the end of the mini-batch before, j = 1 .. b the place in this one. All its gradients are taken at S', so
+those of b = 16 tokens are one product of matrices, and a query reads q_t S' less a masked attention over the gradients
+(the dual form). From mini-batch to mini-batch there is no shortcut, as S' is inside LN: the method itself takes T / b
+dependent steps. Time O(T (b + K) D), memory O(T K D / b) for the S' that the backward pass needs. The state is S' and
+the sum of gradients so far, 2 (K + 1) D numbers a sequence, whatever its length; the first S' is learned. The traps:
+with the S of the mini-batch's end instead of S_t, a token reads the gradients of later ones; and mini-batches are
 counted from the start of the text, or the outputs depend on how it was cut.
 """
 
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmx.parts.checks import check_sizes, even_head_width
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.mini_batches import MiniBatches
 from llmx.parts.norm import LayerNorm
@@ -35,12 +36,12 @@ class TTTLinearState(NamedTuple):
     gradient: Tensor  # (B, H, K + 1, K), the sum of r grad l over that mini-batch so far
 
 
-class Rows(NamedTuple):
-    """What a token brings, each (B, T, H, ...), without T in `step`."""
+class Inputs(NamedTuple):
+    """The inputs of the recurrence, each (B, T, H, ...), without T in `step`."""
 
     query: Tensor  # (..., K + 1), a 1 at its end
-    key: Tensor  # (..., K + 1), so too
-    target: Tensor  # (..., K), v - k: what LN is to give
+    key: Tensor  # (..., K + 1), with a 1 too
+    target: Tensor  # (..., K), v - k, which LN learns to give
     rate: Tensor  # (...), r
 
 
@@ -51,32 +52,26 @@ class TTTLinear(StatefulMixer[TTTLinearState]):
         site: where the mixer stands.
         heads: H; must divide `dim` into parts of even width.
         mini_batch: b, tokens whose gradients are taken at the same weights.
-        base_rate: the inner learning rate, before the token's own share of it.
+        base_rate: the inner learning rate, before the token's own share of it; above 0.
         rotary_base: of the angles of query and key.
-
-    Raises:
-        ValueError: for heads that do not divide the width, a mini-batch below 1, or a rate that is not above 0.
     """
 
     def __init__(
         self, site: Site, heads: int = 4, mini_batch: int = 16, base_rate: float = 1.0, rotary_base: float = 10000.0
     ):
         super().__init__()
-        if heads < 1 or site.dim % (2 * heads):
-            raise ValueError(f"heads: {heads} heads must divide dim {site.dim} into parts of even width")
-        if mini_batch < 1:
-            raise ValueError(f"mini_batch: {mini_batch} is below 1")
+        check_sizes(mini_batch=mini_batch)
         if base_rate <= 0:
             raise ValueError(f"base_rate: {base_rate} is not above 0")
         self.heads = heads
-        self.head_dim = site.dim // heads
+        self.head_dim = even_head_width(site.dim, heads)
         self.mini_batch = mini_batch
         self.base_rate = base_rate
         self.rotary_base = rotary_base
         self.widths = (3 * site.dim, heads)  # q, k, v; r
         self.project = nn.Linear(site.dim, sum(self.widths), bias=False)
         self.rate_bias = nn.Parameter(torch.zeros(heads))  # c
-        self.step_size = nn.Parameter(torch.zeros(mini_batch))  # what is learned of m
+        self.step_size = nn.Parameter(torch.zeros(mini_batch))  # the learned part of m
         self.weights = nn.Parameter(torch.empty(heads, self.head_dim, self.head_dim))  # the first S'
         self.bias = nn.Parameter(torch.zeros(site.dim))
         self.inner_weight = nn.Parameter(torch.ones(site.dim))  # of LN, a head after the other
@@ -88,8 +83,7 @@ class TTTLinear(StatefulMixer[TTTLinearState]):
         normal_(self.out, residual_std(site.depth))
 
     def forward(self, x: Hidden, context: Context) -> Hidden:
-        rows = self._project(x, context)
-        return self._train(rows, self.init_state(len(x), 0), None, x.dtype)[0]
+        return self._train(self._project(x, context), self.init_state(len(x), 0), None, x.dtype)[0]
 
     def init_state(self, batch_size: int, max_length: int) -> TTTLinearState:
         first = torch.cat((self.weights, self.bias.view(self.heads, 1, -1)), 1)
@@ -109,10 +103,9 @@ class TTTLinear(StatefulMixer[TTTLinearState]):
         return self._read(query, read, x.dtype), TTTLinearState(weights, gradient)
 
     def prefill(self, x: Hidden, state: TTTLinearState, context: Context) -> tuple[Hidden, TTTLinearState]:
-        rows = self._project(x, context)
-        return self._train(rows, state, context.positions.expand(len(x), -1), x.dtype)
+        return self._train(self._project(x, context), state, context.positions.expand(len(x), -1), x.dtype)
 
-    def _project(self, x: Tensor, context: Context) -> Rows:
+    def _project(self, x: Tensor, context: Context) -> Inputs:
         """In float32 at least."""
         exact = exact_dtype(x)
         qkv, rate = (part.to(exact) for part in self.project(x).split(self.widths, -1))
@@ -123,23 +116,23 @@ class TTTLinear(StatefulMixer[TTTLinearState]):
             context.store[name] = rotary_table(places, self.head_dim, self.rotary_base, exact)[..., None, :, :]
         query, key = rotate(query, context.store[name]), rotate(key, context.store[name])
         rate = (rate + self.rate_bias.to(exact)).sigmoid() * (self.base_rate / self.head_dim)
-        return Rows(F.pad(query, (0, 1), value=1.0), F.pad(key, (0, 1), value=1.0), value - key, rate)
+        return Inputs(F.pad(query, (0, 1), value=1.0), F.pad(key, (0, 1), value=1.0), value - key, rate)
 
     def _train(
-        self, rows: Rows, state: TTTLinearState, positions: Tensor | None, dtype: torch.dtype
+        self, inputs: Inputs, state: TTTLinearState, positions: Tensor | None, dtype: torch.dtype
     ) -> tuple[Hidden, TTTLinearState]:
-        """The dual form, one mini-batch after the other. Without positions, at the text's start."""
-        with torch.autocast(rows.key.device.type, enabled=False):
-            batches = MiniBatches(rows.rate.shape[1], self.mini_batch, positions, rows.rate)
-            query, key, target, rate = (batches.cut(part) for part in rows)  # (B, N, H, b, ...)
+        """The dual form, one mini-batch after the other; without positions, from the text's start."""
+        with torch.autocast(inputs.key.device.type, enabled=False):
+            batches = MiniBatches(inputs.rate.shape[1], self.mini_batch, positions, inputs.rate)
+            query, key, target, rate = (batches.cut(part) for part in inputs)  # (B, N, H, b, ...)
             sizes = self._step_sizes()[:, None]  # (b, 1)
             weighed = rate[..., None] * key
             scores = sizes * (query @ weighed.mT).tril()  # (B, N, H, b, b): a query reads up to its own token
             both = torch.cat((key, query), -2)  # (B, N, H, 2 b, K + 1)
             begins = batches.begins[..., None, None, None]  # (B, N, 1, 1, 1)
-            held = None if positions is None else sizes * query[:, 0]  # reads what its mini-batch has from before
+            held = None if positions is None else sizes * query[:, 0]  # reads earlier gradients of its mini-batch
             reads = []
-            # unbound, where an index would fill a gradient of the whole length at each mini-batch
+            # unbound: the gradient of an index is as long as the whole text, at each mini-batch
             parts = (part.unbind(1) for part in (begins, both, target, scores, weighed.mT))
             for begin, known_and_read, wanted, score, write in zip(*parts, strict=True):
                 weights, gradient = state = self._begin(state, begin)
@@ -150,10 +143,10 @@ class TTTLinear(StatefulMixer[TTTLinearState]):
                 reads.append(read - score @ slope)
                 state = TTTLinearState(weights, gradient + write @ slope)
             read = batches.join(torch.stack(reads, 1))
-        return self._read(rows.query, read, dtype), state
+        return self._read(inputs.query, read, dtype), state
 
     def _begin(self, state: TTTLinearState, begins: Tensor) -> TTTLinearState:
-        """Where a mini-batch begins, the one before moves the weights."""
+        """At the beginning of a mini-batch, the one before moves the weights."""
         moved = state.weights - self._step_sizes()[-1] * state.gradient
         return TTTLinearState(torch.where(begins, moved, state.weights), state.gradient.masked_fill(begins, 0.0))
 
