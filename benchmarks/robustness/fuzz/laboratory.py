@@ -1,33 +1,19 @@
-"""Bad input by the thousand: random faults in configs, flags, files and checkpoints, each through the command line.
-
-    python -m benchmarks.robustness.fuzz --cases 2000 --out docs/results/fuzz.json
-
-Every case either runs (exit code 0, or 1 where a verb says so) or is refused: exit code 2, one message that names the
-key or file concerned, no traceback, and nothing new on the disk. What does neither is a failure, printed in full.
-Networks are tiny and trainings one step, so that what is valid runs. Numbers whose only effect is work without an end
-(steps, layers) stay small; all others are of any size, under a limit of memory.
-"""
+"""Where cases run: a folder with a corpus, a config and a finished run, and the judgement of each outcome."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
-import json
-import logging
 import os
 import resource
 import shutil
 import signal
 import sys
-import tempfile
 import time
 import traceback
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -37,51 +23,51 @@ import yaml
 from hypothesis import HealthCheck, Phase
 from hypothesis import strategies as st
 
-from benchmarks.robustness.fuzz_cases import Case, config, kinds
+from benchmarks.robustness.fuzz.case import Case, config
+from benchmarks.robustness.fuzz.kinds import kinds
 from llmx.cli import main as command_line
-from llmx.runs.provenance import provenance
 from testbed.tiny import TEXT
 
-SECONDS = 30  # of one case; a tiny run takes one or two
-MEMORY = 8 * 2**30  # bytes of addresses beyond those of the start
+SECONDS = 30  # limit for one case; a tiny run takes one or two
+MEMORY = 8 * 2**30  # limit in bytes of address space beyond those at the start
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """ran, refused, or how it failed: traceback, nameless, left behind, silent, too slow."""
+    """What became of a case: ran, refused, or a failure (traceback, nameless, left behind, silent, too slow)."""
 
     case: Case
     what: str
-    said: str
+    message: str
     seconds: float
 
     @property
     def failed(self) -> bool:
         return self.what not in ("ran", "refused")
 
-    def shown(self) -> str:
+    def report(self) -> str:
+        """The whole failure: command, names, message and files."""
         files = {name: None if content is None else repr(content)[:3000] for name, content in self.case.files.items()}
-        case = f"{self.what}, {self.case.kind}, {self.case.arguments}, to be named {self.case.names}"
-        return f"{case}: {self.said[-600:]}\n{files}"
+        case = f"{self.what}, {self.case.kind}, {self.case.arguments}, must name one of {self.case.names}"
+        return f"{case}: {self.message[-600:]}\n{files}"
 
 
 class TooSlow(BaseException):
-    """No Exception: nothing on the way may take it for its own."""
+    """A BaseException, so that no `except Exception` on the way catches it."""
 
 
-# ------------------------------------------------------------------------------------------------------ where it runs
-class Lab:
-    """A folder with a corpus, a config and a run, of which every case gets a copy. Enter it before running cases."""
+class FuzzLaboratory:
+    """A folder with a corpus, a config and a run. Enter it before running cases; every case runs in a copy."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.template = folder / "template"
 
-    def __enter__(self) -> Lab:
+    def __enter__(self) -> FuzzLaboratory:
         self._before = os.getcwd(), list(sys.path), dict(os.environ)
         os.environ["LLMX_CACHE"] = os.environ["LLMX_DATA_PATH"] = str(self.folder / "data")
-        os.environ["CXX"] = "no-such-compiler"  # compiling takes half a minute and is not what is tried here
-        for name in ("tinyshakespeare", "text8", "enwik8"):  # found here, and refused: nothing is downloaded
+        os.environ["CXX"] = "no-such-compiler"  # compiling takes half a minute and is not tested here
+        for name in ("tinyshakespeare", "text8", "enwik8"):  # found here and refused, so nothing is downloaded
             (self.folder / "data" / name).mkdir(parents=True)
             (self.folder / "data" / name / "input.txt").write_text(TEXT)
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -104,7 +90,7 @@ class Lab:
         resource.setrlimit(resource.RLIMIT_AS, self._limits)
 
     def run(self, case: Case) -> Outcome:
-        """The case in a fresh copy of the template."""
+        """Runs a case in a fresh copy of the template."""
         place = self.folder / "case"
         shutil.copytree(self.template, place, symlinks=True)
         try:
@@ -115,7 +101,7 @@ class Lab:
                 if path.is_symlink() or path.is_file():
                     path.unlink()
                 path.mkdir() if content is None else path.write_bytes(content)
-            return _judged(case)
+            return _run(case)
         finally:
             os.chdir(self.folder)
             sys.path[:] = self._before[1]
@@ -125,15 +111,15 @@ class Lab:
             shutil.rmtree(place)
 
 
-def _judged(case: Case) -> Outcome:
+def _run(case: Case) -> Outcome:
     before, start = _tree(), time.perf_counter()
-    out, said = io.StringIO(), io.StringIO()
+    errors = io.StringIO()
     code: Any = None
     trace = ""
     former = signal.signal(signal.SIGALRM, _too_slow)
     signal.alarm(SECONDS)
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(said), warnings.catch_warnings():
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors), warnings.catch_warnings():
             code = command_line(case.arguments)
     except SystemExit as error:
         code = error.code
@@ -146,16 +132,16 @@ def _judged(case: Case) -> Outcome:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, former)
     seconds = time.perf_counter() - start
-    text = said.getvalue()
+    text = errors.getvalue()
     if code in ("too slow", "traceback"):
         return Outcome(case, str(code), trace, seconds)
-    errors = [line for line in text.splitlines() if line.startswith("error: ")]
+    messages = [line for line in text.splitlines() if line.startswith("error: ")]
     if code in (0, 1, None):
-        return Outcome(case, "nameless" if errors else "ran", text[-500:], seconds)
-    message = text[text.rindex("error: ") :] if errors else ""
+        return Outcome(case, "nameless" if messages else "ran", text[-500:], seconds)
+    message = text[text.rindex("error: ") :] if messages else ""
     if "Traceback" in text:
         what = "traceback"
-    elif len(errors) != 1:
+    elif len(messages) != 1:
         what = "silent"
     elif not any(" ".join(name.split()) in message for name in case.names):
         what = "nameless"
@@ -171,7 +157,7 @@ def _too_slow(*_: Any) -> None:
 
 
 def _tree() -> dict[str, tuple[int, int]]:
-    """All that lies below the working directory, but for what Python caches, and the record of failed trials."""
+    """All files and folders here, but for Python's caches and the sweep database, which keeps failed trials."""
     found = {}
     for path in Path().rglob("*"):
         if "__pycache__" not in path.parts and path.name != "sweeps.db":
@@ -182,16 +168,16 @@ def _tree() -> dict[str, tuple[int, int]]:
     return found
 
 
-def outcomes(lab: Lab, cases: int, seed: int = 0, only: Sequence[str] = ()) -> Iterator[Outcome]:
-    """Runs that many cases, one after the other; the same seed gives the same ones."""
+def outcomes(lab: FuzzLaboratory, cases: int, seed: int = 0, only: Sequence[str] = ()) -> Iterator[Outcome]:
+    """Runs so many cases, one after the other. The same seed gives the same cases."""
     chosen = {name: kind for name, kind in kinds(lab.template).items() if not only or name in only}
     whole = sum(share for share, _ in chosen.values())
     for number, (share, strategy) in enumerate(chosen.values()):
         yield from _drawn(lab, strategy(), max(1, round(cases * share / whole)), seed * 100 + number)
 
 
-def _drawn(lab: Lab, strategy: st.SearchStrategy[Case], cases: int, seed: int) -> list[Outcome]:
-    """All are kept: a test of Hypothesis would stop at the first failure, to make it smaller."""
+def _drawn(lab: FuzzLaboratory, strategy: st.SearchStrategy[Case], cases: int, seed: int) -> list[Outcome]:
+    """Keeps all outcomes: a Hypothesis test would stop at the first failure to shrink it."""
     found: list[Outcome] = []
 
     @hypothesis.seed(seed)
@@ -207,39 +193,7 @@ def _drawn(lab: Lab, strategy: st.SearchStrategy[Case], cases: int, seed: int) -
     def run(case: Case) -> None:
         found.append(lab.run(case))
         if found[-1].failed:
-            print(found[-1].shown(), file=sys.__stderr__, flush=True)
+            print(found[-1].report(), file=sys.__stderr__, flush=True)
 
     run()
     return found
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=2000, help="how many, over all kinds")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws; the same seed gives the same cases")
-    parser.add_argument("--only", nargs="*", default=[], help="kinds of cases, all if not given")
-    parser.add_argument("--out", type=Path, help="JSON file for the counts and the failures")
-    options = parser.parse_args()
-    logging.disable(logging.WARNING)
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder, Lab(Path(folder)) as lab:
-        done = list(outcomes(lab, options.cases, options.seed, options.only))
-    counts = {name: Counter(o.what for o in done if o.case.kind == name) for name in kinds(lab.template)}
-    print(json.dumps(counts, indent=1))
-    failures = [outcome.shown() for outcome in done if outcome.failed]
-    if options.out is not None:
-        record = {
-            "date": date.today().isoformat(),
-            "cases": len(done),
-            "seconds": round(time.perf_counter() - start),
-            "outcomes": Counter(outcome.what for outcome in done),
-            "by kind": {name: count for name, count in counts.items() if count},
-            "failures": failures,
-            **provenance(),
-        }
-        options.out.write_text(json.dumps(record, indent=1) + "\n")
-    return int(bool(failures))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Bad input by the thousand, each case through the command line."""
