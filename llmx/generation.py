@@ -1,16 +1,16 @@
 """Generation by prefill and step.
 
-Policy at the end of the window: no network is asked about more positions than it was trained on. When the context has
-grown to the window, its last half is read again in one prefill and decoding goes on from there, so that each new
-character sees between half a window and a whole window of text. A prompt longer than the window counts with its end.
+At the end of the window: no network gets more positions than it was trained on. When the context has grown to the
+window, one prefill reads its last half again and decoding continues from there. So each new character sees between half
+a window and a whole window of text. Of a longer prompt only the end counts.
 
 With `speculate` (blockwise parallel decoding, arXiv 1811.03115, on the drafts of arXiv 2404.19737) the head proposes
-tokens beyond the next one and one prefill reads them all. A draft stands if it is the very token that is chosen at its
-place anyway, with the noise of that place; so the text is that of ordinary sampling, up to the rounding of a prefill
-against steps, whatever the drafts are worth. Drafts take the noise of their places too: where head and network agree on
-the distribution they then agree on the draw. All rows go on by the drafts that stand in every one of them. The
-prefill runs on a copy of the state, for a mixer may write in place or forget; where a draft falls, the state from
-before stays, and the tokens that stand are read again together with the next drafts.
+tokens beyond the next one, and one prefill reads them all. A draft stands if sampling chooses the same token at its
+place, with the noise of that place. So the text is that of ordinary sampling, up to the rounding of a prefill against
+steps, however good the drafts are. Drafts use the noise of their places too: where head and network agree on the
+distribution, they agree on the draw. All rows advance by the drafts that stand in every row. The prefill runs on a copy
+of the state, as a mixer may write in place or forget. If a draft falls, the earlier state stays, and the next prefill
+reads the tokens that stand again together with the next drafts.
 """
 
 from collections import deque
@@ -23,21 +23,21 @@ from torch.utils._pytree import tree_map
 
 from llmx.protocol import Network, State, Tokens
 
-AT_ONCE = 4  # tokens that one call of a compiled `decode` takes: more pays little and compiles for long
+TOKENS_A_CALL = 4  # of a compiled `decode`: more gains little and compiles slowly
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn.
+    """Settings for drawing the next token.
 
     Args:
         max_new_tokens: tokens to generate for each prompt.
         temperature: divides the logits; 0 takes the most likely token.
         top_k: only the k most likely tokens.
-        top_p: only the smallest set of tokens that holds this probability (arXiv 1904.09751).
+        top_p: only the smallest set of tokens with this probability (arXiv 1904.09751).
         min_p: only tokens with at least this share of the highest probability (arXiv 2407.01082).
-        seed: of the draws; the same seed and prompts give the same text.
-        speculate: drafts that are read at once, as many as the network's head makes at most; 0 goes token by token.
+        seed: seed of the draws. The same seed and prompts give the same text.
+        speculate: drafts that one prefill reads, at most as many as the network's head makes. 0 goes token by token.
 
     Raises:
         ValueError: for a value out of range.
@@ -72,20 +72,20 @@ Decode = Callable[[Network, Tensor, State, Sampling, Sequence[Tensor]], tuple[To
 
 
 def choose(logits: Tensor, sampling: Sampling, noise: Tensor) -> Tensor:
-    """Takes one token a row: logits (..., V) -> (...) int64. The cuts apply one after the other, top_k first.
+    """Chooses one token a row: logits (..., V) -> (...) int64. The cuts apply one after the other, top_k first.
 
-    noise (..., V), float32: draws from the exponential distribution of rate 1; a temperature of 0 leaves them aside.
+    noise (..., V), float32: draws from the exponential distribution of rate 1. A temperature of 0 ignores them.
     """
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    # differences to the highest: a tiny temperature then gives -inf and never inf
+    # subtract the highest: a tiny temperature then gives -inf and never inf
     logits = (logits.float() - logits.amax(-1, keepdim=True)) / max(sampling.temperature, 1e-30)
     if sampling.top_k is not None:
         kept = logits.topk(min(sampling.top_k, logits.shape[-1]))
         logits = torch.full_like(logits, float("-inf")).scatter(-1, kept.indices, kept.values)
     if sampling.top_p is not None:
         ordered, order = logits.softmax(-1).sort(-1, descending=True)
-        beyond = ordered.cumsum(-1) - ordered >= sampling.top_p  # what stands before it holds enough already
+        beyond = ordered.cumsum(-1) - ordered >= sampling.top_p  # likelier tokens already hold top_p
         logits = logits.masked_fill(beyond.scatter(-1, order, beyond), float("-inf"))
     if sampling.min_p is not None:
         probabilities = logits.softmax(-1)
@@ -98,7 +98,7 @@ def choose(logits: Tensor, sampling: Sampling, noise: Tensor) -> Tensor:
 def decode(
     network: Network, tokens: Tensor, state: State, sampling: Sampling, noises: Sequence[Tensor]
 ) -> tuple[Tokens, State]:
-    """Takes a step and a token for each of the noises: the last tokens (B,) -> the next ones (B, len(noises))."""
+    """Makes a step and chooses a token for each noise: the last tokens (B,) -> the next ones (B, len(noises))."""
     chosen = []
     for noise in noises:
         logits, state = network.step(tokens, state)
@@ -108,7 +108,7 @@ def decode(
 
 
 def check_drafts(network: Network, sampling: Sampling) -> None:
-    """Raises ValueError where the network makes fewer drafts than are wanted, or cannot go on from a state."""
+    """Raises ValueError if the network makes too few drafts, or has no state."""
     if not sampling.speculate:
         return
     if not network.drafts:
@@ -118,15 +118,15 @@ def check_drafts(network: Network, sampling: Sampling) -> None:
     if sampling.speculate > network.drafts:
         raise ValueError(f"speculate: {sampling.speculate} is more than the {network.drafts} drafts of the head")
     if not network.stateful:
-        raise ValueError("speculate: this network has a mixer without a state, from which drafts could be read")
+        raise ValueError("speculate: this network has a mixer without a state, so it cannot read drafts")
 
 
 class Noise:
-    """The noise (B, V) of every place of a text, drawn once and in order, however a place is reached.
+    """The noise (B, V) of every place of a text, drawn once and in order.
 
     Args:
-        text: (B, L), for device and rows.
-        start: the first place that has noise.
+        text: (B, L), which gives the device and the rows.
+        start: the first place with noise.
     """
 
     def __init__(self, text: Tokens, start: int, vocab_size: int, sampling: Sampling):
@@ -137,7 +137,7 @@ class Noise:
         self.held: deque[Tensor] = deque()
 
     def at(self, begin: int, end: int) -> list[Tensor]:
-        """Of the places from begin to end; those before begin are not asked for again."""
+        """The noise of the places from begin to end. Drops earlier places, which no later call may ask for."""
         while self.first + len(self.held) < end:
             drawn = torch.empty(self.shape, device=self.generator.device)
             self.held.append(drawn if self.greedy else drawn.exponential_(generator=self.generator))
@@ -153,11 +153,11 @@ def generate(
 ) -> Tokens:
     """Continues prompts (B, T), T >= 1, by `sampling.max_new_tokens` tokens: (B, max_new_tokens).
 
-    A network without a state recomputes its context for every token. The network's training mode is left as it was.
-    `decode_at_once` stands in for `decode` where AT_ONCE tokens are wanted, for instance compiled.
+    A network without a state recomputes its context for every token. The network keeps its training mode.
+    `decode_at_once`, for instance compiled, replaces `decode` in calls for TOKENS_A_CALL tokens.
 
     Raises:
-        ValueError: where the network cannot `speculate`.
+        ValueError: if the network cannot `speculate`.
     """
     check_drafts(network, sampling)
     was_training = network.training
@@ -170,19 +170,19 @@ def generate(
         if sampling.speculate:
             _speculate(network, text, start, window, sampling, noise)
         else:
-            _go_on(network, text, start, window, sampling, noise, decode_at_once)
+            _token_by_token(network, text, start, window, sampling, noise, decode_at_once)
         return text[:, start:]
     finally:
         if was_training:
             network.train()
 
 
-def _go_on(
+def _token_by_token(
     network: Network, text: Tokens, end: int, window: int, sampling: Sampling, noise: Noise, decode_at_once: Decode
 ) -> None:
     """Fills the text from `end` on, token by token."""
     state: State | None = None
-    begin = max(0, end - window)  # where the context starts in the text
+    begin = max(0, end - window)  # start of the context in the text
     while end < text.shape[1]:
         if end - begin > window:
             begin = end - max(1, window // 2)
@@ -190,7 +190,7 @@ def _go_on(
         if state is None and network.stateful and end - begin == 1:
             state = network.init_state(text.shape[0], window)  # a single token needs no prefill
         if state is not None:
-            at_once = AT_ONCE if end + AT_ONCE <= min(text.shape[1], begin + window + 1) else 1
+            at_once = TOKENS_A_CALL if end + TOKENS_A_CALL <= min(text.shape[1], begin + window + 1) else 1
             take = decode if at_once == 1 else decode_at_once
             following, state = take(network, text[:, end - 1], state, sampling, noise.at(end, end + at_once))
         else:
@@ -205,7 +205,7 @@ def _go_on(
 
 
 def _speculate(network: Network, text: Tokens, end: int, window: int, sampling: Sampling, noise: Noise) -> None:
-    """Fills the text from `end` on, several tokens at once where drafts stand."""
+    """Fills the text from `end` on, with several tokens a prefill where drafts stand."""
     drafts = text[:, :0]  # (B, n), for the places from `end` on
     state: State | None = None  # after the tokens from `begin` to `read`
     begin = read = max(0, end - window)
@@ -218,7 +218,7 @@ def _speculate(network: Network, text: Tokens, end: int, window: int, sampling: 
             state = network.init_state(text.shape[0], window)
         drafts = drafts[:, : min(begin + window, text.shape[1] - 1) - end]
         n = drafts.shape[1]
-        if n and end - read > sampling.speculate + 1:  # too much to read again and again
+        if n and end - read > sampling.speculate + 1:  # too many tokens to read repeatedly
             state = network.prefill_ahead(text[:, read : end - 1], state, 1)[1]
             read = end - 1
         seen = torch.cat((text[:, read:end], drafts), 1)

@@ -16,8 +16,6 @@ Dimensions:
     K  head_dim                  width of one head's query and key
     V  vocabulary                distinct tokens (in a mixer: width of one head's value)
     F  hidden                    width inside a feed-forward
-
-The aliases `Tokens`, `Hidden`, `Logits` and `Losses` document a signature. Nothing checks them.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Tokens = Tensor  # (B, T) int64
+Tokens = Tensor  # (B, T) int64; this and the next three document a signature, and nothing checks them
 Hidden = Tensor  # (B, T, D)
 Logits = Tensor  # (B, T, V)
 Losses = Tensor  # (B, T) float32, nats
@@ -42,7 +40,6 @@ BlockCall = Callable[[Tensor], Tensor]  # a block of the stack, its context and 
 Branch = Callable[[Tensor], Tensor]  # the mixer or feed-forward of a block, its context and state filled in
 Run = Branch  # the former name, which users' own blocks import
 IGNORE = -100  # a target that the loss does not count: padding, or a character that another window counts
-
 Built = TypeVar("Built")
 S = TypeVar("S", bound=State)
 
@@ -52,21 +49,20 @@ class Site:
     """Where in a network a component stands.
 
     `occurrence` counts the components of the same kind below this one: "the first attention" of a hybrid has
-    occurrence 0, whatever its layer. All sites of a network share `placed`, the components of each kind so far.
+    occurrence 0, whatever its layer. All sites of a network share `census`, the components of each kind so far.
     """
 
     dim: int
     layer: int = 0
     depth: int = 1
     occurrence: int = 0
-    placed: Counter[Any] = field(default_factory=Counter, compare=False, repr=False)
+    census: Counter[Any] = field(default_factory=Counter, compare=False, repr=False)
 
     def place(self, factory: Callable[[Site], Built]) -> Built:
         """Builds a component here, and tells it its occurrence."""
         kind = factory.func if isinstance(factory, partial) else factory
-        occurrence = self.placed[kind]
-        self.placed[kind] += 1
-        return factory(replace(self, occurrence=occurrence))
+        self.census[kind] += 1
+        return factory(replace(self, occurrence=self.census[kind] - 1))
 
 
 class Context:
@@ -75,8 +71,7 @@ class Context:
     tokens:     (B, T), or (B,) in `step`
     positions:  (B, T), or (1, T) where all rows agree, or (B,) in `step`; counted from 0
     embedding:  (B, T, D), or (B, D) in `step`: the stream that enters the first block
-    store:      named tensors for other layers (the value residual, rotary tables), each (B, T, ...) or (1, T, ...),
-                and without T in `step`
+    store:      named tensors for other layers (value residual, rotary tables): (B or 1, T, ...), or no T in `step`
     auxiliary:  scalar, the sum of the auxiliary losses (nats per token) that the components add in `forward`
     """
 
@@ -98,12 +93,9 @@ class Context:
 
 
 class Component(nn.Module):
-    """Any module of a network that decides how the optimizer treats it.
+    """Any module of a network that decides how the optimizer treats it."""
 
-    undecayed: names of its parameters with two dimensions that weight decay leaves alone: rates and frequencies, for
-        which zero is not neutral
-    """
-
+    # matrices without weight decay: rates and frequencies, for which zero is not neutral
     undecayed: ClassVar[tuple[str, ...]] = ()
 
     def after_optimizer_step(self) -> None:
@@ -209,12 +201,10 @@ class Block(Component, ABC, Generic[S]):
 class Embedding(Component, ABC):
     """Maps tokens to vectors. A factory builds it from `vocab_size` and `dim`."""
 
-    table: nn.Embedding
-
     @property
     def weight(self) -> Tensor:
         """(V, D), which a tied head uses too. An embedding without a `table` overrides it."""
-        return self.table.weight
+        return cast(nn.Embedding, self.table).weight
 
     @abstractmethod
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -224,15 +214,13 @@ class Embedding(Component, ABC):
 class Head(Component, ABC):
     """Maps vectors to logits. A factory builds it from `dim` and `vocab_size`."""
 
-    linear: nn.Linear
-
     @abstractmethod
     def forward(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V)"""
 
     def tie(self, weight: Tensor) -> None:
         """Uses the embedding's weights (V, D). A head without a `linear` overrides it."""
-        self.linear.weight = cast(nn.Parameter, weight)
+        cast(nn.Linear, self.linear).weight = cast(nn.Parameter, weight)
 
     def auxiliary(self, hidden: Hidden, targets: Tokens) -> Tensor | None:
         """A further loss for training alone, in nats per token, or None."""
@@ -288,14 +276,12 @@ class Network(nn.Module, ABC, Generic[S]):
         """The head: (..., D) -> (..., V)."""
 
     def forward(self, tokens: Tokens) -> Logits:
-        """(B, T) -> (B, T, V)"""
         return self.logits(self.hidden(tokens)[0])
 
     def loss(self, hidden: Hidden, targets: Tokens) -> Losses:
         """The negative log-likelihood of each target, (B, T) in nats, float32. It is 0 where the target is IGNORE."""
-        logits = self.logits(hidden)
-        losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="none")
-        return losses.view(targets.shape)
+        logits = self.logits(hidden).flatten(0, 1).float()
+        return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="none").view(targets.shape)
 
     def losses(self, tokens: Tokens, targets: Tokens) -> tuple[Losses, Tensor]:
         """The losses of all positions, and the scalar auxiliary loss. Training and evaluation call this."""

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -39,29 +40,38 @@ SITES = [Site(dim=DIM), Site(dim=DIM, layer=2, depth=4, occurrence=1)]
 def context(x: Tensor) -> Context:
     batch, time = x.shape[:2]
     generator = torch.Generator().manual_seed(3)
-    made = Context(
+    return Context(
         torch.randint(11, (batch, time), generator=generator),
         torch.arange(time).expand(batch, time),
         torch.randn(x.shape, generator=generator, dtype=x.dtype),
     )
-    made.store["first value"] = torch.randn(x.shape, generator=generator, dtype=x.dtype)  # what layer 0 leaves there
-    made.store["first value of RWKV-7"] = torch.randn(x.shape, generator=generator, dtype=x.dtype)
-    made.store["hgrn2 bounds"] = torch.linspace(0, 0.9, 4, dtype=x.dtype)[:, None].expand(1, time, 4, DIM)
-    return made
 
 
-def run_in_pieces(component, x: Tensor, lengths: Sequence[int]) -> Tensor:
+def placed(cls: type, site: Site) -> list[Any]:
+    """The component at a site, after the one of layer 0 where that is another: it fills the context's store first."""
+    sites = [site] if site.layer == 0 else [Site(dim=site.dim, depth=site.depth), site]
+    return [perturbed(cls(site)) for site in sites]
+
+
+def run(components: Sequence[Any], x: Tensor, made: Context) -> Tensor:
+    """The output of the last component; the others only write into the context."""
+    for lower in components[:-1]:
+        with torch.no_grad():
+            lower(x, made)
+    return components[-1](x, made)
+
+
+def run_in_pieces(components: Sequence[Any], x: Tensor, lengths: Sequence[int]) -> Tensor:
     whole, outputs = context(x), []
-    state = component.init_state(x.shape[0], x.shape[1])
+    states = [component.init_state(x.shape[0], x.shape[1]) for component in components]
     for piece in pieces(lengths):
-        here = Context(whole.tokens[:, piece], whole.positions[:, piece], whole.embedding[:, piece])
-        here.store = {name: value[:, piece] for name, value in whole.store.items()}
-        if piece.stop - piece.start == 1:
-            output, state = component.step(x[:, piece.start], state, here.at(0))
-            outputs.append(output[:, None])
-        else:
-            output, state = component.prefill(x[:, piece], state, here)
-            outputs.append(output)
+        single = piece.stop - piece.start == 1
+        here, x_here = (whole.at(piece.start), x[:, piece.start]) if single else (whole.at(piece), x[:, piece])
+        for i, component in enumerate(components):
+            advance = component.step if single else component.prefill
+            with torch.set_grad_enabled(i == len(components) - 1):
+                output, states[i] = advance(x_here, states[i], here)
+        outputs.append(output[:, None] if single else output)
     return torch.cat(outputs, 1)
 
 
@@ -73,15 +83,15 @@ def test_the_collection_is_found():
 @pytest.mark.parametrize("cls", STATEFUL, ids=lambda cls: cls.__name__)
 def test_every_segmentation_is_the_forward_form_in_outputs_and_gradients(cls, site):
     torch.manual_seed(0)
-    component = perturbed(cls(site))
+    components = placed(cls, site)
     for time in (1, 2, 7, 19, 70):
         x = torch.randn(2, time, DIM, dtype=torch.float64, requires_grad=True)
         for lengths in segmentations(time):
             assert_same_outputs_and_gradients(
-                component,
+                components[-1],
                 [x],
-                lambda x=x: component(x, context(x)),
-                lambda x=x, n=lengths: run_in_pieces(component, x, n),
+                lambda x=x: run(components, x, context(x)),
+                lambda x=x, n=lengths: run_in_pieces(components, x, n),
             )
 
 
@@ -96,11 +106,11 @@ def test_the_state_has_the_batch_first_and_is_made_of_tensors(cls):
 @pytest.mark.parametrize("cls", COMPONENTS, ids=lambda cls: cls.__name__)
 def test_every_parameter_has_a_gradient(cls):
     for site in SITES:
-        component = perturbed(cls(site)).train()
+        components = [component.train() for component in placed(cls, site)]
         x = torch.randn(2, 12, DIM, dtype=torch.float64, requires_grad=True)
         made = context(x)
-        (component(x, made).square().sum() + made.auxiliary).backward()
-        for name, parameter in component.named_parameters():
+        (run(components, x, made).square().sum() + made.auxiliary).backward()
+        for name, parameter in components[-1].named_parameters():
             assert parameter.grad is not None, name
             assert parameter.grad.abs().max() > 0, name
 

@@ -1,4 +1,4 @@
-"""A hybrid stack: layer n is the n-th of a list of blocks, over and over."""
+"""A hybrid stack: layer n takes the n-th of a list of blocks, over and over."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ from llmx.protocol import Block, Context, FeedForward, Hidden, Mixer, Site, Stat
 
 
 class Cycle(Block):
-    """Stands for one block of the list, chosen by its layer.
+    """Holds one block of the list, chosen by its layer.
 
     Args:
         site: where the block stands.
@@ -25,11 +25,11 @@ class Cycle(Block):
         self.block = site.place(blocks[site.layer % len(blocks)])
 
     @property
-    def mixer(self) -> Mixer:  # type: ignore[override]
+    def mixer(self) -> Mixer:  # type: ignore[override]  # the inner block registers the module
         return self.block.mixer
 
     @property
-    def feed_forward(self) -> FeedForward:  # type: ignore[override]
+    def feed_forward(self) -> FeedForward:  # type: ignore[override]  # as above
         return self.block.feed_forward
 
     @property

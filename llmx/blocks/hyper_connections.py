@@ -1,15 +1,15 @@
 """Hyper-connections (arXiv 2409.19606): n residual streams in place of one, and learned weights between them.
 
-    h   = sum_i a_i S_i                          what a branch reads, (D), of the streams S (n, D)
-    S_j = sum_i A_ij S_i + b_j branch(norm(h))   the streams are mixed, and the branch writes to each of them
+    h   = sum_i a_i S_i                          the input of a branch, (D), from the streams S (n, D)
+    S_j = sum_i A_ij S_i + b_j branch(norm(h))   the streams mix, and the branch writes to each of them
 
 Mixer and feed-forward have a table (n, n + 2) each: a row a stream, the columns a, A and b. It starts as a = e_k with k
 the number of the branch modulo n, A = 1, b = 1. The first layer of the stack copies x into the n streams, the last adds
-them up; between the layers tensors are (..., n, D), so all blocks of a stack have to be of this kind. In the dynamic
-form, which the paper recommends, each position adds s tanh(norm(S_i) W) to row i of its table, W (D, n + 2) from 0.
-Everything but the branches is done at each position by itself: O(n^2 D) a token, no state; n times the memory of
-the stream. The trap: at the start all streams are equal and the network is the pre-norm one. They part only because
-different branches read different ones: with more streams than branches, 2 L, some stay copies of each other.
+them up. Between the layers tensors are (..., n, D), so all blocks of a stack have to be of this kind. This is the
+dynamic form, which the paper recommends: each position adds s tanh(norm(S_i) W) to row i of its table, W (D, n + 2)
+from 0. All but the branches treats each position alone: time O(n^2 D) a token, no state, n times the memory of the
+stream. The trap: at the start all streams are equal and the network is the pre-norm one. They part only because
+different branches read different streams: with more streams than branches, 2 L, some stay copies of each other.
 """
 
 from abc import ABC, abstractmethod
@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from llmx.blocks.residual import ResidualBlock
 from llmx.parts.norm import Norm, RMSNorm
+from llmx.parts.precision import at_least_float32
 from llmx.protocol import Branch, FeedForward, Mixer, Site
 
 
 class Connection(nn.Module, ABC):
-    """The weights between the streams and one branch. Built by a factory from `dim`, `streams` and `index`."""
+    """The weights between the streams and one branch. A factory builds it from `dim`, `streams` and `index`."""
 
     @abstractmethod
     def forward(self, streams: Tensor) -> Tensor:
@@ -38,34 +39,16 @@ def first_table(streams: int, index: int) -> Tensor:
     return torch.cat((read, torch.eye(streams), torch.ones(streams, 1)), 1)
 
 
-class StaticConnection(Connection):
-    """One learned table for all positions.
-
-    Args:
-        dim: D.
-        streams: n.
-        index: number of the branch, counted through the stack.
-    """
-
-    def __init__(self, dim: int, streams: int, index: int):
-        super().__init__()
-        self.streams = streams
-        self.table = nn.Parameter(first_table(streams, index).flatten())  # flat: weight decay is for matrices
-
-    def forward(self, streams: Tensor) -> Tensor:
-        return self.table.view(self.streams, -1).to(streams.dtype)
-
-
 class DynamicConnection(Connection):
-    """A learned table, and what each position adds to it: s tanh(norm(S_i) W).
+    """A learned table, to which each position adds s tanh(norm(S_i) W).
 
-    The norm is by root mean square and has no weights of its own, which would be those of W again.
+    The norm is by root mean square. It has no weights: W would absorb them.
 
     Args:
         dim: D.
         streams: n.
         index: number of the branch, counted through the stack.
-        scale: where s starts, one number for the columns a and A and one for b.
+        scale: first value of s, which has one number for the columns a and A and one for b.
         eps: added to the mean square.
     """
 
@@ -73,13 +56,13 @@ class DynamicConnection(Connection):
         super().__init__()
         self.streams = streams
         self.eps = eps
-        self.table = nn.Parameter(first_table(streams, index).flatten())
+        self.table = nn.Parameter(first_table(streams, index).flatten())  # flat: weight decay is for matrices
         self.weigh = nn.Linear(dim, streams + 2, bias=False)
         self.scale = nn.Parameter(torch.full((2,), scale))
         nn.init.zeros_(self.weigh.weight)
 
     def forward(self, streams: Tensor) -> Tensor:
-        exact = streams if streams.dtype == torch.float64 else streams.float()
+        exact = at_least_float32(streams)
         size = torch.rsqrt(exact.square().mean(-1, keepdim=True) + self.eps)  # (..., n, 1)
         scale = torch.cat((self.scale[:1].expand(self.streams + 1), self.scale[1:]))
         moved = torch.tanh(self.weigh(streams) * size) * scale  # (..., n, n + 2)
@@ -134,10 +117,10 @@ class HyperConnectionBlock(ResidualBlock):
 
 
 def through(streams: Tensor, connection: Connection, branch: Branch) -> Tensor:
-    """Streams (..., n, D) past one branch, to the streams after it."""
+    """Passes streams (..., n, D) through one branch, and returns the streams after it."""
     n = streams.shape[-2]
     read, write = connection(streams).split((n + 1, 1), -1)
-    if torch.compiler.is_compiling():  # a sum, which Inductor fuses; it leaves the tiny products to a library
+    if torch.compiler.is_compiling():  # Inductor fuses a sum, but leaves tiny products to a library
         taken = (read[..., None] * streams[..., None, :]).sum(-3)
     else:
         with torch.autocast(streams.device.type, enabled=False):

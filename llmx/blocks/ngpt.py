@@ -3,12 +3,12 @@
     h <- unit(h + a_A * (unit(mixer(h)) - h))           unit(x) = x / |x|
     h <- unit(h + a_M * (unit(feed_forward(h)) - h))
 
-The stream lives on the sphere and a layer is a step along it: a_A and a_M (D,), the "eigen learning rates", are
-learned, not negative, start at 0.05 and are stored as 1 / sqrt(D). No other norm anywhere, the network's last one
-included. O(T D) time, no state beside its components'. The traps: the branch is normalised before the difference is
-taken, or its length sets the step; and h has length 1 from the embedding on, so embedding, head, mixer and feed-forward
-have to be the ones made for it (dropout of the embedding breaks it). Weight decay and warm-up are for lengths, which
-are fixed here: the paper has neither.
+The stream stays on the sphere, and each layer steps along it. The "eigen learning rates" a_A and a_M (D,) are learned
+and not negative, start at 0.05 and are stored as 1 / sqrt(D). There is no other norm, not even the network's last one.
+Time O(T D), no state beside its components'. The traps: normalise the branch before the difference, or its length sets
+the step. h has length 1 from the embedding on, so embedding, head, mixer and feed-forward have to be made for it, and
+dropout of the embedding breaks it. Weight decay and warm-up control lengths, which are fixed here: the paper has
+neither.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ class NGPTBlock(ResidualBlock):
         site: where the block stands.
         mixer: factory of the token mixer.
         feed_forward: factory of the channel mixer.
-        rate: where the eigen learning rates start.
+        rate: start of the eigen learning rates.
         dropout: probability of dropping a number of either branch before it is normalised, in training.
 
     Raises:
@@ -49,10 +49,10 @@ class NGPTBlock(ResidualBlock):
         self.feed_forward_rate = LearnedScale(site.dim, rate, site.dim**-0.5)
 
     def connect(self, x: Tensor, mix: Branch, feed: Branch) -> Tensor:
-        x = turned(x, mix(x), self.mixer_rate())
-        return turned(x, feed(x), self.feed_forward_rate())
+        x = step_towards(x, mix(x), self.mixer_rate())
+        return step_towards(x, feed(x), self.feed_forward_rate())
 
 
-def turned(x: Tensor, branch: Tensor, rate: Tensor) -> Tensor:
+def step_towards(x: Tensor, branch: Tensor, rate: Tensor) -> Tensor:
     """unit(x + |rate| (unit(branch) - x)), all (..., D)."""
     return unit_norm(x + rate.abs() * (unit_norm(branch) - x))

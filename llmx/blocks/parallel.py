@@ -3,11 +3,10 @@
     h   = norm(x)                               (..., D)
     x'  = x + mixer(h) + feed_forward(h)
 
-One norm and one residual addition a layer instead of two. The arithmetic of the branches is the same, but the two can
-run at once and their input projections can be one product; PaLM reports 15 % faster training, and a quality loss at
-8 B parameters that was gone at 62 B. State: the mixer's and the feed-forward's. The trap: the feed-forward reads h, not
-what the mixer of its own layer found, and it is the same h: GPT-NeoX, also called parallel, has a second norm for
-the feed-forward.
+A layer has one norm and one residual addition instead of two. The branches compute the same, but can run at once, and
+one product can serve their input projections. PaLM reports 15 % faster training, and a quality loss at 8 B parameters
+that was gone at 62 B. State: the mixer's and the feed-forward's. The trap: the feed-forward reads h and not the output
+of the mixer in its layer. It is the same h: GPT-NeoX, also called parallel, has a second norm for the feed-forward.
 """
 
 from collections.abc import Callable

@@ -1,8 +1,8 @@
 """The post-norm residual block of the first Transformer (arXiv 1706.03762): norm(x + mixer(x)), then
 norm(x + feed_forward(x)).
 
-The stream is normalised after every branch, so nothing grows with depth, but no path from the loss to a lower layer is
-without a norm: deep stacks need warm-up (arXiv 2002.04745). The last norm of the decoder has to be `NoNorm`.
+A norm follows every branch, so nothing grows with depth. But every path from the loss to a lower layer crosses norms:
+deep stacks need warm-up (arXiv 2002.04745). The last norm of the decoder has to be `NoNorm`.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from llmx.protocol import Branch, FeedForward, Mixer, Site
 
 
 class PostNormBlock(ResidualBlock):
-    """Norm after each branch has been added.
+    """Norm after the addition of each branch.
 
     Args:
         site: where the block stands.

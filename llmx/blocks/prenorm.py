@@ -10,7 +10,7 @@ from llmx.protocol import Branch, FeedForward, Mixer, Site
 
 
 class PreNormBlock(ResidualBlock):
-    """Norm before each of mixer and feed-forward, the stream itself is never normalised.
+    """Norm before mixer and before feed-forward. Nothing normalises the stream itself.
 
     Args:
         site: where the block stands.

@@ -18,7 +18,7 @@ class BlockState(NamedTuple):
 
 
 class ResidualBlock(Block[BlockState]):
-    """A block that writes its wiring once, in `connect`, for `forward`, `step` and `prefill` alike.
+    """A block that defines its wiring once, in `connect`, for `forward`, `step` and `prefill` alike.
 
     Args:
         site: where the block stands.

@@ -1,9 +1,9 @@
 """Norms on both sides of each branch (peri-norm, arXiv 2502.02732; Gemma 2, arXiv 2408.00118):
 x + norm(mixer(norm(x))), then x + norm(feed_forward(norm(x))).
 
-The norm before a branch fixes what it reads, the one after it what it can write: the stream grows at most linearly
-with depth, whatever the weights do. The trap: a zero-initialised output projection gives the second norm nothing but
-rounding to divide by.
+The norm before a branch fixes the size of its input, and the norm after it the size of its output. So the stream grows
+at most linearly with depth, whatever the weights do. The trap: behind a zero-initialised output projection, the second
+norm divides by rounding errors.
 """
 
 from collections.abc import Callable

@@ -3,11 +3,11 @@
     LayerScale   x + g * branch(norm(x)),   g (D), a number a channel, starting small
     ReZero       x + g branch(x),           g one number a branch, starting at 0, and no norm
 
-Both start a deep stack near the identity, so that gradients pass it unchanged. 2 D parameters a layer, or 2; no cost to
-speak of and no state. CaiT starts g at 0.1 up to depth 18, at 1e-5 up to 24 and at 1e-6 beyond. The traps: at ReZero's
-start every branch is invisible, so a leak or a dead parameter inside one shows only once its weights have been moved
-(the audits move them first), and the branches' own weights get no gradient at the first step; and with no norm the
-embedding alone sets the size of the stream, so one with standard deviation 0.02 starves attention and head.
+Both start a deep stack near the identity, so that gradients pass it unchanged. They add 2 D parameters a layer, or 2,
+almost no cost and no state. CaiT starts g at 0.1 up to depth 18, at 1e-5 up to 24 and at 1e-6 beyond. The traps: at
+ReZero's start every branch is invisible. A leak or a dead parameter inside one shows only once its weights have moved
+(the audits move them first), and the branches' own weights get no gradient at the first step. Without a norm the
+embedding alone sets the size of the stream, so a standard deviation of 0.02 starves attention and head.
 """
 
 from collections.abc import Callable
@@ -21,14 +21,14 @@ from llmx.protocol import Branch, FeedForward, Mixer, Site
 
 
 class LayerScaleBlock(ResidualBlock):
-    """Pre-norm, each branch times a learned gain a channel.
+    """Pre-norm, with a learned gain a channel for each branch.
 
     Args:
         site: where the block stands.
         mixer: factory of the token mixer.
         feed_forward: factory of the channel mixer.
         norm: factory of a norm, from `dim`.
-        start: where the gains start; 0.1 for depths up to 18 in the paper.
+        start: first value of the gains; 0.1 for depths up to 18 in the paper.
         dropout: probability of dropping a number of either branch before it is added, in training.
     """
 
@@ -53,7 +53,7 @@ class LayerScaleBlock(ResidualBlock):
 
 
 class ReZeroBlock(ResidualBlock):
-    """No norm, each branch times one learned number that starts at 0.
+    """No norm, and one learned gain for each branch, which starts at 0.
 
     Args:
         site: where the block stands.

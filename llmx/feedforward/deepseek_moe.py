@@ -5,11 +5,11 @@ a loss (arXiv 2408.15664), as in DeepSeek-V3 (arXiv 2412.19437).
     y = SwiGLU_shared(x) + sum_{i in C} g_i SwiGLU_i(x)
     after every optimizer step:  b_i += rate * sign(mean(c) - c_i)      c_i tokens that chose i since the last one
 
-Time O(T D (S + k) F) a sequence, S shared experts and k chosen ones of width F; no state. c is gathered in training
-alone, over micro-batches and processes. The traps: b only chooses; were it in the weights g, the network would learn
-to depend on a number that no gradient moves. It is a buffer, which a checkpoint has to hold. The choice is a token's
-own: the balance comes from earlier steps, so nothing leaks within a batch. And the sign is what makes recomputation
-(gradient checkpointing), which counts every token twice, harmless.
+Time O(T D (S + k) F) a sequence, for S shared and k chosen experts of width F; no state. Training alone gathers c, over
+micro-batches and processes. The traps: b only chooses. In the weights g, the network would learn to depend on a number
+that no gradient moves. It is a buffer, which a checkpoint has to hold. Each token chooses alone: the balance comes from
+earlier steps, so nothing leaks within a batch. Gradient checkpointing counts every token twice, and the sign makes that
+harmless.
 """
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from llmx.parts.experts import Router, SwiGLUExperts, check_routing, load_of
 from llmx.parts.init import normal_, residual_std
+from llmx.parts.width import hidden_width
 from llmx.protocol import Context, Hidden, Site, Stateless
 
 
@@ -27,7 +28,7 @@ class DeepSeekMoE(Stateless):
 
     Args:
         site: where the feed-forward stands.
-        experts: E, of those to choose from.
+        experts: E, the experts to choose from.
         top_k: chosen experts a token; at least 2.
         shared: experts that every token uses; at least 1.
         hidden: width inside an expert; 8/3 dim / (top_k + shared), rounded, if not given, so that a token uses as many
@@ -54,9 +55,7 @@ class DeepSeekMoE(Stateless):
         check_routing(experts, top_k)
         if shared < 1:
             raise ValueError(f"shared: {shared} is below 1")
-        hidden = round(8 * site.dim / 3 / (top_k + shared)) if hidden is None else hidden
-        if hidden < 1:
-            raise ValueError(f"hidden: {hidden} is below 1")
+        hidden = hidden_width(hidden, 8 * site.dim / 3 / (top_k + shared))
         self.top_k = top_k
         self.bias_rate = bias_rate
         self.router = Router(site.dim, experts)
@@ -82,6 +81,6 @@ class DeepSeekMoE(Stateless):
     def after_optimizer_step(self) -> None:
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(self.load)
-        # of E (mean(c) - c_i), in integers
+        # the sign of E (mean(c) - c_i), in integers
         self.bias += self.bias_rate * (self.load.sum() - len(self.load) * self.load).sign()
         self.load.zero_()

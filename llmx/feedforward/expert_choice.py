@@ -3,17 +3,17 @@
     s = softmax(W_r x) over experts (T, E),     C_i = the c T / E tokens with the largest s_{., i},   c the capacity
     y_t = sum_{i: t in C_i} s_{t, i} SwiGLU_i(x_t)
 
-A token gets c experts on average, and some get none. Time O(T D c F) a sequence, no state, for there is no recurrent
-form. The trap is the design: a token is chosen in competition with all the others of its sequence, so whether position
-t gets an expert depends on tokens after t. No gradient tells, as the choice has none, and a language model trained with
-it scores itself with knowledge that generation will not have. It is here to be measured: the audit finds it, and its
-runs are marked as leaking. Here each sequence is chosen from by itself, so that no other row of the batch leaks as
-well.
+A token gets c experts on average, and some get none. Time O(T D c F) a sequence; no state, for there is no recurrent
+form. The trap is the design: a token competes with all the others of its sequence, so whether position t gets an expert
+depends on tokens after t. No gradient shows it, as the choice has none. A language model trained with it scores itself
+with knowledge that generation will not have. It is here to be measured: the audit finds it and marks its runs as
+leaking. Experts choose within each sequence, so that no other row of the batch leaks as well.
 """
 
 import torch
 
 from llmx.parts.experts import Router, SwiGLUExperts
+from llmx.parts.width import hidden_width
 from llmx.protocol import Context, FeedForward, Hidden, Site
 
 
@@ -35,9 +35,7 @@ class ExpertChoice(FeedForward):
         super().__init__()
         if not 0 < capacity <= experts:
             raise ValueError(f"capacity: {capacity} is not above 0 and up to the number of experts, {experts}")
-        hidden = round(8 * site.dim / 3 / capacity) if hidden is None else hidden
-        if hidden < 1:
-            raise ValueError(f"hidden: {hidden} is below 1")
+        hidden = hidden_width(hidden, 8 * site.dim / 3 / capacity)
         self.capacity = capacity
         self.router = Router(site.dim, experts)
         self.experts = SwiGLUExperts(site.dim, hidden, experts, site.depth)

@@ -1,12 +1,13 @@
 """GeGLU feed-forward (arXiv 2002.05202, as in Gemma): W_down (gelu(W_gate x) * W_up x), no biases.
 
-Each position by itself: Time O(T D F), no state. The trap: Gemma takes the tanh approximation of GELU.
+Each position by itself: time O(T D F), no state. The trap: Gemma uses the tanh approximation of GELU.
 """
 
 import torch.nn.functional as F
 from torch import nn
 
 from llmx.parts.init import normal_, residual_std
+from llmx.parts.width import hidden_width
 from llmx.protocol import Context, Hidden, Pointwise, Site
 
 
@@ -23,9 +24,7 @@ class GeGLU(Pointwise):
 
     def __init__(self, site: Site, hidden: int | None = None):
         super().__init__()
-        hidden = round(8 * site.dim / 3) if hidden is None else hidden
-        if hidden < 1:
-            raise ValueError(f"hidden: {hidden} is below 1")
+        hidden = hidden_width(hidden, 8 * site.dim / 3)
         self.gate_up = nn.Linear(site.dim, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, site.dim, bias=False)
         normal_(self.gate_up)

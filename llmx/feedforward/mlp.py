@@ -1,8 +1,8 @@
 """The two-layer perceptron of the first Transformer (arXiv 1706.03762): W_down f(W_up x + b) + c.
 
-Each position by itself: Time O(T D F), no state. f is ReLU in 2017, GELU (arXiv 1606.08415) in GPT-2 and BERT, which
-GPT-2 computes by its tanh approximation, and the square of ReLU in Primer (arXiv 2109.08668). The trap: the exact GELU
-and its approximation differ by up to 5e-4, which copied weights show.
+Each position by itself: time O(T D F), no state. f is ReLU in 2017, GELU (arXiv 1606.08415) in GPT-2 and BERT, and the
+square of ReLU in Primer (arXiv 2109.08668). GPT-2 computes GELU by its tanh approximation. The trap: the exact GELU and
+its approximation differ by up to 5e-4, which copied weights show.
 """
 
 from typing import Literal
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmx.parts.init import normal_, residual_std
+from llmx.parts.width import hidden_width
 from llmx.protocol import Context, Hidden, Pointwise, Site
 
 Activation = Literal["relu", "gelu", "gelu_tanh", "relu_squared"]
@@ -39,9 +40,7 @@ class MLP(Pointwise):
         out_std: float | None = None,
     ):
         super().__init__()
-        hidden = 4 * site.dim if hidden is None else hidden
-        if hidden < 1:
-            raise ValueError(f"hidden: {hidden} is below 1")
+        hidden = hidden_width(hidden, 4 * site.dim)
         self.activation = activation
         self.up = nn.Linear(site.dim, hidden, bias=bias)
         self.down = nn.Linear(hidden, site.dim, bias=bias)
@@ -53,7 +52,7 @@ class MLP(Pointwise):
 
 
 def activate(x: Tensor, activation: Activation) -> Tensor:
-    """The activation of a number at a time."""
+    """Applies the activation to each element."""
     if activation == "relu":
         return F.relu(x)
     if activation == "relu_squared":

@@ -1,17 +1,18 @@
-"""A mixture of experts that each token chooses from by itself, as in Mixtral (arXiv 2401.04088).
+"""A mixture of experts in which each token chooses alone, as in Mixtral (arXiv 2401.04088).
 
     l = W_r x (E,),     C = the k largest of l,     y = sum_{i in C} softmax_C(l)_i SwiGLU_i(x)
     balance loss = E sum_i f_i p_i      f_i the share of choices that fell on i, p_i the mean of softmax(l)_i
 
-The loss is that of the Switch Transformer (arXiv 2101.03961), with the f_i summing to 1 for every k: 1 where experts
-are in balance, in nats per token times `balance`, and added up over layers. Without it a few experts take all tokens.
-Time O(T D k F) a sequence and E F D parameters a matrix, k F D of them used by a token; no state. There is no capacity
-limit, so no token is dropped. The traps: a limit, or any choice made by comparing tokens, lets later tokens, and other
-rows of the batch, decide on earlier ones; softmax goes over the chosen k alone; k = 1 would make every weight 1 and
-leave the router without a gradient; and the balance loss belongs to training, not to the validation loss.
+The loss is the Switch Transformer's (arXiv 2101.03961), with f_i that sum to 1 for every k. It is 1 where experts are
+in balance, counts in nats per token times `balance`, and adds up over layers. Without it a few experts take all tokens.
+Time O(T D k F) a sequence; no state. A matrix has E F D parameters, of which a token uses k F D. There is no capacity
+limit, so no token is dropped. The traps: a limit, or any choice that compares tokens, lets later tokens and other rows
+of the batch decide on earlier tokens. The softmax goes over the chosen k alone. k = 1 would make every weight 1 and
+leave the router without a gradient. The balance loss belongs to training, not to the validation loss.
 """
 
 from llmx.parts.experts import Router, SwiGLUExperts, check_routing, load_of
+from llmx.parts.width import hidden_width
 from llmx.protocol import Context, Hidden, Site, Stateless
 
 
@@ -33,9 +34,7 @@ class MixtureOfExperts(Stateless):
     def __init__(self, site: Site, experts: int = 8, top_k: int = 2, hidden: int | None = None, balance: float = 0.01):
         super().__init__()
         check_routing(experts, top_k)
-        hidden = round(8 * site.dim / 3 / top_k) if hidden is None else hidden
-        if hidden < 1:
-            raise ValueError(f"hidden: {hidden} is below 1")
+        hidden = hidden_width(hidden, 8 * site.dim / 3 / top_k)
         if balance < 0:
             raise ValueError(f"balance: {balance} is below 0")
         self.top_k = top_k

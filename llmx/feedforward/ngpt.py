@@ -3,10 +3,10 @@
     u, v = s_u * W_u h, s_v * W_v h * sqrt(D)           s_u, s_v (F,), both start at 1 and are stored as 1
     y = W_down (u * silu(v))
 
-Rows of W_u, W_v (D,) and columns of W_down (D,) have length 1, and are given it back after every optimizer step. Each
-position by itself: time O(T D F), no state. The traps: a cosine with h is of size 1 / sqrt(D), where silu is all but
-linear, hence the sqrt(D) in v (in u it would fall out of the normalisation that follows); and W_down is normalised
-along its output, the axis of the embedding space, not along F.
+Rows of W_u, W_v (D,) and columns of W_down (D,) get length 1 again after every optimizer step. Each position by itself:
+time O(T D F), no state. The traps: a cosine with h is of size 1 / sqrt(D), where silu is almost linear, hence the
+sqrt(D) in v. In u the normalisation that follows would cancel it. W_down is normalised along its output, the axis of
+the embedding space, not along F.
 """
 
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import nn
 
 from llmx.parts.init import normal_
 from llmx.parts.unit_norm import LearnedScale, renormalise_
+from llmx.parts.width import hidden_width
 from llmx.protocol import Context, Hidden, Pointwise, Site
 
 
@@ -30,9 +31,7 @@ class NGPTSwiGLU(Pointwise):
 
     def __init__(self, site: Site, hidden: int | None = None):
         super().__init__()
-        hidden = round(8 * site.dim / 3) if hidden is None else hidden
-        if hidden < 1:
-            raise ValueError(f"hidden: {hidden} is below 1")
+        hidden = hidden_width(hidden, 8 * site.dim / 3)
         self.gate_up = nn.Linear(site.dim, 2 * hidden, bias=False)  # W_v, W_u
         self.gate_scale = LearnedScale(hidden, site.dim**0.5, 1.0)  # s_v sqrt(D)
         self.up_scale = LearnedScale(hidden, 1.0, 1.0)  # s_u

@@ -1,4 +1,4 @@
-"""Nothing in the feed-forward slot: adds 0 to the stream, where a mixer is to be looked at by itself."""
+"""An empty feed-forward slot: it adds 0 to the stream, to study a mixer alone."""
 
 from llmx.protocol import Context, Hidden, Pointwise, Site
 

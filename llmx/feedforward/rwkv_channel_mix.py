@@ -1,10 +1,10 @@
-"""RWKV-7's channel mix (arXiv 2503.14456): a two-layer perceptron that sees a share of the token before.
+"""RWKV-7's channel mix (arXiv 2503.14456): a two-layer perceptron that sees a share of the previous token.
 
     x'_t = x_t + m * (x_{t-1} - x_t),     y_t = W_down relu(W_up x'_t)^2          m (D,)
 
-Time O(T D F), memory O(T F); the state is the last x, D numbers a sequence. Unlike earlier RWKVs it has no gate. The
-trap: a feed-forward that looks back has a state, and one that is generated from without it sees zeros where the token
-before was; a shift by `roll` shows the first position the last one.
+Time O(T D F), memory O(T F). The state is the last x, D numbers a sequence. Unlike earlier RWKVs it has no gate. The
+traps: without its state, generation sees zeros in place of the previous token. A shift by `roll` shows the last
+position to the first one.
 """
 
 from typing import NamedTuple
@@ -13,17 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmx.parts.width import hidden_width
 from llmx.protocol import Context, Hidden, Site, StatefulFeedForward
 
 
 class ChannelMixState(NamedTuple):
-    last: Tensor  # (B, D), x of the token before
+    last: Tensor  # (B, D), x of the previous token
 
 
 class RWKVChannelMix(StatefulFeedForward[ChannelMixState]):
     """(B, T, D) -> (B, T, D).
 
-    W_up starts orthogonal, W_down at 0; m starts spread over the channels, smaller the higher the layer.
+    W_up starts orthogonal, W_down at 0. m starts spread over the channels, and smaller in higher layers.
 
     Args:
         site: where the feed-forward stands.
@@ -35,9 +36,7 @@ class RWKVChannelMix(StatefulFeedForward[ChannelMixState]):
 
     def __init__(self, site: Site, hidden: int | None = None):
         super().__init__()
-        hidden = 4 * site.dim if hidden is None else hidden
-        if hidden < 1:
-            raise ValueError(f"hidden: {hidden} is below 1")
+        hidden = hidden_width(hidden, 4 * site.dim)
         self.shift = nn.Parameter(1 - (torch.arange(site.dim) / site.dim) ** ((1 - site.layer / site.depth) ** 4))
         self.up = nn.Linear(site.dim, hidden, bias=False)
         self.down = nn.Linear(hidden, site.dim, bias=False)

@@ -1,13 +1,14 @@
 """SwiGLU feed-forward (arXiv 2002.05202): W_down (silu(W_gate x) * W_up x), no biases.
 
-Each position by itself: O(T D F) time, no state. Three matrices, so hidden = 8/3 dim holds as many parameters as the
-usual feed-forward with hidden = 4 dim.
+Each position by itself: time O(T D F), no state. It has three matrices, so hidden = 8/3 dim holds as many parameters as
+the usual feed-forward with hidden = 4 dim.
 """
 
 import torch.nn.functional as F
 from torch import nn
 
 from llmx.parts.init import normal_, residual_std
+from llmx.parts.width import hidden_width
 from llmx.protocol import Context, Hidden, Pointwise, Site
 
 
@@ -25,9 +26,7 @@ class SwiGLU(Pointwise):
 
     def __init__(self, site: Site, hidden: int | None = None, out_std: float | None = None):
         super().__init__()
-        hidden = round(8 * site.dim / 3) if hidden is None else hidden
-        if hidden < 1:
-            raise ValueError(f"hidden: {hidden} is below 1")
+        hidden = hidden_width(hidden, 8 * site.dim / 3)
         self.gate_up = nn.Linear(site.dim, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, site.dim, bias=False)
         normal_(self.gate_up)

@@ -1,4 +1,4 @@
-"""Token embeddings, with or without a position in them."""
+"""Token embeddings, with and without positions."""
 
 import math
 
@@ -12,13 +12,13 @@ from llmx.protocol import Embedding
 
 
 class TokenEmbedding(Embedding):
-    """A vector for each token and nothing of its position.
+    """A vector for each token, without its position.
 
     Args:
         vocab_size: V.
         dim: width of the residual stream.
         scale: factor on the vectors; the square root of `dim` in Gemma.
-        std: of the initialisation.
+        std: standard deviation of the initialisation.
     """
 
     def __init__(self, vocab_size: int, dim: int, scale: float = 1.0, std: float = 0.02):
@@ -33,7 +33,7 @@ class TokenEmbedding(Embedding):
 
 
 class LearnedPositionEmbedding(Embedding):
-    """The sum of a vector for the token and a learned one for its position (GPT-2).
+    """The sum of a vector for the token and a learned vector for its position (GPT-2).
 
     Args:
         vocab_size: V.
@@ -65,7 +65,7 @@ class SinusoidalPositionEmbedding(Embedding):
     """sqrt(dim) times the token's vector, plus sines and cosines of its position (arXiv 1706.03762).
 
     p[2 i] = sin(t / 10000^(2 i / dim)), p[2 i + 1] = cos of the same angle. The vectors start with standard deviation
-    dim^-0.5, so that the two terms start at equal size.
+    dim^-0.5, so that both terms start at equal size.
 
     Args:
         vocab_size: V.
@@ -94,7 +94,7 @@ class SinusoidalPositionEmbedding(Embedding):
 
 
 class UnitEmbedding(Embedding):
-    """A vector of length 1 for each token, given it back after every optimizer step (nGPT, arXiv 2410.01131).
+    """A vector for each token, with length 1 again after every optimizer step (nGPT, arXiv 2410.01131).
 
     Args:
         vocab_size: V.

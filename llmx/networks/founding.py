@@ -1,13 +1,13 @@
-"""Reproduction of the experiment that started this project, its leak included: use nothing of this file in new work.
+"""Reproduction of the experiment that started this project, with its leak: use nothing of this file in new work.
 
 A Llama-like Transformer on Tiny Shakespeare was published with a validation loss of 1.02, and a Differential
 Transformer by the same author with 1.18. Both numbers are artefacts of their norm:
 
     y = x / sqrt(mean over TIME and dim of x^2) * weight,     weight (window, dim)
 
-scales every position by a statistic of the whole window, the characters to be predicted included. The rest is
-reproduced as it was too: one norm a layer, used twice; the residual added to the normalised stream; a feed-forward
-W2 (silu(h) * W h) with h = W1 x; interleaved rotary pairs; no last norm; PyTorch's own initialisation.
+It scales every position by a statistic of the whole window, which includes the characters to predict. The rest is also
+as it was: one norm a layer, used twice; the residual added to the normalised stream; a feed-forward W2 (silu(h) * W h)
+with h = W1 x; interleaved rotary pairs; no last norm; PyTorch's own initialisation.
 """
 
 import math
@@ -25,7 +25,7 @@ from llmx.protocol import Block, Context, FeedForward, Hidden, Mixer, Network, P
 
 
 class FoundingNorm(nn.Module):
-    """The leak: root mean square over time and dim, and a gain for each position."""
+    """The leak: a root mean square over time and dim, and a gain for each position."""
 
     def __init__(self, window: int, dim: int):
         super().__init__()
@@ -61,8 +61,8 @@ class FoundingAttention(Mixer):
 class FoundingDifferentialAttention(Mixer):
     """The difference of two causal attentions (arXiv 2410.05258), as the experiment wrote it.
 
-    lambda = exp(lq1 . lk1) - exp(lq2 . lk2) + lambda_init, its vectors as wide as a value head; the rotary angles are
-    those of a head of that width too, of which the half-width queries and keys use the first half.
+    lambda = exp(lq1 . lk1) - exp(lq2 . lk2) + lambda_init, with vectors as wide as a value head. The rotary angles are
+    for a head of that width too, and the half-width queries and keys use the first half of them.
     """
 
     def __init__(self, site: Site, heads: int = 4, rotary_base: float = 10000.0):
@@ -109,7 +109,7 @@ class FoundingFeedForward(Pointwise):
 
 
 class FoundingBlock(Block):
-    """x = norm(x); x = x + mixer(x); x = norm(x); x = x + feed_forward(x), with one and the same norm."""
+    """x = norm(x); x = x + mixer(x); x = norm(x); x = x + feed_forward(x), with the same norm twice."""
 
     def __init__(
         self, site: Site, window: int, mixer: Callable[[Site], Mixer], feed_forward: Callable[[Site], FeedForward]
@@ -127,7 +127,7 @@ class FoundingBlock(Block):
 
 
 class FoundingNetwork(Network):
-    """Embedding, blocks, head with bias. It takes no more than `window` tokens: its norm has a weight for each.
+    """Embedding, blocks, head with bias. It takes at most `window` tokens, as its norm has a weight for each.
 
     Raises:
         ValueError: for a longer input.

@@ -1,4 +1,4 @@
-"""Heads: from the last hidden vector to logits."""
+"""Heads: they map the last hidden vector to logits."""
 
 import torch
 from torch import Tensor, nn
@@ -40,9 +40,9 @@ class SoftCappedHead(Head):
 
 
 class UnitHead(Head):
-    """s_z * (W h), rows of W of length 1, given it back after every optimizer step (nGPT, arXiv 2410.01131).
+    """s_z * (W h), where rows of W get length 1 again after every optimizer step (nGPT, arXiv 2410.01131).
 
-    With h of length 1 too a row's product is a cosine; s_z (V,) sets how sharp the distribution can be. It starts at 1
+    As h has length 1 too, a row's product is a cosine. s_z (V,) sets how sharp the distribution can be. It starts at 1
     and is stored as 1 / sqrt(D).
     """
 

@@ -4,12 +4,12 @@
     p(x_{t+k} | x_{<=t}) = softmax(U h_k)    U (V, D) the one unembedding
     loss = -log p(x_{t+1}) - weight sum_{k=2}^n log p(x_{t+k})
 
-This is the paper's parallel form: each of the n predictions sees the trunk alone, none sees another (DeepSeek-V3, arXiv
-2412.19437, chains them). W_k is a transformer layer in the paper, linear in its appendix, and here the residual layer
-of Medusa (arXiv 2401.10774): it looks at one position, so the head has no state, and the next token's head is plain.
-(n - 1) D^2 parameters; O(T n D (D + V)) operations a sequence and n logits vectors a token in training; evaluation
-leaves the further heads out. The traps: the loss of the tokens further away belongs to training, not to the
-validation loss; the last k - 1 positions have no k-th target; and in the paper small models get worse by it.
+This is the paper's parallel form: each of the n predictions sees the trunk alone, and none sees another (DeepSeek-V3,
+arXiv 2412.19437, chains them). W_k is a transformer layer in the paper, and linear in its appendix. Here it is the
+residual layer of Medusa (arXiv 2401.10774): it reads one position, so the head has no state, and the next token's head
+is plain. (n - 1) D^2 parameters. Training takes O(T n D (D + V)) operations a sequence and n logits vectors a token;
+evaluation leaves the further heads out. The traps: the loss of the further tokens belongs to training, not to the
+validation loss. The last k - 1 positions have no k-th target. In the paper small models get worse by it.
 """
 
 import torch
@@ -21,13 +21,13 @@ from llmx.protocol import IGNORE, Head, Hidden, Tokens
 
 
 class MultiTokenHead(Head):
-    """(..., D) -> (..., V), the logits of the next token; `ahead` has those of all n tokens, (..., n, V).
+    """(..., D) -> (..., V), the logits of the next token. `ahead` gives the logits of all n tokens, (..., n, V).
 
     Args:
         dim: D.
         vocab_size: V.
-        tokens: n, the next one included; at least 2.
-        weight: of the further tokens' losses; 1 in the paper.
+        tokens: n, with the next one; at least 2.
+        weight: factor on the further tokens' losses; 1 in the paper.
 
     Raises:
         ValueError: for fewer than 2 tokens, or a weight that is not positive.

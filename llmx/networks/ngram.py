@@ -1,14 +1,14 @@
-"""The n-gram with interpolated Kneser-Ney smoothing, modified: the floor that anything trained has to beat.
+"""The n-gram with modified interpolated Kneser-Ney smoothing: the baseline that any trained network has to beat.
 
     P_k(v | c) = (N(c v) - D(N(c v)))+ / sum_w N(c w) + backoff(c) P_{k-1}(v | c without its oldest token)
-    backoff(c) = sum_w D(N(c w)) / sum_w N(c w)          what the discounts took; 1 for a context never seen
+    backoff(c) = sum_w D(N(c w)) / sum_w N(c w)          the discounts' share; 1 for an unseen context
     D_i = i - (i + 1) Y n_{i+1} / n_i for i = 1, 2, 3+,  Y = n_1 / (n_1 + 2 n_2),  n_i = number of entries with N = i
 
-down to P_0 = 1 / V (Kneser & Ney 1995; Chen & Goodman 1998, TR-10-98). The order that predicts counts occurrences,
-N(c v); the orders below it count in how many different places c v occurs, the tokens that precede it. Counting sorts
-the text once an order, O(n L log L); a prediction is a binary search an order, time O(T n (log L + V)) for T of them.
-The state is the last n - 2 tokens. The trap: at the start of a window the context is shorter, and the order that fits
-it is the one that predicts: it has to read occurrences there, not the counts of places, which are made for backing off.
+down to P_0 = 1 / V (Kneser & Ney 1995; Chen & Goodman 1998, TR-10-98). The order that predicts counts the occurrences
+N(c v). The orders below it count how many different tokens precede c v. Counting sorts the text once an order, in
+O(n L log L). A prediction is a binary search an order, so T predictions take O(T n (log L + V)). The state is the last
+n - 2 tokens. The trap: at the start of a window the context is shorter, and the order that fits it predicts. There it
+has to read occurrences, not the counts of preceding tokens, which serve backing off.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class NGram(CountingNetwork[NGramState]):
         self.backing = nn.ModuleList(Level(vocab_size) for _ in range(1, order))  # orders 1 to n - 1
 
     def learn(self, tokens: Tensor) -> None:
-        numbers = tokens  # of the n-grams that start at each token: their digits in base V, the last token lowest
+        numbers = tokens  # the n-gram that starts at each token, as a number in base V whose last token is lowest
         for order, predicting, backing in self._levels():
             unit = self.vocab_size ** (order - 1)
             numbers = tokens[: max(0, len(numbers) - 1)] * unit + numbers[1:]
@@ -68,7 +68,7 @@ class NGram(CountingNetwork[NGramState]):
         return True
 
     def hidden(self, tokens: Tokens) -> tuple[Hidden, Context]:
-        """The log-probabilities themselves: there is no head."""
+        """The log-probabilities: there is no head."""
         logits, _ = self.prefill(tokens, self.init_state(*tokens.shape))
         return logits, Context(tokens, torch.arange(tokens.shape[1], device=tokens.device)[None], logits)
 
@@ -86,7 +86,7 @@ class NGram(CountingNetwork[NGramState]):
     def prefill(self, tokens: Tokens, state: NGramState) -> tuple[Logits, NGramState]:
         batch, time = tokens.shape
         text = torch.cat((state.past, tokens), 1)  # (B, n - 2 + T)
-        seen = state.position[:, None] + torch.arange(1, time + 1, device=tokens.device)  # (B, T), up to each position
+        seen = state.position[:, None] + torch.arange(1, time + 1, device=tokens.device)  # (B, T) tokens so far
         longest = seen.clamp(max=self.order - 1) + 1  # the order that fits
         context = torch.zeros_like(tokens)
         below = self._first.weights.new_full((batch, time, self.vocab_size), 1 / self.vocab_size)
@@ -103,26 +103,26 @@ class NGram(CountingNetwork[NGramState]):
         return cast(Level, self.predicting[0])
 
     def _levels(self) -> Iterator[tuple[int, Level, Level]]:
-        """Every order from 2 on, its level that predicts, and the level below that it backs off to."""
+        """Yields every order from 2 on, its level that predicts, and the level below for backing off."""
         for order, (predicting, backing) in enumerate(zip(self.predicting, self.backing, strict=True), 2):
             yield order, cast(Level, predicting), cast(Level, backing)
 
 
 class Level(nn.Module):
-    """One order: the n-grams that were counted, and what they make of the order below.
+    """One order: its counted n-grams, which turn the probabilities of the order below into its own.
 
     keys:    (N,) int64, sorted: number of the context * V + token
     counts:  (N,) int64
 
-    The other tables follow from these two, which alone are in a checkpoint; their size is that of the text's.
+    A checkpoint holds these two alone. The other tables follow from them, and their size from the text.
     """
 
     keys: Tensor
     counts: Tensor
-    contexts: Tensor  # (C + 1,) int64, sorted; the last stands for all that were never seen
+    contexts: Tensor  # (C + 1,) int64, sorted; the last stands for all unseen contexts
     bounds: Tensor  # (C + 2,) int64, where the successors of each context begin and end
-    successors: Tensor  # (N + V,) int64, tokens; V more than there are, so that a row of V can always be read
-    weights: Tensor  # (N + V,) float64, the discounted share of each
+    successors: Tensor  # (N + V,) int64, tokens; padded by V, so that a row of V can always be read
+    weights: Tensor  # (N + V,) float64, the discounted share of each successor
     backoff: Tensor  # (C + 1,) float64
 
     def __init__(self, vocab_size: int):
@@ -158,16 +158,16 @@ class Level(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         held = [state_dict[name] for name in (prefix + "keys", prefix + "counts") if name in state_dict]
-        if len(held) == 2:  # else what is missing is reported
+        if len(held) == 2:  # else torch reports the missing key
             self.fill(*(table.to(self.keys.device, copy=True) for table in held))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def discounts(counts: Tensor) -> Tensor:
-    """What modified Kneser-Ney takes from a count of 0, 1, 2, and 3 or more: (N,) int64 -> (4,) float64.
+    """The discounts on counts of 0, 1, 2, and 3 or more: (N,) int64 -> (4,) float64.
 
-    The formula needs n-grams that occur once, twice, three and four times; where it gives no number between 0 and the
-    count, as among the few and frequent single characters, half the count is taken.
+    The formula needs n-grams that occur once, twice, three and four times. If it gives no number between 0 and the
+    count, as for the few and frequent single characters, the discount is half the count.
     """
     n = [(counts == i).sum().item() for i in range(5)]
     taken = [0.0]

@@ -1,5 +1,4 @@
-"""How the blocks of a decoder are wired: one after the other, with skips across the middle or from the
-embedding, or several times over.
+"""Wirings of a decoder's blocks: one after the other, with skips across the middle or from the embedding, or in rounds.
 
     Sequential      x_{l+1} = f_l(x_l)
     UNet            x_{l+1} = f_l(x_l + w_l y_{L-1-l}) in the upper half, y_l = f_l(x_l) the output of block l
@@ -27,12 +26,12 @@ class Sequential(Stack):
 
 
 class UNet(Stack):
-    """What a block of the lower half puts out is added, times a learned number, to what its mirror image reads.
+    """Each block of the upper half also reads the output of its mirror image below, times a learned number.
 
-    The skips of U-ViT (arXiv 2209.12152) as modded-nanogpt has them in a language model: a sum with one weight a skip,
-    1 at the start. Block l of the lower half belongs to block L - 1 - l; with an odd depth the middle block has no
-    skip. No cost, no state. The trap: the inputs of the upper half are met in reverse, so the innermost skip comes
-    first; with an even depth that one adds to the stream what the stream is, and is a learned gain.
+    These are the skips of U-ViT (arXiv 2209.12152), as modded-nanogpt has them in a language model: a sum with one
+    weight a skip, 1 at the start. Block l of the lower half belongs to block L - 1 - l. With an odd depth the middle
+    block has no skip. No cost, no state. The trap: the upper half meets the outputs in reverse, so the innermost skip
+    comes first. With an even depth that skip adds the stream to itself, and is a learned gain.
 
     Args:
         site: `dim` and `depth` of the decoder; a depth of at least 2.
@@ -61,12 +60,12 @@ class UNet(Stack):
 
 
 class Looped(Stack):
-    """The whole stack several times over, with the same weights: depth without parameters.
+    """The whole stack in several rounds with the same weights: depth without parameters.
 
-    The plain form of arXiv 2502.17416: Universal Transformers (arXiv 1807.03819) without their signal of the round and
-    without halting; the input is not added again before each round, as arXiv 2409.15647 does. Parameters of L blocks,
-    time, memory and state of L x times. The trap: the rounds share weights and nothing else. A cache shared with them
-    would hold, for every token, the keys of whichever round came last.
+    This is the plain form of arXiv 2502.17416: Universal Transformers (arXiv 1807.03819) without their signal of the
+    round and without halting. It does not add the input again before each round, as arXiv 2409.15647 does. It has the
+    parameters of L blocks, and the time, memory and state of L x times. The trap: the rounds share weights and nothing
+    else. A shared cache would hold, for every token, the keys of the last round.
 
     Args:
         site: `dim` and `depth` of the decoder.
@@ -94,9 +93,8 @@ class Looped(Stack):
 class EmbeddingSkip(Stack):
     """Every block reads a learned mix of the stream and the embedding (modded-nanogpt), a = 1 and b = 0 at the start.
 
-    Two parameters a block, no state: in `step` the embedding of the token is at hand. What character stands at a
-    position stays known in the upper layers, whose stream need not carry it. Not for hyper-connections, whose stream
-    is wider than the embedding.
+    Two parameters a block, and no state: `step` has the embedding of its token. The upper layers know the token at a
+    position even if the stream does not carry it. Not for hyper-connections, whose stream is wider than the embedding.
     """
 
     def __init__(self, site: Site):

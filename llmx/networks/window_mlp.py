@@ -1,13 +1,13 @@
 """The neural probabilistic language model (Bengio et al. 2003, JMLR 3:1137-1155): an MLP over the last n tokens.
 
     x_t = [e_{t-n+1}; ...; e_t]                          embeddings of the last n tokens, n * M numbers
-    logits_t = U tanh(H x_t + d) + W x_t + b             W: the direct connections, which may be left out
+    logits_t = U tanh(H x_t + d) + W x_t + b             W: the direct connections, which are optional
 
-All positions at once, time O(T (n M F + F V)) for F hidden units, memory O(T n M): the windows overlap, and each is
-laid out by itself. The state is the embeddings of the last n - 1 tokens, (n - 1) M numbers a sequence. Before
-the first token stand copies of one learned vector, the same for every missing position. It sees n tokens and not one
-more, whatever the window of training. The trap: windows cut at t - n .. t - 1 predict token t + 1 without its nearest
-neighbour, and padding on the right instead of the left shows the future.
+All positions at once take time O(T (n M F + F V)) for F hidden units. Memory is O(T n M): the windows overlap, and each
+has its own copy. The state is the embeddings of the last n - 1 tokens, (n - 1) M numbers a sequence. One learned vector
+stands at every position before the first token. A prediction sees n tokens and no more, whatever the window of
+training. The traps: windows cut at t - n .. t - 1 predict token t + 1 without its nearest neighbour. Padding on the
+right instead of the left shows the future.
 """
 
 from typing import NamedTuple
@@ -28,10 +28,10 @@ class WindowMLP(Network[WindowMLPState]):
 
     Args:
         vocab_size: V, given by the tokenizer.
-        context_length: n, tokens that a prediction sees.
+        context_length: n, the tokens that a prediction sees.
         dim: M, width of an embedding.
         hidden: F, units in the tanh layer.
-        direct: connects the embeddings to the logits directly too.
+        direct: also connects the embeddings directly to the logits.
 
     Raises:
         ValueError: for a length or width below 1.
@@ -72,16 +72,17 @@ class WindowMLP(Network[WindowMLPState]):
 
     def step(self, tokens: Tensor, state: WindowMLPState) -> tuple[Tensor, WindowMLPState]:
         window = torch.cat((state.past, self.embedding(tokens)[:, None]), 1)  # (B, n, M)
-        x = window.flatten(1)
-        hidden = self.inner(x).tanh()
-        return self.head(torch.cat((hidden, x), -1) if self.direct else hidden), WindowMLPState(window[:, 1:])
+        return self.head(self._units(window.flatten(1))), WindowMLPState(window[:, 1:])
 
     def prefill(self, tokens: Tokens, state: WindowMLPState) -> tuple[Logits, WindowMLPState]:
         embedded = torch.cat((state.past, self.embedding(tokens)), 1)  # (B, n - 1 + T, M)
         return self.head(self._read(embedded)), WindowMLPState(embedded[:, tokens.shape[1] :])
 
     def _read(self, embedded: Tensor) -> Tensor:
-        """Embeddings and the n - 1 before them, (B, n - 1 + T, M) -> what the head reads, (B, T, F [+ n M])."""
-        x = embedded.unfold(1, self.context_length, 1).transpose(2, 3).flatten(2)  # (B, T, n M), oldest first
+        """Embeddings and the n - 1 before them, (B, n - 1 + T, M) -> the head's input, (B, T, F [+ n M])."""
+        return self._units(embedded.unfold(1, self.context_length, 1).transpose(2, 3).flatten(2))  # oldest first
+
+    def _units(self, x: Tensor) -> Tensor:
+        """Windows (..., n M) -> the head's input, (..., F [+ n M])."""
         hidden = self.inner(x).tanh()
         return torch.cat((hidden, x), -1) if self.direct else hidden

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from llmx.blocks.hyper_connections import DynamicConnection, HyperConnectionBlock, StaticConnection, first_table
+from llmx.blocks.hyper_connections import DynamicConnection, HyperConnectionBlock, first_table
 from llmx.blocks.prenorm import PreNormBlock
 from llmx.feedforward.swiglu import SwiGLU
 from llmx.mixers.attention import Attention
@@ -18,7 +18,6 @@ from llmx.protocol import Context, Site
 
 VOCAB, DIM, TIME = 13, 16, 6
 SAME = {"rtol": 1e-10, "atol": 1e-10}  # float64, sums in another order
-CONNECTIONS = [StaticConnection, DynamicConnection]
 
 
 def parts() -> dict[str, Any]:
@@ -36,11 +35,10 @@ def tokens() -> Tensor:
     return torch.randint(VOCAB, (2, TIME), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("connection", CONNECTIONS)
 @pytest.mark.parametrize(("depth", "streams"), [(1, 1), (1, 4), (2, 2), (3, 4), (4, 3)])
-def test_at_the_start_the_network_is_the_pre_norm_one(connection: Any, depth: int, streams: int):
+def test_at_the_start_the_network_is_the_pre_norm_one(depth: int, streams: int):
     """The stream that leaves the stack is n times the pre-norm one, in every form; the last norm takes the n away."""
-    hyper = decoder(depth, NoNorm, connection=connection, streams=streams)
+    hyper = decoder(depth, NoNorm, streams=streams)
     plain = Decoder(VOCAB, partial(PreNormBlock, **parts()), dim=DIM, depth=depth, norm=NoNorm).double()
     weights = {name: value for name, value in hyper.state_dict().items() if "connection" not in name}
     for name, value in weights.items():
@@ -58,25 +56,23 @@ def test_at_the_start_the_network_is_the_pre_norm_one(connection: Any, depth: in
     assert_close(hyper(tokens()), plain(tokens()), **SAME)
 
 
-def matrix(connection: StaticConnection | DynamicConnection, streams: Tensor) -> Tensor:
+def matrix(connection: DynamicConnection, streams: Tensor) -> Tensor:
     """The paper's (n + 1, n + 1) matrix of one position: [[0, B], [A_m, A_r]]."""
     n = len(streams)
     table = connection.table.view(n, n + 2)
     made = torch.zeros(n + 1, n + 1, dtype=streams.dtype)
     made[1:, 0], made[1:, 1:], made[0, 1:] = table[:, 0], table[:, 1:-1], table[:, -1]
-    if isinstance(connection, DynamicConnection):
-        normed = streams / (streams.square().mean(1, keepdim=True) + connection.eps).sqrt()
-        read, mix, write = connection.weigh.weight.split((1, n, 1))
-        made[1:, 0] += connection.scale[0] * torch.tanh(normed @ read.T)[:, 0]
-        made[1:, 1:] += connection.scale[0] * torch.tanh(normed @ mix.T)
-        made[0, 1:] += connection.scale[1] * torch.tanh(normed @ write.T)[:, 0]
+    normed = streams / (streams.square().mean(1, keepdim=True) + connection.eps).sqrt()
+    read, mix, write = connection.weigh.weight.split((1, n, 1))
+    made[1:, 0] += connection.scale[0] * torch.tanh(normed @ read.T)[:, 0]
+    made[1:, 1:] += connection.scale[0] * torch.tanh(normed @ mix.T)
+    made[0, 1:] += connection.scale[1] * torch.tanh(normed @ write.T)[:, 0]
     return made
 
 
-@pytest.mark.parametrize("connection", CONNECTIONS)
-def test_a_stack_is_the_papers_matrices_at_every_position(connection: Any):
+def test_a_stack_is_the_papers_matrices_at_every_position():
     n, depth = 3, 2
-    network = decoder(depth, connection=connection, streams=n)
+    network = decoder(depth, streams=n)
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.5)
     x = torch.randn(2, TIME, DIM, dtype=torch.float64)
@@ -109,10 +105,9 @@ def test_the_branches_read_the_streams_in_turn():
         assert torch.equal(table[:, 5], torch.ones(4))
 
 
-@pytest.mark.parametrize("connection", CONNECTIONS)
-def test_with_more_streams_than_branches_some_stay_copies_of_each_other(connection: Any):
+def test_with_more_streams_than_branches_some_stay_copies_of_each_other():
     """One layer: after its mixer the feed-forward reads stream 1, and no branch is left to tell the others apart."""
-    network = decoder(1, connection=connection, streams=4)
+    network = decoder(1, streams=4)
     for name, parameter in network.named_parameters():
         if "connection" not in name:
             nn.init.normal_(parameter, std=0.4)
@@ -128,9 +123,8 @@ def test_with_more_streams_than_branches_some_stay_copies_of_each_other(connecti
     assert (mixed[1] - mixed[2]).abs() > 1e-3
 
 
-@pytest.mark.parametrize("connection", CONNECTIONS)
-def test_the_table_is_flat_so_that_weight_decay_leaves_it_alone(connection: Any):
-    assert connection(DIM, 4, 0).table.ndim == 1
+def test_the_table_is_flat_so_that_weight_decay_leaves_it_alone():
+    assert DynamicConnection(DIM, 4, 0).table.ndim == 1
 
 
 def test_the_dynamic_part_starts_at_nothing_and_is_learned():
