@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llmx.parts.counting import count_parameters
 from llmx.protocol import Network, Tokens
 
 MAX_ROWS = 32
@@ -14,8 +15,7 @@ MAX_WORK = 1e10  # parameters times tokens in one pass
 
 def token_budget(network: Network, most: int, work: float = MAX_WORK) -> int:
     """How many tokens one pass may have: fewer than `most` for a large network."""
-    parameters = sum(parameter.numel() for parameter in network.parameters())
-    return min(most, int(work / max(parameters, 1)))
+    return min(most, int(work / max(count_parameters(network), 1)))
 
 
 def random_windows(text: Tensor, rows: int, length: int, generator: torch.Generator) -> Tokens:

@@ -37,12 +37,13 @@ from torch.optim import Optimizer
 
 from llmx.cli.diagnosis import explain
 from llmx.cli.failures import lost, too_large
-from llmx.cli.preflight import built_network, check_window, described_network
+from llmx.cli.preflight import check_window
 from llmx.config.arguments import option, replaced, root_of, without_trust
 from llmx.config.bases import config_text, read_config, with_bases, with_list_entries
 from llmx.config.factories import build, check_imports, import_collection, to_config
 from llmx.costs.budget import Budget, Plan, budget
 from llmx.costs.describe import Description
+from llmx.costs.from_config import describe_config
 from llmx.costs.matching import match
 from llmx.data.datamodule import Split, TextDataModule
 from llmx.errors import UserError
@@ -554,7 +555,7 @@ class CLI(LightningCLI):
             self._match(settings, vocab_size, length)
             return
         model = to_config(_plain(settings.model))
-        description = described_network(model["network"], vocab_size, length)
+        description = describe_config(model["network"], vocab_size, length)
         step = self._budget(settings, model, description)
         if settings.format == "json":
             print(json.dumps(description.to_dict() | ({"step": step.to_dict()} if step else {}), indent=2))
@@ -597,16 +598,7 @@ class CLI(LightningCLI):
         own["length"] = length
         to["length"] = to["data"]["window"] if settings.length is None else length
 
-        def built(network: Any) -> Network:
-            try:
-                return built_network(network, vocab_size, "meta")
-            except (RuntimeError, TypeError):
-                return built_network(network, vocab_size, "cpu")
-
-        def described(network: Any, length: int) -> Description:
-            return described_network(network, vocab_size, length)
-
-        found = match(own, to, settings.match, settings.by, built, described)
+        found = match(own, to, settings.match, settings.by, vocab_size)
         print(f"# {found.said(settings.to)}\n{yaml.safe_dump(found.changes, sort_keys=False)}", end="", flush=True)
         if not found.holds:
             self.exit_code = 1

@@ -1,19 +1,15 @@
-"""Networks of a configuration built and tried, with one message for what does not fit."""
+"""Runs one window through a network before it is trained, and reports a failure in one message."""
 
 from __future__ import annotations
 
-import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llmx.config.factories import build
-from llmx.costs.describe import Description, describe
+from llmx.costs.from_config import failing_frame, window_failure
 from llmx.errors import UserError
 from llmx.protocol import Network
-
-SMALL = 50_000_000  # parameters of a network that is described by running it, where shapes alone do not do
 
 
 def check_window(network: Network, window: int) -> None:
@@ -46,55 +42,9 @@ def check_window(network: Network, window: int) -> None:
     except UserError:
         raise
     except Exception as error:
-        if isinstance(error, ValueError) and _frame(error).filename.startswith(str(Path(__file__).parents[1])):
+        if isinstance(error, ValueError) and failing_frame(error).filename.startswith(str(Path(__file__).parents[1])):
             raise UserError(f"model.network does not take windows of {window} (data.window): {error}") from error
-        raise UserError(_stuck(window, error)) from error
+        raise UserError(window_failure(window, error)) from error
     finally:
         for handle in handles:
             handle.remove()
-
-
-def described_network(config: Any, vocab_size: int, length: int) -> Description:
-    """Builds the network where it takes no memory, and for real only where that fails or says too little."""
-
-    def described(device: str) -> Description:
-        return describe(built_network(config, vocab_size, device), length)
-
-    try:
-        description = described("meta")
-        return described("cpu") if description.uncounted and description.parameters <= SMALL else description
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"model.network does not take a sequence of {length} (--length): {error}") from error
-    except (RuntimeError, TypeError):  # not what a shape alone allows
-        pass
-    try:
-        return described("cpu")
-    except RuntimeError as error:
-        raise UserError(_stuck(length, error)) from error
-
-
-def built_network(config: Any, vocab_size: int, device: str) -> Network:
-    """Raises UserError for a network that cannot be built, RuntimeError for one that needs numbers where none are."""
-    try:
-        with torch.device(device):
-            return build(config, vocab_size, "model.network")
-    except UserError as error:
-        if device == "meta" and isinstance(error.__cause__, RuntimeError):
-            raise error.__cause__ from None
-        raise
-
-
-def _stuck(length: int, error: Exception) -> str:
-    """What torch says of shapes and memory, or Python of a mistake, with the line of the component."""
-    frame = _frame(error)
-    place = f"{frame.filename}, line {frame.lineno}, in {frame.name}"
-    kind = "" if isinstance(error, RuntimeError) else f"{type(error).__name__}: "
-    return f"model.network: a window of {length} does not pass {place}: {kind}{' '.join(str(error).split())[:300]}"
-
-
-def _frame(error: Exception) -> traceback.FrameSummary:
-    """The last place outside torch."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return [frame for frame in frames if not frame.filename.startswith(str(Path(torch.__file__).parent))][-1]

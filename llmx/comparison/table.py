@@ -30,7 +30,7 @@ from llmx.comparison.statistics import (
     mean_over_seeds,
     mean_over_text,
 )
-from llmx.costs.describe import MATCHED, apart
+from llmx.costs.matching import MATCHED, apart
 from llmx.errors import UserError
 from llmx.training.metrics import bits, perplexity
 

@@ -1,17 +1,15 @@
-"""What a training step costs each device of a run, on paper: memory, communication and arithmetic.
+"""The memory, communication and arithmetic of a training step on each device of a run, without running it.
 
 Model states, P parameters on N devices (ZeRO, arXiv 1910.02054), all of them divided by N under fsdp:
 
     parameters, gradients   P numbers each, of the type of the precision: 4 bytes in bf16-mixed, 2 in bf16-true
-    optimizer states        what the config's optimizer really keeps: 8 P bytes and a count a tensor for AdamW
-    buffers                 ddp: once more the gradients, from which it reduces. fsdp: two blocks gathered (one at work,
-                            one on its way), what is outside of the blocks, and one block's gradients
+    optimizer states        counted in the config's optimizer: 8 P bytes and a count a tensor for AdamW
+    buffers                 ddp: a copy of the gradients, from which it reduces. fsdp: two gathered blocks (one at work,
+                            one on its way), all parameters outside the blocks, and one block's gradients
 
-What the forward pass keeps for the backward pass is counted and not estimated: `losses` runs on fake tensors, which
-have a shape, a type and a storage and no numbers, and autograd shows each tensor that it saves. Every storage counts
-once, parameters do not. It is linear in the number of sequences. Left out is what lives for a moment: the gradient of
-an activation, a kernel's workspace. The largest of these are listed, the gradients of the logits and of their
-log-softmax (B T V fp32 numbers each). The sum is an upper bound: the parameters' gradients come as activations go.
+`llmx.costs.activations` counts the activations. Not listed are short-lived tensors: the gradient of an activation, a
+kernel's workspace. Listed are only the largest of them, the gradients of the logits and of their log-softmax (B T V
+fp32 numbers each). The sum is an upper bound: the parameters' gradients arrive while activations are freed.
 
 Communication of a step, bytes that each device sends (ring algorithms):
 
@@ -19,40 +17,34 @@ Communication of a step, bytes that each device sends (ring algorithms):
     fsdp    (N-1)/N x (2 x gathered parameters + gradients)          two all-gathers and a reduce-scatter a micro-batch
 
 In mixed precision fsdp gathers 16 bits and reduces fp32 (`llmx.training.sharding.policy`). The trap: under autocast
-alone, as with ddp, every weight has a 16-bit copy that lives until the backward pass; gathered parameters would be
-copied just so, all of them, on every device.
-
-The count is that of the network as it is written, on a CPU. Compiled it keeps less, for elementwise work is done again;
-and a window of up to 256 keeps its T x T attention weights in 16 bits, where a GPU's fused kernel does not.
+alone, as with ddp, every weight has a 16-bit copy that lives until the backward pass. Gathered parameters would be
+copied the same way, all of them, on every device.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from rich.console import Group as Lines
 from rich.console import RenderableType
 from rich.text import Text
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
 
-from llmx.costs.describe import Description, parameters, table
+from llmx import display
+from llmx.costs.activations import Build, build_as, kept_activations
+from llmx.costs.describe import Description
+from llmx.costs.flops import why_not
 from llmx.errors import UserError
+from llmx.parts.counting import count_bytes, count_parameters
 from llmx.protocol import Network
 
-Build = Callable[[], Network]
 MakeOptimizer = Callable[[Network], Optimizer]
-PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {  # the type of the parameters, and of autocast
+PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {  # types of the parameters and of autocast
     "64-true": (torch.float64, None),
     "32-true": (torch.float32, None),
     "bf16-true": (torch.bfloat16, None),
@@ -77,12 +69,12 @@ ROWS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """How a run is spread.
+    """How a run is distributed.
 
-    devices:    all of them, over all nodes
+    devices:    of all nodes together
     strategy:   ddp or fsdp
     precision:  a key of PRECISIONS
-    sequences:  that a device reads at once, a micro-batch
+    sequences:  of a micro-batch on one device
     accumulate: micro-batches a step
     """
 
@@ -94,10 +86,10 @@ class Plan:
 
     @classmethod
     def read(cls, trainer: Any, batch_size: int, precision: str) -> Plan:
-        """From the trainer's settings as the command line parses them, and the batch of the whole step.
+        """Reads the trainer's parsed settings; `batch_size` is that of the whole step.
 
         Raises:
-            UserError: for settings that are none, or not known here.
+            UserError: for settings that are invalid or not supported here.
         """
         devices = _positive("trainer.devices", trainer.devices) * _positive("trainer.num_nodes", trainer.num_nodes)
         named = trainer.strategy if isinstance(trainer.strategy, str) else trainer.strategy["class_path"]
@@ -123,31 +115,30 @@ class Plan:
 
     @property
     def held(self) -> torch.dtype:
-        """Of the parameters between steps."""
+        """Type of the parameters between steps."""
         return PRECISIONS[self.precision][0]
 
     @property
     def lower(self) -> torch.dtype | None:
-        """Of autocast."""
+        """Type of autocast."""
         return PRECISIONS[self.precision][1]
 
     @property
     def at_work(self) -> torch.dtype:
-        """Of the parameters that a block reads."""
+        """Type of the parameters that a block reads."""
         return self.lower if self.sharded and self.lower else self.held
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What a step costs each device; JSON has all fields.
+    """The costs of a step on each device; JSON has all fields.
 
     memory:        bytes, by the keys of ROWS
-    checkpointed:  the same with gradient checkpointing; None for a network without
-    flops:         of a step on a device, matrix products alone; None where they are not counted
-    flops_checkpointed: with each block's forward pass made twice
+    checkpointed:  the same with gradient checkpointing; None for a network without it
+    flops:         of a step on a device, matrix products alone; None if not counted
+    flops_checkpointed: the same with each block's forward pass run twice
     sent:          bytes that a device sends a step
-    seconds:       the least that a step takes, for the arithmetic and for the communication; None where the speed of
-                   the hardware is not given
+    seconds:       the least that arithmetic and communication take; None if the hardware's speed is not given
     uncounted:     why there are no activations
     """
 
@@ -165,20 +156,21 @@ class Budget:
         return asdict(self)
 
     def render(self) -> RenderableType:
-        """For people, 80 columns wide if need be."""
+        """For people, in as few as 80 columns."""
         plan = self.plan
         where = "1 device" if plan.devices == 1 else f"{plan.devices:,} devices with {plan.strategy}"
         title = f"A training step on {where}, {plan.precision}, {self.tokens:,} tokens"
-        rows = table("memory of a device", numbers=("without", "with gradient\ncheckpointing"))
+        numbers = map(display.number_column, ("without", "with gradient\ncheckpointing"))
+        rows = display.table("memory of a device", *numbers)
         for name, said in ROWS.items():
             if name == "total":
                 rows.add_section()
             if name in self.memory:
-                other = "-" if self.checkpointed is None else _size(self.checkpointed[name])
-                rows.add_row(said, _size(self.memory[name]), other)
-        return Lines(Text(title, style="bold"), rows, Text(self._said(), style="dim"))
+                other = "-" if self.checkpointed is None else display.size(self.checkpointed[name])
+                rows.add_row(said, display.size(self.memory[name]), other)
+        return Lines(Text(title, style="bold"), rows, Text(self._notes(), style="dim"))
 
-    def _said(self) -> str:
+    def _notes(self) -> str:
         plan = self.plan
         lines = [f"Micro-batches: {plan.accumulate} a step, of {plan.sequences:,} sequences."]
         if self.uncounted:
@@ -189,7 +181,7 @@ class Budget:
         if self.flops_checkpointed is not None:
             arithmetic += f" ({self.flops_checkpointed:.3g} with gradient checkpointing)"
         lines.append(arithmetic + _at_least(self.seconds["arithmetic"]))
-        lines.append(f"Communication of a device: {_size(self.sent)}" + _at_least(self.seconds["communication"]))
+        lines.append(f"Communication of a device: {display.size(self.sent)}" + _at_least(self.seconds["communication"]))
         return "\n".join(lines)
 
 
@@ -201,19 +193,19 @@ def budget(
     peak_flops: float | None = None,
     bandwidth: float | None = None,
 ) -> Budget:
-    """Counts what a step costs; no memory is taken, however large the network.
+    """Counts the costs of a step, without memory for weights, however large the network is.
 
     Args:
         build: makes the network.
         optimizer: makes the optimizer of the network's parameters.
-        plan: how the run is spread.
+        plan: how the run is distributed.
         description: of the same network, at the length of the sequences.
         peak_flops: FLOPs a second of a device.
         bandwidth: bytes a second that a device sends.
 
     Raises:
-        UserError: for a network without parameters, an optimizer that does not take them or asks for numbers, and a
-            speed that is none.
+        UserError: for a network without parameters, an optimizer that refuses them or needs numbers, and a speed
+            that is not above 0.
     """
     for name, value in (("peak_flops", peak_flops), ("bandwidth", bandwidth)):
         if value is not None and not value > 0:
@@ -224,18 +216,19 @@ def budget(
     again: dict[str, int] | None = None
     uncounted = None
     try:
-        kept = _kept(build, plan, description.length, checkpointing=False)
+        counted = (build, plan.at_work, plan.lower, description.length)
+        kept = kept_activations(*counted, checkpointing=False)
         memory |= {
             "fixed": kept.fixed,
             "blocks": plan.sequences * sum(kept.blocks),
             "outside": plan.sequences * kept.outside,
             "logits_gradients": 2 * 4 * plan.sequences * description.length * description.vocab_size,
         }
-        with suppress(ValueError):  # of a network that has no checkpointing
-            inputs = _kept(build, plan, description.length, checkpointing=True).outside - kept.outside
+        with suppress(ValueError):  # the network has no checkpointing
+            inputs = kept_activations(*counted, checkpointing=True).outside - kept.outside
             again = {**memory, "blocks": plan.sequences * (inputs + max(kept.blocks))}
     except (RuntimeError, TypeError) as error:
-        uncounted = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        uncounted = why_not(error)
     for column in (memory, again):
         if column is not None:
             column["total"] = sum(column.values())
@@ -273,9 +266,9 @@ def _sent(plan: Plan, numbers: int) -> int:
 
 
 def _model_states(build: Build, optimizer: MakeOptimizer, plan: Plan, description: Description) -> dict[str, int]:
-    """Bytes of what a device holds whatever the batch."""
+    """Bytes that a device holds, whatever the batch."""
     with FakeTensorMode(allow_non_fake_inputs=True):
-        network = _built(build, plan.held)
+        network = build_as(plan.held, build)
         trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
         made = optimizer(network)
         for parameter in trained:
@@ -286,97 +279,27 @@ def _model_states(build: Build, optimizer: MakeOptimizer, plan: Plan, descriptio
             raise UserError(
                 f"model.optimizer: {type(made).__name__} makes no step without numbers, so its states are not known"
             ) from error
-        leaves = [leaf for state in made.state.values() for leaf in tree_leaves(state) if isinstance(leaf, Tensor)]
+        states = count_bytes(dict(made.state))
     memory = {
         "parameters": description.parameters * plan.held.itemsize,
         "gradients": sum(parameter.nbytes for parameter in trained),
-        "optimizer": sum(leaf.nbytes for leaf in leaves),
+        "optimizer": states,
     }
     if not plan.sharded:
         return {**memory, "buffers": memory["gradients"] if plan.devices > 1 else 0}
-    block = max((parameters(layer) for layer in network.layers), default=0)
+    block = max((count_parameters(layer) for layer in network.layers), default=0)
     outside = description.parameters - sum(layer.parameters for layer in description.layers)
     memory = {name: -(-whole // plan.devices) for name, whole in memory.items()}
     return {**memory, "buffers": (2 * block + outside) * plan.at_work.itemsize + block * plan.held.itemsize}
 
 
-def _built(build: Build, dtype: torch.dtype) -> Network:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # and no conversion, which fake parameters refuse
-    try:
-        return build()
-    finally:
-        torch.set_default_dtype(before)
-
-
-# ---------------------------------------------------------------------------------------------------------- activations
-class Kept(NamedTuple):
-    """Bytes that the forward pass keeps for the backward pass."""
-
-    fixed: int  # whatever the number of sequences
-    outside: int  # of the blocks, a sequence
-    blocks: tuple[int, ...]  # one a run of a block, a sequence
-
-
-def _kept(build: Build, plan: Plan, length: int, checkpointing: bool) -> Kept:
-    """From passes of two and of three sequences: one alone lets some copies be views."""
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cpu", plan.lower, enabled=plan.lower is not None):
-        network = _built(build, plan.at_work)
-        if checkpointing:
-            network.enable_gradient_checkpointing()
-        two, three = (_saved(network, sequences, length) for sequences in (2, 3))
-    outside, *blocks = (three[run] - two[run] for run in range(max(three) + 1))
-    return Kept(3 * sum(two.values()) - 2 * sum(three.values()), outside, tuple(blocks))
-
-
-def _saved(network: Network, sequences: int, length: int) -> Counter[int]:
-    """Bytes that autograd saves in a forward pass, by the run of a block, from 1 on, and at 0 those of no block."""
-    seen = {StorageWeakRef(parameter.untyped_storage()) for parameter in network.parameters()}
-    found, alive, runs, inside = Counter({0: 0}), list[Tensor](), itertools.count(1), [0]
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if StorageWeakRef(storage) not in seen:
-            seen.add(StorageWeakRef(storage))
-            alive.append(tensor)
-            found[inside[-1]] += storage.nbytes()
-        return tensor
-
-    def enter(*_: Any) -> None:
-        inside.append(next(runs))
-
-    def leave(*_: Any) -> None:
-        inside.pop()
-
-    handles = [
-        handle
-        for block in network.layers
-        for handle in (block.register_forward_pre_hook(enter), block.register_forward_hook(leave))
-    ]
-    tokens = torch.zeros(sequences, length, dtype=torch.int64)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        network.losses(tokens, tokens.clone())
-    for handle in handles:
-        handle.remove()
-    return found
-
-
-# -------------------------------------------------------------------------------------------------------------- reading
 def _positive(name: str, given: Any) -> int:
-    """A number of devices; a list of them has one."""
+    """A number of devices, given as such or as a list of devices."""
     number = len(given) if isinstance(given, list) else int(given) if str(given).lstrip("-").isdecimal() else None
     if number is None or number < 1:
         raise UserError(f"{name}: {given!r} is no number of devices to describe, which is 1 or more")
     return number
 
 
-def _size(count: int) -> str:
-    """In decimal units, three digits: 13.5 GB."""
-    power = min(4, int(math.log10(max(count, 1))) // 3)
-    value = count / 1000**power
-    digits = 2 - int(math.log10(value)) if power else 0
-    return f"{value:,.{max(digits, 0)}f} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
-
-
 def _at_least(seconds: float | None) -> str:
-    return "." if seconds is None else f", at least {seconds:.3g} s."
+    return "." if seconds is None else f", at least {display.seconds(seconds)}."

@@ -1,39 +1,44 @@
-"""Configs that cost the same as another, for fair comparisons: `describe --match {parameters,flops} --to CONFIG`.
+"""Changes a config to cost as much as another, for fair comparisons: `describe --match {parameters,flops} --to CONFIG`.
 
-    parameters    a size of the network is solved for: the hidden width of the feed-forwards, else `dim`, or `--by`
-    flops         of the whole training: the number of steps is solved for; with `--by` a size, for equal FLOPs a token
+    parameters    solves for a size of the network: the hidden width of the feed-forwards, else `dim`, or `--by`
+    flops         of the whole training: solves for the number of steps; with `--by` for a size, at equal FLOPs a token
 
-Sizes that vary together keep their ratio: the largest is solved for, the others are rounded. The search is a bisection,
-so costs have to rise with the size. The trap: not every size can be built (heads have to divide a width); those that
-cannot are stepped over.
+Sizes that vary together keep their ratio: the search solves for the largest and rounds the others. It is a bisection,
+so costs have to rise with the size. The trap: not every size can be built (heads have to divide a width). The search
+steps over those that cannot.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from llmx.config.paths import entries, set_at
-from llmx.costs.describe import MATCHED, Description, apart, parameters
+from llmx.costs.from_config import build_without_memory, describe_config
 from llmx.errors import UserError
-from llmx.protocol import Network
+from llmx.parts.counting import count_parameters
 
-Build = Callable[[Any], Network]  # from a network's config
-Describe = Callable[[Any, int], Description]  # and the length of a sequence
+MATCHED = 0.05  # costs that differ by at most this share count as equal
 STEPS = "trainer.max_steps"
 DEFAULTS = ("feed_forward.hidden", "dim")  # the first that the network has
 PATIENCE = 512  # sizes in a row that cannot be built before the search ends
 
 
+def apart(costs: Iterable[float | None]) -> float:
+    """By which share the largest exceeds the smallest, without costs that are zero or unknown."""
+    known = [cost for cost in costs if cost]
+    return max(known) / min(known) - 1 if known else 0.0
+
+
 @dataclass(frozen=True)
 class Match:
-    """The nearest that was found.
+    """The nearest config that the search found.
 
-    changes:    what overrides the config, nested as it is
-    kind:       what was matched, in words
-    own, other: how much of it both have
+    changes:    overrides the config, nested like it
+    kind:       the matched cost, in words
+    own, other: its amount in both configs
     """
 
     changes: dict[str, Any]
@@ -46,35 +51,32 @@ class Match:
         return apart((self.own, self.other)) <= MATCHED
 
     def said(self, name: str) -> str:
-        """In one line what was reached; `name` is the other config's."""
+        """The result in one line; `name` is that of the other config."""
         percent = round(100 * (self.own / self.other - 1), 2) + 0.0  # no -0.00
         return f"{self.kind}: {self.own:,.0f}, and {self.other:,.0f} in {name} ({percent:+.2f} %)"
 
 
-def match(
-    own: dict[str, Any], other: dict[str, Any], what: str, by: str | None, build: Build, describe: Describe
-) -> Match:
-    """Solves for what makes a config cost as much as another.
+def match(own: dict[str, Any], other: dict[str, Any], what: str, by: str | None, vocab_size: int) -> Match:
+    """Solves for the change that makes a config cost as much as another.
 
     Args:
-        own: the settings to change, as plain data: `model`, `data`, `trainer`, and `length`, where FLOPs are counted.
-        other: those whose cost is the goal.
+        own: the settings to change, as plain data: `model`, `data`, `trainer`, and `length` to count FLOPs.
+        other: the settings whose cost is the goal.
         what: `parameters` or `flops`.
-        by: the size to vary, a key of the network or its end, which stands for all keys that end so.
-        build: all that parameters take; raises ValueError for a network that cannot be built.
-        describe: the same, for FLOPs.
+        by: the size to vary: a key of the network, or the end of one or several keys.
+        vocab_size: of both networks.
 
     Raises:
-        UserError: for sizes that are not there or do not serve, and where there is nothing to match.
+        UserError: for sizes that do not exist or do not serve, and if there is nothing to match.
     """
 
     def cost(settings: dict[str, Any], network: Any) -> float:
         value: float | None
         if what == "parameters":
-            built = build(network)
-            name, value, why = type(built).__name__, parameters(built), None
+            built = build_without_memory(network, vocab_size)
+            name, value, why = type(built).__name__, count_parameters(built), None
         else:
-            found = describe(network, settings["length"])
+            found = describe_config(network, vocab_size, settings["length"])
             name, value, why = found.network, found.training_flops_per_token, found.uncounted
         if not value:
             raise UserError(f"model.network: {name} cannot be matched by {what}, {why or 'there are none'}")
@@ -119,11 +121,11 @@ def nearest(cost: Callable[[int], float | None], goal: float) -> tuple[int, floa
     """The whole number from 1 on whose cost is nearest to the goal, and that cost.
 
     Args:
-        cost: rises with its argument; None where there is none.
-        goal: what the cost should be.
+        cost: rises with its argument; None for a number that has no cost.
+        goal: the wanted cost.
 
     Raises:
-        ValueError: where no number has a cost, or it does not rise.
+        ValueError: if no number has a cost, or the cost does not rise.
     """
     tried: dict[int, float] = {}
 
@@ -144,7 +146,7 @@ def nearest(cost: Callable[[int], float | None], goal: float) -> tuple[int, floa
         if tried[n] >= goal:
             break
         low = n
-    high = 2 * low  # what can be built from here on costs the goal or more
+    high = 2 * low  # every number from here on costs the goal or more
     while high - low > 1:
         middle = (low + high) // 2
         n = first(middle, high)
@@ -156,12 +158,12 @@ def nearest(cost: Callable[[int], float | None], goal: float) -> tuple[int, floa
 
 
 def _tokens(settings: dict[str, Any]) -> int:
-    """Of one step."""
+    """Tokens of one step."""
     return settings["data"]["batch_size"] * settings["data"]["window"]
 
 
 def _sizes(network: Any, by: str | None) -> dict[str, int]:
-    """The keys to vary, with what they hold; one that is not given (null) counts as large as the largest that is."""
+    """The sizes to vary, by key; a size that is null counts as large as the largest given one."""
     ends = DEFAULTS if by is None else (by.replace("init_args.", ""),)
     keys = entries(network, "model.network")
     found = next(
@@ -177,8 +179,7 @@ def _sizes(network: Any, by: str | None) -> dict[str, int]:
 
 
 def _difference(before: Any, after: Any) -> Any:
-    """What has changed, within the classes that it belongs to. Lists keep all entries: the parser merges them one by
-    one."""
+    """The changed values with their class paths. Lists keep all entries: the parser merges them one by one."""
     if isinstance(after, list):
         return [_difference(*pair) for pair in zip(before, after, strict=True)]
     if not isinstance(after, dict):

@@ -21,10 +21,10 @@ from torch.utils.tensorboard.summary import hparams
 
 from llmx.audits.causality_report import influence_figure
 from llmx.config.yaml import parse_yaml
-from llmx.costs.describe import parameters
 from llmx.data.datamodule import TextDataModule
 from llmx.data.windows import Batch
 from llmx.errors import UserError
+from llmx.parts.counting import count_parameters
 from llmx.protocol import IGNORE, CountingNetwork
 from llmx.runs.provenance import code, file_hash, provenance, sources
 from llmx.training.callbacks import Samples
@@ -171,7 +171,7 @@ class RunRecord(Callback):
         if board is not None:
             # TensorBoard shows the first five metrics by name
             final = {name.removeprefix("val/"): value for name, value in self.final.items()}
-            final |= {"parameters": parameters(pl_module.network), "seconds": seconds}
+            final |= {"parameters": count_parameters(pl_module.network), "seconds": seconds}
             for name, value in final.items():
                 board.add_scalar(f"final/{name}", value, trainer.global_step - 1)  # where val/loss is
             _, _, end = hparams({}, {})
@@ -202,7 +202,7 @@ class RunRecord(Callback):
             **provenance(),
             **({} if self.command is None else {"command": self.command}),
             "data": _data(trainer).protocol,
-            "parameters": parameters(pl_module.network),
+            "parameters": count_parameters(pl_module.network),
             "network": {key: value for key, value in pl_module.description.to_dict().items() if key != "layers"},
             **_used(trainer, pl_module),
             "compiled": pl_module.compiled,

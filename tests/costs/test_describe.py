@@ -11,19 +11,20 @@ import torch
 from rich.console import Console
 from torch import nn
 
-import llmx.costs.describe
 from llmx.blocks.cycle import Cycle
 from llmx.blocks.prenorm import PreNormBlock
 from llmx.cli import main
 from llmx.config.bases import read_config
 from llmx.config.factories import build
-from llmx.costs.describe import describe, parameters
+from llmx.costs.describe import describe
+from llmx.costs.flops import forward_flops
 from llmx.feedforward.none import NoFeedForward
 from llmx.feedforward.swiglu import SwiGLU
 from llmx.mixers.attention import Attention
 from llmx.networks.decoder import Decoder
 from llmx.networks.embeddings import LearnedPositionEmbedding
 from llmx.networks.founding import FoundingNetwork
+from llmx.parts.counting import count_parameters
 from llmx.protocol import Mixer, Stack
 
 CHECKOUT = Path(__file__).parents[2]
@@ -104,7 +105,7 @@ def test_layers_and_groups_have_the_parameters_of_the_network():
         "norms": (2 * L + 1) * D,
         "head": V * D,
     }
-    assert description.parameters == parameters(network) == L * block + 2 * V * D + D
+    assert description.parameters == count_parameters(network) == L * block + 2 * V * D + D
 
 
 def test_the_flops_are_those_of_the_formula_with_the_whole_square_of_attention():
@@ -124,7 +125,7 @@ def test_grouped_heads_do_not_change_what_attention_costs():
 
 def test_attention_counts_the_same_by_its_numbers_on_the_cpu_where_the_fused_kernel_would_count_nothing():
     network = LLAMA()
-    real = llmx.costs.describe._forward(network, ["blocks.0", "blocks.0.mixer"], T)
+    real = forward_flops(network, ["blocks.0", "blocks.0.mixer"], T)
     assert real.total == describe(network, T).flops_per_token * T
     assert real.flops["blocks.0.mixer"] == (8 * D * D + 4 * D * T) * T
 
@@ -239,7 +240,7 @@ def test_every_config_sums_to_the_network_that_it_builds(capsys, monkeypatch, tm
     config = read_config(path)
     arguments = [] if "vocab_size" in config else ["--vocab_size", V]
     built = []
-    monkeypatch.setattr("llmx.cli.preflight.build", lambda *given: built.append(given) or build(*given))
+    monkeypatch.setattr("llmx.costs.from_config.build", lambda *given: built.append(given) or build(*given))
     found = described(capsys, "--config", path, *arguments)
     assert sum(group["parameters"] for group in found["groups"].values()) == found["parameters"]
     assert found["uncounted"] is None
@@ -252,7 +253,7 @@ def test_every_config_sums_to_the_network_that_it_builds(capsys, monkeypatch, tm
         return
     assert found["length"] == config["data"]["window"]
     network = build(*built[0])  # with numbers
-    assert found["parameters"] == parameters(network)
+    assert found["parameters"] == count_parameters(network)
     assert len(found["layers"]) == len(network.layers)
     if network.stateful:
         leaves = torch.utils._pytree.tree_leaves(network.init_state(1, found["length"]))
@@ -452,7 +453,7 @@ def test_a_network_that_cannot_be_built_or_run_without_numbers_is_described_all_
 
 
 def test_a_large_network_that_cannot_run_without_numbers_has_no_flops(corpus, capsys, monkeypatch):
-    monkeypatch.setattr("llmx.cli.preflight.SMALL", 100)
+    monkeypatch.setattr("llmx.costs.from_config.SMALL", 100)
     path = write("asking.yaml", prenorm(f"{__name__}.Asking"), vocab_size=9)
     assert described(capsys, "--config", path)["flops_per_token"] is None
     assert main(["describe", "--config", path]) == 0
