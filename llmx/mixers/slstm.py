@@ -65,7 +65,7 @@ class SLSTM(StatefulMixer[SLSTMState]):
             self.bias.view(heads, 4, -1)[:, 1] = 5 - 12 * torch.linspace(0, 1, self.head_dim) ** power
 
     def forward(self, x: Hidden, context: Context) -> Hidden:
-        return self._run(x, self.convolution(x), self.init_state(len(x), 0))[0]
+        return self.prefill(x, None, context)[0]
 
     def init_state(self, batch_size: int, max_length: int) -> SLSTMState:
         zeros = exact_zeros(self.recurrent, batch_size, self.heads, self.head_dim)
@@ -84,13 +84,10 @@ class SLSTM(StatefulMixer[SLSTMState]):
         hidden = o.sigmoid() * cell / normalizer
         return self.norm(hidden).to(x.dtype), SLSTMState(short, hidden, cell, normalizer, stabilizer)
 
-    def prefill(self, x: Hidden, state: SLSTMState, context: Context) -> tuple[Hidden, SLSTMState]:
-        mixed, short = self.convolution.prefill(x, state.short)
-        output, state = self._run(x, mixed, state)
-        return output, state._replace(short=short)
-
-    def _run(self, x: Hidden, mixed: Hidden, state: SLSTMState) -> tuple[Hidden, SLSTMState]:
-        """The loop over time, from any state. Heads come first, so that a step is one batched product."""
+    def prefill(self, x: Hidden, state: SLSTMState | None, context: Context) -> tuple[Hidden, SLSTMState]:
+        """The loop over time. Heads come first, so that a step is one batched product."""
+        mixed, short = self.convolution.prefill(x, state.short if state else None)
+        state = state or self.init_state(len(x), 0)
         inputs = self._project(x, mixed).permute(1, 2, 0, 3).contiguous()  # (T, H, B, 4 K)
         recurrent = self.recurrent.to(inputs.dtype)
         hidden, cell, normalizer, stabilizer = (part.transpose(0, 1) for part in state[1:])  # (H, B, K)
@@ -107,7 +104,7 @@ class SLSTM(StatefulMixer[SLSTMState]):
                 outputs.append(hidden)
         output = self.norm(torch.stack(outputs).permute(2, 0, 1, 3)).to(x.dtype)  # (B, T, D)
         after = (part.transpose(0, 1) for part in (hidden, cell, normalizer, stabilizer))
-        return output, SLSTMState(state.short, *after)
+        return output, SLSTMState(short, *after)
 
     def _project(self, x: Tensor, mixed: Tensor) -> Tensor:
         """The input's part of the gates: (..., H, 4 K), in float32 at least."""

@@ -81,9 +81,7 @@ class Titans(StatefulMixer[TitansState]):
         normal_(self.out, residual_std(site.depth))
 
     def forward(self, x: Hidden, context: Context) -> Hidden:
-        u, gate, rates = self.project(x).split(self.widths, -1)
-        inputs = self._inputs(self.convolution(u), rates)
-        return self._train(inputs, gate, self.init_state(len(x), 0), None)[0]
+        return self.prefill(x, None, context)[0]
 
     def init_state(self, batch_size: int, max_length: int) -> TitansState:
         memory = at_least_float32(self.memory).repeat(batch_size, 1, 1, 1)
@@ -102,26 +100,15 @@ class Titans(StatefulMixer[TitansState]):
             read = (query.mT @ memory).squeeze(-2)
         return self._read(read, gate), TitansState(convolution, start, memory, momentum)
 
-    def prefill(self, x: Hidden, state: TitansState, context: Context) -> tuple[Hidden, TitansState]:
+    def prefill(self, x: Hidden, state: TitansState | None, context: Context) -> tuple[Hidden, TitansState]:
+        """One mini-batch after the other."""
+        positions = None if state is None else context.positions.expand(len(x), -1)
+        convolution, start, memory, momentum = state or (None, *self.init_state(len(x), 0)[1:])
         u, gate, rates = self.project(x).split(self.widths, -1)
-        u, convolution = self.convolution.prefill(u, state.convolution)
-        state = state._replace(convolution=convolution)
-        return self._train(self._inputs(u, rates), gate, state, context.positions.expand(len(x), -1))
-
-    def _inputs(self, u: Tensor, rates: Tensor) -> Inputs:
-        """From conv(W x) (B, T, 3 D) and W_r x (B, T, 3 H), without T in `step`; in float32 at least."""
-        exact = exact_dtype(u)
-        query, key, value = F.silu(u).to(exact).unflatten(-1, (3, self.heads, self.head_dim)).unbind(-3)
-        decay, momentum, rate = (rates.to(exact) + self.rates.to(exact)).chunk(3, -1)
-        rate = (-momentum).sigmoid() * rate.sigmoid() / self.mini_batch
-        return Inputs(l2_norm(query), l2_norm(key), value, rate, F.logsigmoid(-decay), F.logsigmoid(momentum))
-
-    def _train(
-        self, inputs: Inputs, gate: Tensor, state: TitansState, positions: Tensor | None
-    ) -> tuple[Hidden, TitansState]:
-        """One mini-batch after the other; without positions, from the text's start."""
-        with torch.autocast(gate.device.type, enabled=False):
-            batches = MiniBatches(gate.shape[1], self.mini_batch, positions, inputs.rate)
+        u, convolution = self.convolution.prefill(u, convolution)
+        inputs = self._inputs(u, rates)
+        with torch.autocast(x.device.type, enabled=False):
+            batches = MiniBatches(x.shape[1], self.mini_batch, positions, inputs.rate)
             query, key, value, rate, log_keep, log_momentum = (batches.cut(y) for y in inputs)  # (B, N, H, b, ...)
             kept, moved = _faded(log_keep), _faded(log_momentum)  # (B, N, H, b, b + 1)
             moves = kept[..., 1:] * batches.present[:, :, :, None]  # the share of each S in each M: 0 after padding
@@ -136,7 +123,6 @@ class Titans(StatefulMixer[TitansState]):
             from_memory, from_momentum = memory_keeps * query, carried * query
             last_kept, last_carried, last_moved = (y[..., -1:, :] for y in (memory_keeps, carried, momentum_keeps))
             begins = batches.begins[..., None, None, None]  # (B, N, 1, 1, 1)
-            _, start, memory, momentum = state
             reads = []
             # unbound: the gradient of an index is as long as the whole text, at each mini-batch
             parts = (begins, key, value, from_memory, from_momentum, scores, into, last_kept, last_carried, last_moved)
@@ -150,7 +136,15 @@ class Titans(StatefulMixer[TitansState]):
                 memory = keep * memory + carry * momentum - to_memory
                 momentum = move * momentum - to_momentum
             read = batches.join(torch.stack(reads, 1))
-        return self._read(read, gate), TitansState(state.convolution, start, memory, momentum)
+        return self._read(read, gate), TitansState(convolution, start, memory, momentum)
+
+    def _inputs(self, u: Tensor, rates: Tensor) -> Inputs:
+        """From conv(W x) (B, T, 3 D) and W_r x (B, T, 3 H), without T in `step`; in float32 at least."""
+        exact = exact_dtype(u)
+        query, key, value = F.silu(u).to(exact).unflatten(-1, (3, self.heads, self.head_dim)).unbind(-3)
+        decay, momentum, rate = (rates.to(exact) + self.rates.to(exact)).chunk(3, -1)
+        rate = (-momentum).sigmoid() * rate.sigmoid() / self.mini_batch
+        return Inputs(l2_norm(query), l2_norm(key), value, rate, F.logsigmoid(-decay), F.logsigmoid(momentum))
 
     def _read(self, read: Tensor, gate: Tensor) -> Tensor:
         """(B, T, H, K), and the gate (B, T, D) -> (B, T, D), without T in `step`."""

@@ -83,7 +83,7 @@ class TTTLinear(StatefulMixer[TTTLinearState]):
         normal_(self.out, residual_std(site.depth))
 
     def forward(self, x: Hidden, context: Context) -> Hidden:
-        return self._train(self._project(x, context), self.init_state(len(x), 0), None, x.dtype)[0]
+        return self.prefill(x, None, context)[0]
 
     def init_state(self, batch_size: int, max_length: int) -> TTTLinearState:
         first = torch.cat((self.weights, self.bias.view(self.heads, 1, -1)), 1)
@@ -102,28 +102,13 @@ class TTTLinear(StatefulMixer[TTTLinearState]):
             read = (query[..., None, :] @ here).squeeze(-2)
         return self._read(query, read, x.dtype), TTTLinearState(weights, gradient)
 
-    def prefill(self, x: Hidden, state: TTTLinearState, context: Context) -> tuple[Hidden, TTTLinearState]:
-        return self._train(self._project(x, context), state, context.positions.expand(len(x), -1), x.dtype)
-
-    def _project(self, x: Tensor, context: Context) -> Inputs:
-        """In float32 at least."""
-        exact = exact_dtype(x)
-        qkv, rate = (part.to(exact) for part in self.project(x).split(self.widths, -1))
-        query, key, value = qkv.unflatten(-1, (3, self.heads, self.head_dim)).unbind(-3)
-        name = f"rotary {self.rotary_base} {self.head_dim} of {self.mini_batch}"
-        if name not in context.store:
-            places = context.positions % self.mini_batch
-            context.store[name] = rotary_table(places, self.head_dim, self.rotary_base, exact)[..., None, :, :]
-        query, key = rotate(query, context.store[name]), rotate(key, context.store[name])
-        rate = (rate + self.rate_bias.to(exact)).sigmoid() * (self.base_rate / self.head_dim)
-        return Inputs(F.pad(query, (0, 1), value=1.0), F.pad(key, (0, 1), value=1.0), value - key, rate)
-
-    def _train(
-        self, inputs: Inputs, state: TTTLinearState, positions: Tensor | None, dtype: torch.dtype
-    ) -> tuple[Hidden, TTTLinearState]:
-        """The dual form, one mini-batch after the other; without positions, from the text's start."""
-        with torch.autocast(inputs.key.device.type, enabled=False):
-            batches = MiniBatches(inputs.rate.shape[1], self.mini_batch, positions, inputs.rate)
+    def prefill(self, x: Hidden, state: TTTLinearState | None, context: Context) -> tuple[Hidden, TTTLinearState]:
+        """The dual form, one mini-batch after the other."""
+        positions = None if state is None else context.positions.expand(len(x), -1)
+        state = state or self.init_state(len(x), 0)
+        inputs = self._project(x, context)
+        with torch.autocast(x.device.type, enabled=False):
+            batches = MiniBatches(x.shape[1], self.mini_batch, positions, inputs.rate)
             query, key, target, rate = (batches.cut(part) for part in inputs)  # (B, N, H, b, ...)
             sizes = self._step_sizes()[:, None]  # (b, 1)
             weighed = rate[..., None] * key
@@ -143,7 +128,20 @@ class TTTLinear(StatefulMixer[TTTLinearState]):
                 reads.append(read - score @ slope)
                 state = TTTLinearState(weights, gradient + write @ slope)
             read = batches.join(torch.stack(reads, 1))
-        return self._read(inputs.query, read, dtype), state
+        return self._read(inputs.query, read, x.dtype), state
+
+    def _project(self, x: Tensor, context: Context) -> Inputs:
+        """In float32 at least."""
+        exact = exact_dtype(x)
+        qkv, rate = (part.to(exact) for part in self.project(x).split(self.widths, -1))
+        query, key, value = qkv.unflatten(-1, (3, self.heads, self.head_dim)).unbind(-3)
+        name = f"rotary {self.rotary_base} {self.head_dim} of {self.mini_batch}"
+        if name not in context.store:
+            places = context.positions % self.mini_batch
+            context.store[name] = rotary_table(places, self.head_dim, self.rotary_base, exact)[..., None, :, :]
+        query, key = rotate(query, context.store[name]), rotate(key, context.store[name])
+        rate = (rate + self.rate_bias.to(exact)).sigmoid() * (self.base_rate / self.head_dim)
+        return Inputs(F.pad(query, (0, 1), value=1.0), F.pad(key, (0, 1), value=1.0), value - key, rate)
 
     def _begin(self, state: TTTLinearState, begins: Tensor) -> TTTLinearState:
         """At the beginning of a mini-batch, the one before moves the weights."""

@@ -145,9 +145,9 @@ def _(size: Tensor, x: Tensor, rate: Tensor, write: Tensor, read: Tensor, start:
 
 
 @_scan_backward.register_fake
-def _(*given: Tensor | None) -> tuple[Tensor, ...]:
+def _(*given: Any) -> tuple[Tensor, ...]:
     *tensors, states, _, _ = given
-    return tuple(torch.empty_like(tensor) for tensor in (*tensors, states[0]))  # type: ignore[arg-type,index]
+    return tuple(torch.empty_like(tensor) for tensor in (*tensors, states[0]))
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
