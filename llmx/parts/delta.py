@@ -1,20 +1,19 @@
-"""The delta rule, in chunks: a memory that takes out what a key already holds before it writes there.
+"""The delta rule in chunks: a memory that erases what a key already holds before it writes there.
 
     S_t = (I - b_t k_t k_t^T) diag(a_t) S_{t-1} + b_t k_t v_t^T            (K, V) a head; |k_t| = 1, b_t in (0, 2)
         = diag(a_t) S_{t-1} + k_t u_t^T,    u_t = b_t (v_t - (diag(a_t) S_{t-1})^T k_t),        o_t = S_t^T q_t
 
 `delta_rule` has one decay a_t a head (arXiv 2412.06464) or none (2406.06484), and may write several keys before a query
-reads (2502.10297); `vector_delta_rule` has one a channel of the key (2510.26692). Inside a chunk of c tokens, with
+reads (2502.10297). `vector_delta_rule` has one a channel of the key (2510.26692). Inside a chunk of c tokens, with
 g_ts = sum of log a over s < r <= t,
 
     u_t + b_t sum_{s < t} (k_t . exp(g_ts) k_s) u_s = b_t (v_t - S_0^T exp(g_t0) k_t)
 
-is a triangular system with ones on its diagonal, whose inverse is applied to v and to the part in S_0; from chunk to
-chunk S -> M S + C then. Time O(T (c + K) (K + V)) a head in T / c dependent steps, memory O(T (c + K)) and K (K + V)
-numbers for each chunk; the state is S, K V numbers a head. The traps: the decay comes before the erasure, so what is
-taken out has faded; the triangle is strict; exp(-sum of log a) overflows, and the difference of two long sums has lost
-the short one: here every g_ts is summed by itself, of numbers with one sign. Sums are float32 at least, under autocast
-too.
+is a triangular system with ones on its diagonal, whose inverse is applied to v and to the part in S_0. From chunk to
+chunk S -> M S + C. Time O(T (c + K) (K + V)) a head in T / c dependent steps, memory O(T (c + K)) and K (K + V) numbers
+for each chunk. The state is S, K V numbers a head. The traps: the decay comes before the erasure, so the erased value
+has faded; the triangle is strict; exp(-sum of log a) overflows; and the difference of two long sums has lost the short
+one, so here every g_ts is a sum of its own, of numbers with one sign. Sums are float32 at least, under autocast too.
 """
 
 import torch
@@ -43,7 +42,7 @@ def unit_heads(u: Tensor, key_heads: int, key_dim: int, heads: int) -> tuple[Ten
 
 
 def check_rate(beta_max: float) -> None:
-    """Raises ValueError for a factor of beta with which the memory could grow, or would never be written."""
+    """Raises ValueError for a largest beta with which the memory could grow, or would never be written."""
     if not 0 < beta_max <= 2:
         raise ValueError(f"beta_max: {beta_max} is not above 0 and up to 2")
 
@@ -66,7 +65,7 @@ def delta_rule(
         beta: b, (B, T, H), between 0 and 2.
         log_decay: log a, (B, T, H), not above 0; nothing fades if not given.
         state: S before the first token, (B, H, K, V); zeros if not given.
-        chunk: c, keys in a chunk; as many as whole queries have, and n at least.
+        chunk: c, keys in a chunk; rounded down to whole queries, n at least.
 
     Returns:
         (B, T / n, H, V) in the dtype of the value, and S after the last token, in float32 at least.
@@ -104,25 +103,12 @@ def vector_delta_rule(
     state: Tensor | None = None,
     chunk: int = 16,
 ) -> tuple[Tensor, Tensor]:
-    """One decay a channel of the key.
-
-    Args:
-        query: q, (B, T, H, K).
-        key: k, (B, T, H, K), of length 1 or less.
-        value: v, (B, T, H, V).
-        beta: b, (B, T, H), between 0 and 2.
-        log_decay: log a, (B, T, H, K), not above 0.
-        state: S before the first token, (B, H, K, V); zeros if not given.
-        chunk: c, a power of 2.
-
-    Returns:
-        (B, T, H, V) in the dtype of the value, and S after the last token, in float32 at least.
-    """
+    """The same with a decay a channel of the key, (B, T, H, K); H heads of keys, n = 1; the chunk is a power of 2."""
     time = value.shape[1]
     chunk = min(chunk, 1 << (time - 1).bit_length())
     with torch.autocast(value.device.type, enabled=False):
         query, key, values, rate, log_decay = (chunked(x, chunk) for x in (query, key, value, beta, log_decay))
-        # a view, for a compiler does not take one tensor for two arguments
+        # a view, because a compiler refuses one tensor for two arguments
         total, left, from_query, from_key = vector_scores(key, log_decay, query, key.view_as(key))
         fade = total[..., -1:, :].exp().transpose(-1, -2)  # (B, N, H, K, 1)
         total = total.exp()
@@ -164,14 +150,14 @@ def _solve(
     fade: Tensor | None,
     state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """What all kinds of decay have in common.
+    """The common part of all kinds of decay.
 
-    from_query (B, N, ..., c / n, c) and from_key (B, N, ..., c, c) are the scores in a chunk, the latter's lower
-    triangle read alone; query, read (both faded since S_0) and right (fading until the end) are (B, N, ..., c, K);
+    from_query (B, N, ..., c / n, c) and from_key (B, N, ..., c, c) are the scores in a chunk; only the lower triangle
+    of from_key is read. query, read (both faded since S_0) and right (fading until the end) are (B, N, ..., c, K);
     value (B, N, ..., c, V), beta (B, N, ..., c, 1), fade of a whole chunk broadcasting to (B, N, ..., K, 1), state
     (B, ..., K, V) -> (B, N, ..., c / n, V), and the state.
     """
-    # one chunk, and nothing before it; a token alone goes the long way, for a decay without effect to have a gradient
+    # one chunk with nothing before it; a single token goes the long way, so that a decay without effect has a gradient
     only = state is None and value.shape[1] == 1 < value.shape[-2]
     inverse = unit_lower_inverse(beta * from_key) * beta.transpose(-1, -2)
     update = inverse @ value  # u where S_0 = 0
@@ -180,7 +166,7 @@ def _solve(
     mixed = from_query @ update
     if only:
         return mixed, add[:, 0]
-    in_state = inverse @ -read  # what S_0 adds to u
+    in_state = inverse @ -read  # the part of u in S_0
     one = torch.eye(right.shape[-2], dtype=right.dtype, device=right.device)
     move = right @ in_state + (one if fade is None else one * fade)  # M, (B, N, ..., K, K)
     past, state = carry_moved(move, add, state)

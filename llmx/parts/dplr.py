@@ -1,20 +1,20 @@
-"""A memory whose transition is a diagonal plus a matrix of rank one, in chunks: RWKV-7's, and that of delta rules with
-a decay a channel.
+"""A memory whose transition is a diagonal plus a rank-one matrix, in chunks: RWKV-7, and delta rules with a decay a
+channel.
 
     S_t = diag(a_t) S_{t-1} + b_t (S_{t-1}^T r_t)^T + k_t v_t^T          (K, V) a head, a_t = exp(log_decay_t)
     o_t = S_t^T q_t
 
-Inside a chunk of c tokens, with G the sums of log a and u_t = S_{t-1}^T r_t what is taken out of the memory:
+Inside a chunk of c tokens, with G the sums of log a and u_t = S_{t-1}^T r_t the value erased from the memory,
 
     u_t = sum_{s < t} (r_t . exp(G_{t-1} - G_s) (b_s u_s^T + k_s v_s^T)) + (exp(G_{t-1}) r_t)^T S_0
 
-is a triangular system with ones on its diagonal, whose inverse is applied to what is known and to the part in S_0;
-from chunk to chunk S -> M S + C then. Time O(T (c + K) (K + V)) a head in T / c dependent steps, memory O(T (c + K))
-and K (K + V) numbers for each chunk. The traps: u_t reads S_{t-1} before it has faded by a_t, the query after; and
+is a triangular system with ones on its diagonal, whose inverse is applied to the known part and to the part in S_0.
+From chunk to chunk S -> M S + C. Time O(T (c + K) (K + V)) a head in T / c dependent steps, memory O(T (c + K)) and
+K (K + V) numbers for each chunk. The traps: u_t reads S_{t-1} before it has faded by a_t, the query after; and
 exp(-G_s) alone overflows. exp(G_t - m) and exp(m - G_s) do not where the decay has a floor: with log a > -0.61, as in
-RWKV-7, c = 32 and m half of what a chunk can fade, both are below e^9.7, and no factor loses anything by being large.
-m is no middle of the decays at hand, which would let rounding see the future. Sums are float32 at least, under autocast
-too.
+RWKV-7, c = 32 and m half of what a chunk can fade, both are below e^9.7, and no factor loses precision by being large.
+m is not the middle of the decays at hand, which would let rounding see the future. Sums are float32 at least, under
+autocast too.
 """
 
 import math
@@ -26,7 +26,7 @@ from torch import Tensor
 from llmx.parts.linear_attention import carry_moved, chunked, joined
 from llmx.parts.triangular import unit_lower_inverse
 
-LARGEST = 80.0  # exponent that float32 has room for
+LARGEST = 80.0  # exponent within float32
 
 
 def dplr(
@@ -80,7 +80,7 @@ def dplr(
         alone = inverse @ ((read @ key).tril(-1) @ value)  # u where S_0 = 0
         mixed = query_write @ alone + query_key @ value
         add = (last - middle).exp() * (write @ alone + key @ value)  # C, (B, N, H, K, V)
-        if state is None and value.shape[1] == 1:  # one chunk, and nothing before it
+        if state is None and value.shape[1] == 1:  # one chunk with nothing before it
             return joined(mixed, time).to(dtype), add[:, 0]
         in_state = inverse @ read  # u = in_state exp(m) S_0 + alone
         one = torch.eye(write.shape[-2], dtype=write.dtype, device=write.device)

@@ -1,12 +1,11 @@
-"""What mixtures of experts share: the router, and experts that run on the tokens that were routed to them.
+"""The router of a mixture of experts, and experts that run on the tokens routed to them.
 
-Rows are sorted by expert, and every expert multiplies its own slice of them: the arithmetic of k experts a token, not
-of all E, and no limit on how many tokens an expert takes, so that none is dropped and no token's output depends on
-another's. The slices depend on the data; each grouped product is one operator, which a compiler takes as it is.
-Measured, 64 x 32 tokens of dim 128, forward and backward, fp32, one thread of an AMD EPYC: 8 experts of 170, two a
-token, 49 ms, where running all experts on all tokens takes 311; 32 experts of 64, four a token, 62 and 375. On a GPU
-the operator waits for the slices' lengths; torch's own grouped_mm does not, but takes neither float64 nor rows whose
-bytes are no multiple of 16.
+Rows are sorted by expert, and every expert multiplies its own slice of them. That costs the arithmetic of k experts a
+token, not of all E. An expert takes any number of tokens: none is dropped, and no token's output depends on another's.
+The slices depend on the data; each grouped product is one operator, which a compiler leaves whole. Measured, 64 x 32
+tokens of dim 128, forward and backward, fp32, one thread of an AMD EPYC: 8 experts of 170, two a token, take 49 ms
+(all experts on all tokens: 311); 32 experts of 64, four a token, take 62 (375). On a GPU the operator waits for the
+slices' lengths; torch's own grouped_mm does not, but takes neither float64 nor rows whose bytes are no multiple of 16.
 """
 
 from typing import Any
@@ -21,7 +20,7 @@ from llmx.parts.precision import exact_dtype
 
 
 class Router(nn.Module):
-    """(..., D) -> logits (..., E) in float32 at least: in 16 bits rounding would decide who is chosen."""
+    """(..., D) -> logits (..., E) in float32 at least: in 16 bits rounding would choose the experts."""
 
     def __init__(self, dim: int, experts: int):
         super().__init__()
@@ -73,11 +72,8 @@ def load_of(chosen: Tensor, experts: int) -> Tensor:
 
 
 def check_routing(experts: int, top_k: int) -> None:
-    """Refuses a choice of one, whose normalised weight would be 1 and teach the router nothing.
-
-    Raises:
-        ValueError: unless 2 <= top_k <= experts.
-    """
+    """Raises ValueError unless 2 <= top_k <= experts: the normalised weight of a single choice is 1 and teaches the
+    router nothing."""
     if not 2 <= top_k <= experts:
         raise ValueError(f"top_k: {top_k} is not between 2 and the number of experts, {experts}")
 
@@ -101,7 +97,7 @@ def _grouped_outer(rows: Tensor, gradient: Tensor, counts: Tensor) -> Tensor:
 
 
 def _slices(counts: Tensor, rows: Tensor, matrices: Tensor, others: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """The slices of those experts that have any."""
+    """The slices of the experts that have any."""
     lengths: list[int] = counts.tolist()
     slices = zip(rows.split(lengths), matrices.unbind(), others.split(lengths), strict=True)
     return [some for some, length in zip(slices, lengths, strict=True) if length]

@@ -1,4 +1,4 @@
-"""Linear attention with decay, in chunks: a matrix for memory, written by outer products, read by the query.
+"""Linear attention with decay, in chunks: a matrix as memory, written by outer products, read by the query.
 
     S_t = diag(a_t) S_{t-1} + k_t v_t^T        (K, V) a head; a_t = exp(log_decay_t) in (0, 1]
     o_t = S_t^T q_t  =  sum_{s <= t} (q_t . exp(G_t - G_s) k_s) v_s + S_0^T (exp(G_t) q_t),     G the sums of log a
@@ -7,11 +7,10 @@
 as GLA and HGRN2. Inside a chunk of c tokens the sum is taken as it stands, between chunks S is carried: time
 O(T (c + K) V), memory O(T c) for the scores and K V numbers for each chunk. The state is S, K V numbers a head.
 
-The trap: to factor exp(G_t - G_s) into exp(G_t) q_t and exp(-G_s) k_s, which turns everything into matrix products,
+The trap: exp(G_t - G_s) as a product of exp(G_t) q_t and exp(-G_s) k_s turns everything into matrix products, but
 overflows as soon as a chunk forgets by e^88. Here no exponent is ever positive: a scalar decay has its differences
 taken pair by pair; a vector decay has them split at a token r between s and t (llmx/parts/vector_scores.py). All sums
-are float32 at least, under autocast too; where outputs are bfloat16, so are the factors of what they are made of, but
-never what goes into S.
+are float32 at least, under autocast too. Where outputs are bfloat16, so are their factors, but never those of S.
 """
 
 from typing import Any
@@ -51,7 +50,7 @@ def scalar_decay(
         decay = (total[..., :, None] + (-total)[..., None, :]).add_(ahead).exp_()
         scores = reading(query, key.transpose(-1, -2), value.dtype) * decay
         mixed = reading(scores, values, value.dtype)
-        left = (total[..., -1:] - total).exp()[..., None]  # what the end of the chunk has of each token
+        left = (total[..., -1:] - total).exp()[..., None]  # each token's share at the end of the chunk
         local = (key * left).transpose(-1, -2) @ values  # (B, N, G, R, K, V)
         if state is not None:
             state = state.unflatten(1, (groups, -1))
@@ -64,19 +63,7 @@ def scalar_decay(
 def vector_decay(
     query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, state: Tensor | None = None, chunk: int = 32
 ) -> tuple[Tensor, Tensor]:
-    """One decay a channel of the key, head and token.
-
-    Args:
-        query: (B, T, H, K).
-        key: (B, T, H, K).
-        value: (B, T, H, V).
-        log_decay: (B, T, H, K); not above 0.
-        state: S before the first token, (B, H, K, V); zeros if not given.
-        chunk: c, a power of 2.
-
-    Returns:
-        (B, T, H, V) in the dtype of the value, and S after the last token, in float32 at least.
-    """
+    """The same with a decay a channel of the key, (B, T, H, K); H heads of keys, and the chunk is a power of 2."""
     time = value.shape[1]
     chunk = min(chunk, 1 << (time - 1).bit_length())
     with torch.autocast(value.device.type, enabled=False):
@@ -107,15 +94,15 @@ def chunked(x: Tensor, chunk: int) -> Tensor:
     if missing:
         x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, missing))
     x = x.unflatten(1, (-1, chunk)).transpose(2, 3)
-    # one copy, where every matrix product would make its own
+    # one copy instead of one in every matrix product
     return at_least_float32(x).contiguous()
 
 
 def reading(left: Tensor, right: Tensor, dtype: torch.dtype, more: Tensor | None = None) -> Tensor:
-    """left @ right + more, of which outputs are made, and no memory.
+    """left @ right + more, for outputs only, never for the state.
 
-    Where outputs of `dtype` are bfloat16 anyway, so are the factors: such products are about twice as fast, and sum
-    in float32 all the same.
+    Where `dtype`, that of the outputs, is bfloat16, so are the factors: such products are about twice as fast and still
+    sum in float32.
     """
     if dtype == torch.bfloat16:
         left, right = left.to(dtype), right.to(dtype)
@@ -123,7 +110,7 @@ def reading(left: Tensor, right: Tensor, dtype: torch.dtype, more: Tensor | None
 
 
 def plus_product(more: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """more + left @ right, with a pass over memory less."""
+    """more + left @ right in one pass over memory."""
     batch = torch.broadcast_shapes(more.shape[:-2], left.shape[:-2], right.shape[:-2])
     more, left, right = (x.expand(*batch, *x.shape[-2:]).flatten(0, -3) for x in (more, left, right))
     return torch.baddbmm(more, left, right).unflatten(0, batch)
@@ -135,8 +122,8 @@ def joined(x: Tensor, time: int) -> Tensor:
 
 
 def carry(local: Tensor, decay: Tensor, state: Tensor | None) -> tuple[Tensor | None, Tensor]:
-    """From what each chunk adds to the memory, (B, N, ...), and by what it fades, of a shape that broadcasts to it:
-    the memory before each chunk, (B, N, ...), and after the last. None where there is nothing before the only chunk."""
+    """The memory before each chunk, (B, N, ...), and after the last, from what each chunk adds, (B, N, ...), and its
+    decay, which broadcasts to it. None where nothing comes before the only chunk."""
     if state is None:
         if local.shape[1] == 1:
             return None, local[:, 0]
@@ -147,7 +134,7 @@ def carry(local: Tensor, decay: Tensor, state: Tensor | None) -> tuple[Tensor | 
 class _Carry(torch.autograd.Function):
     """C (B, N, ...), a, S_0 (B, ...) -> S_0 to S_{N-1}, (B, N, ...), and S_N, of S_{n+1} = a_n S_n + C_n.
 
-    What reaches S_n is g_n = dL/dS_n + a_n g_{n+1}; dC_n = g_{n+1} and da_n = g_{n+1} S_n.
+    The gradient of S_n is g_n = dL/dS_n + a_n g_{n+1}; dC_n = g_{n+1} and da_n = g_{n+1} S_n.
     """
 
     @staticmethod
@@ -172,8 +159,8 @@ class _Carry(torch.autograd.Function):
 
 
 def carry_moved(move: Tensor, add: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The same where a chunk does to the memory what a matrix does, S -> M S + C: from M (B, N, ..., K, K) and
-    C (B, N, ..., K, V) the memory before each chunk, (B, N, ..., K, V), and after the last."""
+    """The same for S -> M S + C: from M (B, N, ..., K, K) and C (B, N, ..., K, V) the memory before each chunk,
+    (B, N, ..., K, V), and after the last."""
     state = torch.zeros_like(add[:, 0]) if state is None else state.to(add.dtype)
     before, last = _CarryMoved.apply(move.flatten(2, -3), add.flatten(2, -3), state.flatten(1, -3))
     return before.unflatten(2, state.shape[1:-2]), last.unflatten(1, state.shape[1:-2])
@@ -182,7 +169,7 @@ def carry_moved(move: Tensor, add: Tensor, state: Tensor | None) -> tuple[Tensor
 class _CarryMoved(torch.autograd.Function):
     """M (B, N, H, K, K), C (B, N, H, K, V), S_0 (B, H, K, V) -> S_0 to S_{N-1}, (B, N, H, K, V), and S_N.
 
-    What reaches S_n is g_n = dL/dS_n + M_n^T g_{n+1}; dM_n = g_{n+1} S_n^T and dC_n = g_{n+1} are taken of all at once.
+    The gradient of S_n is g_n = dL/dS_n + M_n^T g_{n+1}; all dM_n = g_{n+1} S_n^T are one product; dC_n = g_{n+1}.
     """
 
     @staticmethod

@@ -1,8 +1,8 @@
 """Mini-batches of a text, for memories that learn from b tokens at a time.
 
 The token at position p is place p mod b of mini-batch p div b, wherever a piece of the text begins: a piece may start
-and end inside of a mini-batch, and rows need not agree where. Cutting is a copy, O(T). The trap: mini-batches that are
-counted from the start of a piece make the outputs depend on how a text was cut.
+and end inside a mini-batch, each row at a place of its own. Cutting is a copy, O(T). The trap: mini-batches counted
+from the start of a piece make the outputs depend on how the text was cut.
 """
 
 import torch
@@ -11,15 +11,15 @@ from torch import Tensor
 
 
 class MiniBatches:
-    """Where T consecutive tokens stand.
+    """The places of T consecutive tokens.
 
     present: (B, N, 1, b), or with B = 1 where all rows agree: 1 where a token stands, 0 elsewhere
-    begins:  (B, N), so too: whether the first place of a mini-batch is taken by one of the tokens
+    begins:  (B, N), or with B = 1: whether one of the tokens takes the first place of a mini-batch
 
     Args:
         time: T.
         size: b.
-        positions: (B, T), of the tokens, counted from the text's start; they are the text's first if not given.
+        positions: (B, T), counted from the text's start; without them the tokens are the text's first.
         like: for device and dtype.
     """
 

@@ -1,5 +1,5 @@
 """Normalisations over the last dimension, and over nothing else: a statistic over time would show every position its
-future (that is how the experiment in configs/seed came by its loss)."""
+future (the loss of the experiment in configs/seed comes from that)."""
 
 from abc import ABC, abstractmethod
 
@@ -20,7 +20,7 @@ class Norm(nn.Module, ABC):
 class RMSNorm(Norm):
     """x / sqrt(mean(x^2) + eps) * weight, the mean over the last dimension (arXiv 1910.07467), in float32 at least.
 
-    Written out, for `F.rms_norm` takes several times as long on a CPU.
+    Written out, because `F.rms_norm` takes several times as long on a CPU.
     """
 
     def __init__(self, dim: int, eps: float = 1e-5):
@@ -33,7 +33,7 @@ class RMSNorm(Norm):
 
 
 class GainlessRMSNorm(Norm):
-    """x / sqrt(mean(x^2) + eps), without parameters: the layer that reads it can learn the gain."""
+    """x / sqrt(mean(x^2) + eps), without parameters: the next layer can learn the gain."""
 
     def __init__(self, dim: int, eps: float = 1e-5):
         super().__init__()
@@ -57,7 +57,7 @@ class LayerNorm(Norm):
 
 
 class NoNorm(Norm):
-    """x as it is, where a slot for a norm is to be left empty."""
+    """x as it is, for a norm slot left empty."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -70,7 +70,7 @@ class DyT(Norm):
     """weight * tanh(alpha x) + bias, each number by itself (arXiv 2503.10622): no statistic, hence no norm at all.
 
     The trap: nothing brings the stream to unit size. The paper's Llama multiplies its embedding by a number that starts
-    at sqrt(D), and does not converge without. It starts alpha at 0.8 before attention and 0.2 elsewhere at D = 4096,
+    at sqrt(D), and does not converge without it. It starts alpha at 0.8 before attention and 0.2 elsewhere at D = 4096,
     at 0.2 and 0.05 at D = 8192: the narrower the network, the larger.
 
     Args:

@@ -1,17 +1,17 @@
-"""The elementwise linear recurrence over time, which gated recurrences and diagonal state spaces have in common.
+"""The elementwise linear recurrence over time, shared by gated recurrences and diagonal state spaces.
 
     h_t = a_t * h_{t-1} + b_t        each number by itself, real or complex, |a_t| <= 1, from any h_0
 
-Computed as it stands, left to right: the steps are dependent, but each is one pass over all rows and channels. Where
-those are few, or on a GPU, time is cut into about sqrt(T) pieces: the last value of every piece and the product of its
-a are taken in all pieces at once, then carried from piece to piece, then each piece runs from its true start: some
-3 sqrt(T) dependent steps in place of T, for twice the arithmetic. Time O(T) a channel. The backward pass is the same
-scan from right to left and keeps a and h, nothing for the steps between:
+Computed as it stands, left to right: the steps are dependent, but each is one pass over all rows and channels. With few
+of those, or on a GPU, time is cut into about sqrt(T) pieces. The last value of every piece and the product of its a are
+taken in all pieces at once, then carried from piece to piece, then each piece runs from its true start: some 3 sqrt(T)
+dependent steps instead of T, for twice the arithmetic. Time O(T) a channel. The backward pass is the same scan from
+right to left and keeps only a and h:
 
     g_t = dL/dh_t + a*_{t+1} g_{t+1},      dL/db_t = g_t,      dL/da_t = g_t h*_{t-1},      dL/dh_0 = a*_1 g_1
 
-The trap: dividing by cumulative products, or exponentiating minus their logarithms, makes a cumulative sum of the
-recurrence, and overflows as soon as something is forgotten. Here a = 0 is as good as any other decay. Numbers are
+The trap: dividing by cumulative products, or exponentiating minus their logarithms, turns the recurrence into a
+cumulative sum, and overflows as soon as something is forgotten. Here a = 0 is as good as any other decay. Numbers are
 float32 at least, under autocast too. Gradients of gradients are not provided.
 """
 
@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-WIDE = 4096  # numbers a step, from which on a CPU the arithmetic of a step outweighs its overhead
-SHORT = 16  # steps that are not worth cutting
-FEW = 128  # steps that are not worth cutting where there is a quarter of WIDE: a view of a step costs what it does
+WIDE = 4096  # numbers a step from which, on a CPU, the arithmetic of a step outweighs its overhead
+SHORT = 16  # so few steps are never cut
+FEW = 128  # so few steps are not cut from a quarter of WIDE on: a view of a step costs as much as the step
 
 
 def scan(a: Tensor, b: Tensor, start: Tensor | None = None) -> Tensor:
@@ -47,7 +47,7 @@ def scan(a: Tensor, b: Tensor, start: Tensor | None = None) -> Tensor:
     return _scan(a, b, start)
 
 
-# operators of their own: a compiler takes them as they are, where it would unroll the steps of a plain function
+# custom operators, because a compiler would unroll the steps of a plain function
 @torch.library.custom_op("llmx::scan", mutates_args=())
 def _scan(a: Tensor, b: Tensor, start: Tensor) -> Tensor:
     h = torch.empty(b.shape, dtype=b.dtype, device=b.device)
@@ -75,8 +75,8 @@ def _(a: Tensor, b: Tensor, start: Tensor) -> Tensor:
 
 @_scan_backward.register_fake
 def _(a: Tensor, h: Tensor, start: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    made = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (h, h, start)]
-    return made[0], made[1], made[2]
+    d, g, of_start = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (h, h, start))
+    return d, g, of_start
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
@@ -92,8 +92,7 @@ _scan.register_autograd(_backward, setup_context=_keep)
 
 
 def run(a: Tensor, b: Tensor, h: Tensor, out: Tensor, backwards: bool) -> None:
-    """The scan without gradients, from h to out: from the first step to the last, or backwards from the last to the
-    first. `out` may be `b`."""
+    """The scan without gradients, from h to out, first step to last or backwards. `out` may be `b`."""
     time = b.shape[1]
     wide = WIDE if time > FEW else WIDE // 4
     if time <= SHORT or (b.device.type == "cpu" and b.numel() >= wide * time):

@@ -1,11 +1,11 @@
-"""The recurrence of a selective state space (Mamba, arXiv 2312.00752), and what is read of it.
+"""The recurrence of a selective state space (Mamba, arXiv 2312.00752), and its outputs.
 
     h_t = exp(dt_t A) * h_{t-1} + (dt_t x_t) B_t^T,    y_t = h_t C_t        h (F, N), dt and x (F,), B and C (N,)
 
-The states of all times are T F N numbers, which only pass through: they are made a piece of the text at a time, small
-enough for a processor's cache, read out and forgotten. Kept is the state before each piece; the backward pass makes
-those within it again. Time O(T F N), memory O(T F + T F N / P) for pieces of P tokens. Within a piece it is the scan of
-llmx/parts/scan.py, with its precision. Gradients of gradients are not provided.
+The states of all times are T F N numbers, which are only passed through. A piece of the text at a time, small enough
+for a processor's cache, they are made, read out and forgotten. The state before each piece is kept; the backward pass
+makes the others again. Time O(T F N), memory O(T F + T F N / P) for pieces of P tokens. Within a piece it is the scan
+of llmx/parts/scan.py, with its precision. Gradients of gradients are not provided.
 """
 
 import math
@@ -19,7 +19,7 @@ from llmx.parts.scan import run, sweep
 
 LOG2_E = math.log2(math.e)  # powers of 2 take a third of the time of powers of e on a CPU
 PIECE = 2**18  # numbers of the states in a piece on a CPU
-PIECE_OF_A_DEVICE = 2**26  # elsewhere, where few large calls are what is fast
+PIECE_OF_A_DEVICE = 2**26  # elsewhere, where few large calls are fast
 
 
 def selective_scan(
@@ -46,7 +46,7 @@ def selective_scan(
     return mixed.transpose(0, 1), states[-1].mT
 
 
-# Within, time comes first, for then a step is one block of memory; and a state is (N, F), for the channels are many.
+# Here time comes first, so that a step is one block of memory, and a state is (N, F), because the channels are many.
 @torch.library.custom_op("llmx::selective_scan", mutates_args=())
 def _scan(size: Tensor, x: Tensor, rate: Tensor, write: Tensor, read: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
     """y, and the states (pieces + 1, B, N, F) before, between and after the pieces."""
@@ -101,8 +101,8 @@ def _scan_backward(
 
 
 class _Steps:
-    """Room for the states of a piece, (P, B, N, F), which all pieces use in turns, and a view (B, N, F) of each step:
-    to make those anew for every piece takes as long as the arithmetic, where steps are small."""
+    """Room for the states of a piece, (P, B, N, F), reused by all pieces, and a view (B, N, F) of each step. With small
+    steps, new views for every piece would take as long as the arithmetic."""
 
     def __init__(self, length: int, state: Tensor):
         self.whole = state.new_empty(length, *state.shape)
@@ -110,7 +110,7 @@ class _Steps:
 
 
 def _pieces(size: Tensor, rate: Tensor) -> list[slice]:
-    """The text (T, B, F) cut into pieces of which the states fit."""
+    """The text (T, B, F) cut into pieces whose states fit."""
     time, batch, _ = size.shape
     numbers = PIECE if size.device.type == "cpu" else PIECE_OF_A_DEVICE
     length = max(1, numbers // (batch * rate.numel()))
@@ -152,7 +152,7 @@ def _(*given: Any) -> tuple[Tensor, ...]:
 
 def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:5], output[1])
-    ctx.set_materialize_grads(False)  # the states are as large as all else together, and often lead nowhere
+    ctx.set_materialize_grads(False)  # the states are as large as all else together, and often have none
 
 
 def _backward(ctx: Any, of_mixed: Tensor | None, of_states: Tensor | None) -> tuple[Tensor, ...]:

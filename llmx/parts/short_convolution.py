@@ -2,9 +2,9 @@
 
     y_t = sum_{j < w} c_j * x_{t-j} + bias          c_j (D,), x before the first token 0
 
-Time O(T D w), state the last w - 1 inputs, (w - 1) D numbers. Written as w products of whole sequences: grouped
-convolutions are slower on a CPU. The trap: padding on both sides, or w on the left and no cut on the right, reads the
-future; the padding of a text that goes on is what came before, not zeros.
+Time O(T D w). The state is the last w - 1 inputs, (w - 1) D numbers. Written as w products of whole sequences: grouped
+convolutions are slower on a CPU. The traps: padding on both sides, or w on the left and no cut on the right, reads the
+future; and the padding of a continued text is its last tokens, not zeros.
 """
 
 from typing import Any
@@ -24,11 +24,8 @@ class ShortConvolution(nn.Module):
 
     Args:
         dim: D.
-        width: w, the tokens it sees, the current one among them.
+        width: w, the tokens it sees, the current one among them; at least 1, or a ValueError names it.
         bias: adds a number a channel.
-
-    Raises:
-        ValueError: for a width below 1.
     """
 
     def __init__(self, dim: int, width: int = 4, bias: bool = False):
@@ -65,8 +62,8 @@ class ShortConvolution(nn.Module):
 
 
 def _alone(part: Tensor) -> Tensor:
-    """A copy: a view would keep all of the piece alive, and have other strides than the state that a text begins with,
-    for which decoding would be compiled twice. (One row counts as contiguous, whatever its stride.)"""
+    """A copy: a view would keep the whole piece alive, and its strides would differ from those of the first state, so
+    that decoding would be compiled twice. (One row counts as contiguous, whatever its stride.)"""
     return part.clone(memory_format=torch.contiguous_format)
 
 

@@ -1,9 +1,9 @@
-"""The inverse of a triangular matrix with ones on its diagonal, which chunks of a delta rule have in common.
+"""The inverse of a triangular matrix with ones on its diagonal, for the chunks of a delta rule.
 
     X = (I + L)^{-1},   dL = -X^T dX X^T         L strictly lower, (c, c)
 
-Solving for the right-hand sides in place of that takes a triangular solve forward and another one backward, and those
-run at a tenth of the rate of products here. Time O(c^3).
+Solving for the right-hand sides instead takes one triangular solve forward and one backward, which run at a tenth of
+the rate of products here. Time O(c^3).
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ class _Inverse(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, lower: Tensor) -> Tensor:
         one = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device).expand_as(lower)
-        # transposed and from the right, which is how the library has its matrices: half the time, and no copies
+        # transposed and from the right, as the library stores its matrices: half the time, and no copies
         turned = torch.linalg.solve_triangular(lower.mT, one, upper=True, left=False, unitriangular=True)
         inverse = turned.mT.contiguous()
         ctx.save_for_backward(inverse)

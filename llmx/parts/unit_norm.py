@@ -1,4 +1,4 @@
-"""Vectors of length 1, and the scale factors that give such vectors back their freedom (nGPT, arXiv 2410.01131)."""
+"""Vectors of length 1, and scale factors that give them back their freedom (nGPT, arXiv 2410.01131)."""
 
 import torch
 from torch import Tensor, nn
@@ -16,20 +16,18 @@ def unit_norm(x: Tensor, dim: int = -1) -> Tensor:
 def renormalise_(matrix: Tensor, dim: int) -> None:
     """Brings the vectors of a weight matrix back to length 1, in place.
 
-    `dim` is the axis of the embedding space: 1 for what reads the stream, whose rows are held against it (embedding and
-    head too), 0 for what writes to it, whose columns are added up. The result depends on the matrix alone, so processes
-    with equal weights keep equal weights.
+    `dim` is the axis of the embedding space: 1 for matrices whose rows read the stream (embedding and head too), 0 for
+    matrices whose columns are added to it. The result depends on the matrix alone, so processes with equal weights keep
+    equal weights.
     """
     matrix.copy_(unit_norm(matrix, dim))
 
 
 class LearnedScale(nn.Module):
-    """A learned vector whose numbers are `start` at first, and whose parameter is `stored` at first.
-
-    value = parameter * start / stored
+    """A learned vector: value = parameter * start / stored.
 
     Adam moves any parameter by about the learning rate a step, so `stored` says how fast the value changes relative to
-    its start. The parameter has one dimension, and the optimizer takes its weight decay off.
+    its start. The parameter has one dimension, so the optimizer applies no weight decay.
 
     Args:
         size: numbers in the vector.
