@@ -11,8 +11,9 @@ import pytest
 from llmx import LanguageModel
 from llmx.audits.equivalence import audit_equivalence
 from llmx.audits.parameters import audit_parameters
-from llmx.cli import execute, main
+from llmx.cli import main, parse
 from llmx.config.bases import read_config
+from llmx.config.command import Command
 from llmx.config.factories import build
 from llmx.sweep.space import read_space
 from llmx.training.callbacks import Samples
@@ -114,7 +115,7 @@ def test_a_config_shares_corpus_window_batch_and_validation(name):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_variant_of_the_record_is_as_large_trains_all_of_it_and_is_in_the_sweep(name):
     """Their components have tests of their own; a run of each would take a minute."""
-    model = execute(["fit", "--config", str(CONFIGS / f"{name}.yaml")], dry=True).config["fit"].model.as_dict()
+    model = parse(Command.read(["fit", "--config", str(CONFIGS / f"{name}.yaml")])).model.as_dict()
     network = build(model["network"], 65, "model.network")
     assert sum(p.numel() for p in network.parameters()) == pytest.approx(4_752_652, rel=0.002)
     optimizer = build(model["optimizer"], parameter_groups(network, "matrices"), "model.optimizer")
@@ -130,7 +131,7 @@ def test_a_variant_of_the_record_is_as_large_trains_all_of_it_and_is_in_the_swee
 def test_an_ingredient_changes_a_network_of_the_collection_and_hardly_its_size(name, sweep):
     def configured(*configs):
         words = [word for config in configs for word in ("--config", str(config))]
-        return {**execute(["fit", *words], dry=True).config["fit"].as_dict(), "config": None}
+        return {**parse(Command.read(["fit", *words])).as_dict(), "config": None}
 
     def size(config):
         return sum(p.numel() for p in build(config["model"]["network"], 65, "model.network").parameters())

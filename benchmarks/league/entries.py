@@ -18,6 +18,7 @@ from benchmarks.collection import CONFIGS, collection
 from benchmarks.harness import CHECKOUT
 from llmx.cli import execute
 from llmx.config.bases import read_config
+from llmx.config.command import Command
 from llmx.errors import UserError
 
 RESULTS = CHECKOUT / "docs" / "results" / "league"
@@ -210,7 +211,7 @@ def new_entry(name: str) -> Entry:
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said):
-            execute(["describe", *arguments, "--format", "json", "--vocab_size", str(VOCABULARY)])
+            execute(Command.read(["describe", *arguments, "--format", "json", "--vocab_size", str(VOCABULARY)]))
     except UserError as error:
         entry.apart = str(error)
         return entry

@@ -1,5 +1,5 @@
 """The command line: `python main.py fit --config configs/transformer.yaml`."""
 
-from llmx.cli.main import CLI, execute, main
+from llmx.cli.main import execute, main, parse
 
-__all__ = ["CLI", "execute", "main"]
+__all__ = ["execute", "main", "parse"]

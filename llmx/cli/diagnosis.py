@@ -1,7 +1,7 @@
-"""Turns the parser's complaint into one that names the key's full path, what was wrong, and the nearest valid name.
+"""Turns the parser's complaint into one message that names the key's full path, the fault, and the nearest valid name.
 
-The parser reports the innermost key alone, or a page of nested namespaces. So what the user gave is gathered once more
-as nested dictionaries, and walked along the constructors' signatures until something does not fit.
+The parser reports the innermost key alone, or a page of nested namespaces. So the settings that the user gave are
+walked along the constructors' signatures until one does not fit.
 """
 
 from __future__ import annotations
@@ -13,30 +13,33 @@ import importlib
 import inspect
 import re
 import typing
+from collections.abc import Sequence
 from typing import Any
 
-import yaml
 from torch import nn
 
-from llmx.config.bases import merged
-from llmx.config.paths import entries, set_at
+from llmx.config.command import Command
+from llmx.config.paths import entries
 
 _STRUCTURE = ("class_path", "init_args", "dict_kwargs")
 
 
-def explain(
-    message: str, arguments: list[str], commands: list[str], groups: dict[str, type], options: list[str]
+def diagnose(
+    complaint: str, command: Command, verbs: Sequence[str], groups: dict[str, type], options: Sequence[str]
 ) -> str:
     """The message to show.
 
     Args:
-        message: what the parser said.
-        arguments: the command line, verb included; its configs are themselves there, and not their paths.
-        commands: the verbs.
+        complaint: what the parser said.
+        command: the command, as the parser got it.
+        verbs: all verbs.
         groups: the classes behind the top-level keys (`model`, `data`, `trainer`).
         options: the other top-level keys.
+
+    Raises:
+        UserError: for a flag that leads through a value that holds nothing.
     """
-    given = _gather(arguments)
+    given = command.given()
     for key, value in given.items():
         if key in groups:
             problem = _misfit(value, groups[key], key)
@@ -44,45 +47,26 @@ def explain(
             problem = None if key in options else f"{key}: no such key{_nearest(key, [*groups, *options])}"
         if problem:
             return problem
-    if 'expected "subcommand"' in message:
-        return f"give a command: {', '.join(commands[:-1])} or {commands[-1]} (--help tells more)"
-    if message.endswith(".model.network") and not {"config", "ckpt_path"} & given.keys():
+    if 'expected "subcommand"' in complaint:
+        return f"give a command: {', '.join(verbs[:-1])} or {verbs[-1]} (--help tells more)"
+    sources = command.configs or command.flag("--ckpt_path")
+    if complaint.endswith(".model.network") and not sources:
         return "model.network: not given; name a configuration (--config configs/transformer.yaml) or a --ckpt_path"
-    lacking = re.match(r"the following arguments are required: (\w+)$", message)
+    lacking = re.match(r"the following arguments are required: (\w+)$", complaint)
     if lacking:
         for key, value in given.items():
             problem = _misfit(value, groups[key], key, lacking.group(1)) if key in groups else None
             if problem:
                 return problem
-    return _with_full_key(message, given)
-
-
-def _gather(arguments: list[str]) -> dict[str, Any]:
-    """Config files and dotted options as one nested dictionary, later ones on top.
-
-    Raises:
-        UserError: for an option that leads through what holds nothing.
-    """
-    given: dict[str, Any] = {}
-    rest = iter(arguments[1:])
-    for argument in rest:
-        name, equals, value = argument.partition("=")
-        if not name.startswith("-"):
-            continue
-        value = value if equals else next(rest, "")
-        if name in ("--config", "-c"):
-            given = merged(given, yaml.safe_load(value) or {})
-        else:
-            set_at(given, name.lstrip("-").removesuffix("+"), value)
-    return given
+    return _with_full_key(complaint, given)
 
 
 def _misfit(value: Any, cls: type, path: str, required: str | None = None) -> str | None:
-    """The first key below `path` that the constructor of `cls` does not know, or class that is not there; or, if one
-    is asked for, component that lacks the argument `required`."""
+    """What is wrong below `path`: the first key that the constructor of `cls` does not know, or class that does not
+    exist. With `required`: the first component that lacks this argument."""
     if not isinstance(value, dict):
         return None
-    hints = typing.get_type_hints(cls.__init__)  # type: ignore[misc]
+    hints = typing.get_type_hints(inspect.getattr_static(cls, "__init__"))
     parameters = list(inspect.signature(cls).parameters)
     for name, given in value.items():
         if name not in parameters:
@@ -124,7 +108,7 @@ def _component(given: Any, base: type | None, path: str, required: str | None) -
 
 
 def _with_class(given: Any, default: Any) -> Any:
-    """Arguments alone are those of the component that stands there if nothing is said."""
+    """init_args without class_path belong to the default class."""
     built = getattr(default, "func", default)
     known = isinstance(built, type) and built is not inspect.Parameter.empty
     if known and isinstance(given, dict) and "class_path" not in given:
@@ -133,7 +117,7 @@ def _with_class(given: Any, default: Any) -> Any:
 
 
 def _kind(cls: type) -> type | None:
-    """The abstract class of the protocol that a component is one of: Mixer, FeedForward, Block, ..."""
+    """The abstract class of the protocol that a component implements: Mixer, FeedForward, Block, ..."""
     return next((c for c in reversed(cls.__mro__) if inspect.isabstract(c) and issubclass(c, nn.Module)), None)
 
 
@@ -142,7 +126,7 @@ def _items(given: Any, path: str) -> list[tuple[str, Any]]:
 
 
 def _built_by(hint: Any) -> type | None:
-    """The class that a factory annotated as Callable[..., Base] builds, also inside a list or a union."""
+    """`Base` of a factory that is annotated as Callable[..., Base], also inside a list or a union."""
     if typing.get_origin(hint) is collections.abc.Callable:
         built = typing.get_args(hint)[-1]
         return built if isinstance(built, type) else None
@@ -159,7 +143,7 @@ def _find(name: str, base: type) -> type | None:
         return next((cls for cls in _subclasses(base) if cls.__name__ == name), None)
     try:
         found = getattr(importlib.import_module(module), short, None)
-    except (ImportError, TypeError, ValueError):  # the latter two for what cannot be a name
+    except (ImportError, TypeError, ValueError):  # the latter two if the text cannot be a name
         return None
     return found if isinstance(found, type) and issubclass(found, base) else None
 
@@ -181,21 +165,21 @@ def _listed(valid: list[str]) -> str:
     return f"; there are {', '.join(sorted(set(valid)))}"
 
 
-def _with_full_key(message: str, given: dict[str, Any]) -> str:
-    """`Parser key "heads": Expected ...` with the whole path of the key, where it can be told."""
-    text = " ".join(message.split())
+def _with_full_key(complaint: str, given: dict[str, Any]) -> str:
+    """`Parser key "heads": Expected ...` with the whole path of the key, if only one key fits."""
+    text = " ".join(complaint.split())
     match = re.match(r'(?:Parser|Configuration) key "([^"]+)":? ?(.*)', text)
     if not match:
         return text
-    key, complaint = match.groups()
+    key, fault = match.groups()
     wanted = re.search(r"(?:Got value|Given value): (.*)$", text)
     named = [(path, value) for path, value in entries(given, "") if path == key or path.endswith(f".{key}")]
     exact = [path for path, value in named if wanted and str(value) == wanted.group(1)]
     path = exact[0] if exact else named[0][0] if len(named) == 1 else key
-    if "Errors:" in complaint:
+    if "Errors:" in fault:
         value = wanted.group(1) if wanted else ""
-        subtypes = re.search(r"Subtypes: (.*?) Errors:", complaint)
-        complaint = f"{value!r} is none of {subtypes.group(1) if subtypes else 'what is accepted'}"
-    complaint = re.sub(r"<class '([^']+)'>", r"\1", complaint).replace("typing.", "")
-    complaint = complaint.replace("Expected a ", "expected ")
-    return f"{path}: {complaint}"
+        subtypes = re.search(r"Subtypes: (.*?) Errors:", fault)
+        fault = f"{value!r} is none of {subtypes.group(1) if subtypes else 'what is accepted'}"
+    fault = re.sub(r"<class '([^']+)'>", r"\1", fault).replace("typing.", "")
+    fault = fault.replace("Expected a ", "expected ")
+    return f"{path}: {fault}"

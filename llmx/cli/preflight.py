@@ -1,15 +1,122 @@
-"""Runs one window through a network before it is trained, and reports a failure in one message."""
+"""Builds data, network and trainer from parsed settings, and refuses what cannot run before anything is written."""
 
 from __future__ import annotations
 
+import inspect
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
 
+import llmx
+from llmx.cli.parser import GROUPS
+from llmx.cli.resume import Checkpoint, check_same_network
+from llmx.cli.trainer_settings import is_sharded
 from llmx.costs.from_config import failing_frame, window_failure
+from llmx.data.datamodule import TextDataModule
 from llmx.errors import UserError
-from llmx.protocol import Network
+from llmx.protocol import CountingNetwork, Network
+from llmx.training.maps import MixerMaps
+from llmx.training.module import LanguageModel
+from llmx.training.record import check_same_data
+from llmx.training.trainer import Trainer
+
+
+def check_settings(verb: str, settings: Any, checkpoint: Checkpoint | None) -> None:
+    """Refuses what the parser lets pass and nothing further on would say clearly.
+
+    Raises:
+        UserError: for such a setting.
+    """
+    for group, cls in GROUPS.items():
+        for name, parameter in inspect.signature(cls).parameters.items():
+            if name in settings[group] and settings[group][name] is None and parameter.default is not None:
+                raise UserError(f"{group}.{name}: null is not a value for it")
+    trainer = settings.trainer
+    if verb == "fit" and trainer.max_steps == 0:
+        raise UserError("trainer.max_steps: 0 leaves nothing to train; give the number of optimizer steps")
+    if verb == "fit" and trainer.max_steps < 0 and (trainer.max_epochs or -1) < 0:
+        raise UserError("trainer.max_steps: give the number of optimizer steps (or trainer.max_epochs)")
+    if trainer.accumulate_grad_batches < 1:
+        raise UserError(f"trainer.accumulate_grad_batches: {trainer.accumulate_grad_batches} is below 1")
+    if trainer.val_check_interval == 0 and trainer.check_val_every_n_epoch is None:
+        raise UserError("trainer.val_check_interval: 0 is no number of steps; trainer.limit_val_batches 0 switches off")
+    if verb == "predict" and checkpoint is None:
+        raise UserError("ckpt_path: predict needs a checkpoint, --ckpt_path RUN/checkpoints/last.ckpt")
+
+
+def build_data(settings: Any, checkpoint: Checkpoint | None) -> TextDataModule:
+    """The data of the settings, with the tokenizer of the checkpoint if there is one."""
+    tokenizer = {} if checkpoint is None else {"tokenizer": checkpoint.tokenizer}
+    return TextDataModule(**{**settings.data.as_dict(), **tokenizer})
+
+
+def check_data(verb: str, settings: Any, data: TextDataModule, checkpoint: Checkpoint | None) -> None:
+    """Reads the corpus, but for `predict`, which needs none.
+
+    Raises:
+        UserError: for a tokenizer of another size than declared, for other data than the run that a fit goes on in,
+            and for a corpus that cannot be used.
+    """
+    if settings.vocab_size not in (None, data.tokenizer.vocab_size):
+        raise UserError(
+            f"vocab_size: {settings.vocab_size} is declared, but the tokenizer of the data has "
+            f"{data.tokenizer.vocab_size}; leave vocab_size out, or give a tokenizer of that size"
+        )
+    if verb == "fit" and checkpoint is not None:
+        check_same_data(checkpoint.run, data)
+    if verb != "predict":
+        data.prepare()
+
+
+def build_model(verb: str, settings: Any, data: TextDataModule, checkpoint: Checkpoint | None) -> LanguageModel:
+    """The network with its objective; before a fit it is audited, so that a leak leaves no run folder.
+
+    Raises:
+        UserError: for a network that cannot be built, does not take the window, is another one than the checkpoint's,
+            cannot be sharded where it should be, or leaks.
+    """
+    sharded = is_sharded(settings.trainer.strategy)
+    # without an audit a sharded network is never whole: LanguageModel.configure_model builds it
+    never_whole = sharded and settings.model.audit == "off"
+    with torch.device("meta") if never_whole else nullcontext():
+        model = LanguageModel(**settings.model.as_dict(), tokenizer=data.tokenizer, window=data.hparams["window"])
+    scalar = next((name for name, value in model.network.named_parameters() if not value.ndim), None)
+    if sharded and scalar is not None:
+        raise UserError(f"trainer.strategy: this network cannot be sharded: {scalar} has no dimensions")
+    if checkpoint is not None:
+        check_same_network(checkpoint, model)
+    if not never_whole:
+        check_window(model.network, model.window)
+    if verb in ("fit", "audit") and isinstance(model.network, CountingNetwork):
+        # before the audit, which would say nothing of a network that has not counted
+        model.learn(data) if checkpoint is None else model.load_state_dict(checkpoint.content["state_dict"])
+    if verb == "fit":
+        model.audit_causality(data)
+    return model
+
+
+def check_fit(model: LanguageModel, data: TextDataModule, trainer: Trainer, sharded: bool) -> None:
+    """Tries what Lightning would meet only in a run that has begun: loaders, optimizer, live audit, callbacks.
+
+    Raises:
+        UserError: for whatever of these cannot be used.
+    """
+    if isinstance(model.network, CountingNetwork) and trainer.world_size > 1:
+        raise UserError("trainer.devices: this network counts, which one process does; give 1")
+    data.trainer = trainer
+    next(iter(data.train_dataloader()))  # devices and accumulation divide the batch, and memory holds it
+    model.trainer, trainer.datamodule = trainer, data  # type: ignore[attr-defined]
+    model.configure_optimizers()
+    if trainer.strategy.launcher is None:  # else each process audits
+        model.audit_run()
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, MixerMaps):
+            callback.check(model)
+        if isinstance(callback, WeightAveraging) and sharded:
+            raise UserError("trainer.callbacks: a sharded network is not averaged, for its average is whole")
 
 
 def check_window(network: Network, window: int) -> None:
@@ -21,16 +128,16 @@ def check_window(network: Network, window: int) -> None:
     """
     names = {module: name for name, module in network.named_modules()}
 
-    def check(part: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def check(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not isinstance(output, torch.Tensor) or output.shape != args[0].shape:
             what = tuple(output.shape) if isinstance(output, torch.Tensor) else f"a {type(output).__name__}"
             raise UserError(
-                f"model.network: {names[part]} ({type(part).__name__}) gives {what} for {tuple(args[0].shape)}; "
+                f"model.network: {names[module]} ({type(module).__name__}) gives {what} for {tuple(args[0].shape)}; "
                 "its output has the shape of its input"
             )
 
-    parts = {part for block in network.layers for part in (block.mixer, block.feed_forward)}
-    handles = [part.register_forward_hook(check) for part in parts]
+    components = {component for block in network.layers for component in (block.mixer, block.feed_forward)}
+    handles = [component.register_forward_hook(check) for component in components]
     try:
         with torch.no_grad():
             outputs = network(torch.zeros(1, window, dtype=torch.int64))
@@ -42,7 +149,7 @@ def check_window(network: Network, window: int) -> None:
     except UserError:
         raise
     except Exception as error:
-        if isinstance(error, ValueError) and failing_frame(error).filename.startswith(str(Path(__file__).parents[1])):
+        if isinstance(error, ValueError) and failing_frame(error).filename.startswith(str(Path(llmx.__file__).parent)):
             raise UserError(f"model.network does not take windows of {window} (data.window): {error}") from error
         raise UserError(window_failure(window, error)) from error
     finally:

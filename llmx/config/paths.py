@@ -36,7 +36,7 @@ def set_at(config: Any, path: str, text: str) -> None:
         if not isinstance(node, list if part.isdecimal() else dict):
             raise UserError(f"{here}: the config has no such {'list' if part.isdecimal() else 'key'}")
         if isinstance(node, list) and int(part) >= len(node):
-            raise UserError(f"{here}: the list ends with {len(node) - 1}")
+            raise UserError(f"{here}: the last index of the list is {len(node) - 1}")
         key: Any = int(part) if isinstance(node, list) else part
         held = node[key] if isinstance(node, list) else node.get(key)
         if i < len(parts) - 1:  # a component given by its name alone may have arguments

@@ -16,7 +16,7 @@ import yaml
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from llmx.config.bases import configs_of
+from llmx.config.command import config_arguments
 from llmx.errors import UserError
 
 Curve = list[tuple[int, float]]  # (step, value)
@@ -52,7 +52,7 @@ def read_curves(folder: Path) -> dict[str, Curve]:
 
 def name_of(command: list[str]) -> str | None:
     """The names of the config files of a command line, as in `lstm + ingredients/muon`; inline ones have none."""
-    files = [Path(value).with_suffix("") for value in configs_of(command) if not value.lstrip().startswith("{")]
+    files = [Path(value).with_suffix("") for value in config_arguments(command) if not value.lstrip().startswith("{")]
     short = [x.as_posix().rpartition("configs/")[2] if "configs" in x.parts else x.name for x in files]
     return " + ".join(short) or None
 

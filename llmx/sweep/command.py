@@ -8,22 +8,23 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmx.config.bases import with_bases
+from llmx.config.command import Command
 from llmx.errors import ArgumentParser, UserError
 from llmx.runs.folder import RUNS
 from llmx.sweep.report import Report
 from llmx.sweep.space import Space, Values, read_space, with_point
 
 if TYPE_CHECKING:
-    from llmx.sweep.study import Execute
+    from llmx.sweep.study import Execute, Parse
 
 
-def run(arguments: list[str], execute: Execute) -> int:
+def run(arguments: list[str], execute: Execute, parse: Parse) -> int:
     """Runs the missing trials of the study and shows all trials. Returns the exit code.
 
     Args:
         arguments: the command line, without the verb.
-        execute: runs a command line of the trainer, such as that of `fit`.
+        execute: runs a command of the trainer, such as `fit`.
+        parse: reads the settings of such a command.
 
     Raises:
         UserError: for wrong arguments, or if every trial failed.
@@ -38,7 +39,7 @@ def run(arguments: list[str], execute: Execute) -> int:
     trials = options.trials or space.trials
     if points is None and trials is None:
         raise UserError("trials: a range has no last combination; give their number, --trials 20")
-    trainer = _trainer_settings(fit, space, execute)
+    trainer = _trainer_settings(fit, space, parse)
     try:
         from llmx.sweep.study import Sweep, open_storage
     except ImportError as error:
@@ -55,7 +56,7 @@ def run(arguments: list[str], execute: Execute) -> int:
         prune=(trials is not None) if space.prune is None else space.prune,
         seeds=seeds,
         fit=[*fit, "--trainer.devices", "1"] if trainer.devices == "auto" else fit,
-        identity={"space": space.to_dict(), "seeds": seeds, "settings": with_bases(fit)},
+        identity={"space": space.to_dict(), "seeds": seeds, "settings": Command.read(["fit", *fit]).words()[1:]},
         execute=execute,
         say=partial(print, flush=True, file=sys.stderr if options.format == "json" else sys.stdout),
     )
@@ -95,7 +96,7 @@ def _space(options: argparse.Namespace) -> tuple[Space, list[int] | None]:
     return Space({"seed_everything": Values(tuple(seeds))}), None
 
 
-def _trainer_settings(fit: list[str], space: Space, execute: Execute) -> Any:
+def _trainer_settings(fit: list[str], space: Space, parse: Parse) -> Any:
     """The trainer's settings as `fit` parses them; reading them first means that a mistake leaves no study behind.
 
     Raises:
@@ -105,7 +106,7 @@ def _trainer_settings(fit: list[str], space: Space, execute: Execute) -> Any:
     arguments = with_point(["fit", *fit], first)
     if any(argument.split("=")[0] == "--ckpt_path" for argument in arguments):
         raise UserError("ckpt_path: a sweep's runs are new ones; --model.warm_start begins them with a run's weights")
-    trainer = execute(arguments, dry=True).config["fit"].trainer
+    trainer = parse(Command.read(arguments)).trainer
     devices = trainer.devices
     if str(devices) not in ("auto", "1") and not (isinstance(devices, list) and len(devices) == 1):
         raise UserError(f"trainer.devices: {devices}, but a sweep trains on one; start a process for each device")

@@ -30,6 +30,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from llmx import display
 from llmx.comparison.runs import PROTOCOL
+from llmx.config.command import Command
 from llmx.errors import UserError
 from llmx.sweep.callback import ReportToStudy
 from llmx.sweep.report import DIED
@@ -45,22 +46,20 @@ POLL = 1.0  # seconds between two looks at the trials of other processes
 class Executed(Protocol):
     """What a sweep reads after a command was executed."""
 
-    config: Any  # the parsed settings by verb
     trainer: Any  # callback_metrics
     datamodule: Any  # protocol
     model: Any  # leaking, causality
 
 
 class Execute(Protocol):
-    """Executes a command line of the trainer; `dry` only parses it."""
+    """Executes a command of the trainer; the run's record names `recorded` as its command line."""
 
     def __call__(
-        self,
-        arguments: list[str],
-        callbacks: Sequence[ReportToStudy] = (),
-        dry: bool = False,
-        command: list[str] | None = None,
+        self, command: Command, callbacks: Sequence[ReportToStudy] = (), recorded: list[str] | None = None
     ) -> Executed: ...
+
+
+Parse = Callable[[Command], Any]  # a command -> its settings
 
 
 class Covered(Exception):
@@ -270,7 +269,7 @@ def _fit(execute: Execute, arguments: list[str], callback: ReportToStudy) -> Exe
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     with redirect_stdout(sys.stderr):
-        return execute(arguments, [callback], command=["python", "main.py", *arguments])
+        return execute(Command.read(arguments), [callback], ["python", "main.py", *arguments])
 
 
 def _current(trials: list[FrozenTrial]) -> list[FrozenTrial]:

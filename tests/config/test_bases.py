@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from llmx.cli import main
-from llmx.config.bases import merged, read_config, with_bases
+from llmx.config.bases import merged, read_config
 from llmx.errors import UserError
 
 BASE = {"trainer": {"max_steps": 5, "callbacks": [1, 2]}, "model": {"o": {"class_path": "A", "init_args": {"lr": 1}}}}
@@ -47,16 +47,6 @@ def test_merging_changes_neither():
     before = json.dumps(BASE)
     merged(BASE, {"trainer": {"max_steps": 1}, "model": {"o": {"init_args": {"b": 2}}}})
     assert json.dumps(BASE) == before
-
-
-@pytest.mark.parametrize("form", ["{0} {1}", "{0}={1}"])
-@pytest.mark.parametrize("name", ["--config", "-c"])
-def test_a_config_argument_becomes_the_content_of_both(folder, form, name):
-    path = write(folder, base="base.yaml", data={"window": 3})
-    expanded = with_bases(["fit", *form.format(name, path).split(" ", 1), "--other", "x"])
-    content = expanded[1].split("=", 1)[1] if "=" in form else expanded[2]
-    assert json.loads(content) == {**BASE, "data": {"window": 3}}
-    assert expanded[-2:] == ["--other", "x"]
 
 
 @pytest.mark.parametrize("content", [{"base": "none.yaml"}, {"base": "own.yaml"}])

@@ -14,7 +14,8 @@ from rich.console import Console
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llmx.blocks.prenorm import PreNormBlock
-from llmx.cli import execute, main
+from llmx.cli import main, parse
+from llmx.config.command import Command
 from llmx.costs.budget import Plan, budget
 from llmx.costs.describe import describe
 from llmx.feedforward.swiglu import SwiGLU
@@ -287,7 +288,7 @@ def test_the_page_shows_what_is_printed_and_its_commands_are_understood(monkeypa
         for line in block.replace("\\\n", " ").splitlines()
     ]
     for words in commands:
-        execute(words, dry=True)
+        parse(Command.read(words))
     (shown,) = re.findall(r"```text\n(A training step.*?)```", page, re.DOTALL)
     capsys.readouterr()
     assert main(commands[-1]) == 0

@@ -390,7 +390,7 @@ def cycle(*mixers):
         (
             cycle(ATTENTION, ATTENTION),
             ["--model.network.block.blocks.2.mixer.heads", "4"],
-            "block.blocks.2: the list ends with 1",
+            "block.blocks.2: the last index of the list is 1",
         ),
         (
             prenorm(ATTENTION),

@@ -13,7 +13,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.multiprocessing.spawn import start_processes
 
-from llmx.cli import execute
+from llmx.cli import parse
+from llmx.config.command import Command
 from llmx.config.factories import build, to_config
 from llmx.protocol import Block
 from llmx.training.sharding import build_sharded, policy, shard
@@ -27,8 +28,8 @@ pytestmark = pytest.mark.xdist_group("sharding")  # the fixture's runs once, wha
 
 @pytest.fixture(scope="module")
 def configs():
-    settings = {name: execute(["describe", "--config", str(CONFIGS / f"{name}.yaml")], dry=True) for name in NAMES}
-    return {name: to_config(cli.config["describe"].model.network.as_dict()) for name, cli in settings.items()}
+    settings = {name: parse(Command.read(["describe", "--config", str(CONFIGS / f"{name}.yaml")])) for name in NAMES}
+    return {name: to_config(of.model.network.as_dict()) for name, of in settings.items()}
 
 
 def network(config):

@@ -50,6 +50,7 @@ from benchmarks.robustness.faults.interruptions import (
 )
 from benchmarks.robustness.faults.laboratory import CONFIGS, FaultLaboratory, Skipped, failure
 from benchmarks.robustness.faults.storage import checkpoints_do_not_fit, disk_full, read_only
+from llmx.config.command import Command
 from llmx.runs.provenance import provenance
 
 
@@ -142,7 +143,8 @@ def main() -> int:
 def _undisturbed_runs(root: Path) -> None:
     lab = FaultLaboratory(root / "first", root / "references").prepare()
     lab.references.mkdir()
-    llmx.cli.execute(["fit", "--config", str(lab.folder / "plain.yaml")], dry=True)  # imports what all forks need
+    # imports what all forks need
+    llmx.cli.parse(Command.read(["fit", "--config", str(lab.folder / "plain.yaml")]))
     for name in CONFIGS:
         if lost := failure(lab.fit(name)):
             raise RuntimeError(f"the undisturbed run of {name}: {lost}")
