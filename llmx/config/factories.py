@@ -1,6 +1,6 @@
-"""Components as plain data: `{"class_path": ..., "init_args": {...}}` and `functools.partial(Class, ...)` say the same.
+"""Components as plain data: `{"class_path": ..., "init_args": {...}}` and `functools.partial(Class, ...)` are equal.
 
-`to_config` writes factories as data, for checkpoints that load without executing anything; `from_config` reads them.
+`to_config` writes factories as data, so that checkpoints load without executing anything. `from_config` reads them.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from llmx.errors import UserError
 from llmx.protocol import Schedule
 
 _PLAIN = (str, int, float, bool, type(None))
-# what a constructor finds wrong, and torch: sizes that are negative, or that no memory holds
+# a constructor raises these for bad arguments; torch does for negative sizes and for lack of memory
 _WRONG = (ValueError, TypeError, ArithmeticError, RuntimeError, MemoryError)
-BUILT = (nn.Module, Optimizer, Schedule)  # what a configuration may have built, whatever else is imported
+BUILDABLE = (nn.Module, Optimizer, Schedule)  # a config may build these, whatever else is imported
 
 
 def to_config(value: Any) -> Any:
     """Writes classes and partials of classes (nested, in lists too) as plain data; plain data stays as it is.
 
     Raises:
-        UserError: for what has no name to be found by again, such as a lambda or an object already built.
+        UserError: for a value without a name to find it by, such as a lambda or an object already built.
     """
     if isinstance(value, _PLAIN):
         return value
@@ -54,13 +54,13 @@ def to_config(value: Any) -> Any:
 def from_config(config: Any, trusted: tuple[str, ...] = (), key: str = "") -> Any:
     """Turns plain data into factories, the inverse of `to_config`.
 
-    Only modules of llmx and torch.optim, modules that are imported already, and those named in `trusted` are looked
-    into: data from elsewhere cannot make Python import something new.
+    It looks only into llmx, torch.optim, modules that are imported already, and those named in `trusted`. So data from
+    elsewhere cannot make Python import something new.
 
     Args:
         config: the data.
         trusted: modules that may be imported.
-        key: where the data stands; the factories name what they find wrong by its full path if this is given.
+        key: the path of the data in the config; with it, the factories name a bad argument by its full path.
 
     Raises:
         UserError: where a class cannot be found, or its module may not be imported.
@@ -71,7 +71,7 @@ def from_config(config: Any, trusted: tuple[str, ...] = (), key: str = "") -> An
         cls = find_class(config["class_path"], trusted)
         given = config.get("init_args") or {}
         arguments = {name: from_config(item, trusted, key and f"{key}.{name}") for name, item in given.items()}
-        if key and not issubclass(cls, BUILT):
+        if key and not issubclass(cls, BUILDABLE):
             raise UserError(f"class_path {config['class_path']!r}: is no component")
         factory = Placed(cls, **arguments) if key else partial(cls, **arguments)
         if isinstance(factory, Placed):
@@ -83,7 +83,7 @@ def from_config(config: Any, trusted: tuple[str, ...] = (), key: str = "") -> An
 
 
 def build(config: Any, argument: Any, key: str) -> Any:
-    """Builds the component that stands at `key`; what any constructor finds wrong becomes one line with the full path.
+    """Builds the component at `key` of a config. A bad argument becomes one line with its full path.
 
     Raises:
         UserError: for a class that cannot be found, and for a component that cannot be built.
@@ -96,8 +96,8 @@ def build(config: Any, argument: Any, key: str) -> Any:
 
 
 class Placed(partial):
-    """A factory that knows where in the configuration it stands: what the constructor of a component finds wrong
-    (`heads: 3 heads must divide ...`) is raised with the whole path of the key."""
+    """A factory that knows its place in the config, so that errors of its constructor (`heads: 3 heads must divide ...`)
+    are raised with the whole path of the key."""
 
     key = ""
 
@@ -109,7 +109,7 @@ class Placed(partial):
         try:
             return super().__call__(*args, **kwargs)
         except UserError:
-            raise  # from a component inside, which knew better where it stands
+            raise  # from an inner component, whose path is longer
         except _WRONG as error:
             name, colon, _ = str(error).partition(": ")
             names_argument = colon and name in inspect.signature(self.func).parameters
@@ -120,11 +120,11 @@ class Placed(partial):
 def check_imports(config: Any, where: str) -> None:
     """Refuses data from elsewhere that would make the parser import something new.
 
-    That is a `class_path` outside llmx, torch.optim and what is imported already; and text that the parser would read
-    as more than text: the dotted path of something in an installed module, or a mapping or list.
+    Two things do: a `class_path` outside llmx, torch.optim and the imported modules; and text that the parser reads as
+    more than text, which is a mapping, a list, or the dotted path of something in an installed module.
 
     Raises:
-        UserError: for such data; `where` tells where it is from.
+        UserError: for such data; the message begins with `where`, its source.
     """
     if isinstance(config, dict):
         for key, value in config.items():
@@ -145,7 +145,7 @@ def check_imports(config: Any, where: str) -> None:
 
 
 def _names_code(text: str) -> bool:
-    """Whether the parser, which reads text as YAML, finds a component in it or could import what it names."""
+    """Whether the parser, which reads text as YAML, would find a component in it or import what it names."""
     try:
         text = yaml.safe_load(text)
     except yaml.YAMLError:
@@ -164,7 +164,7 @@ def _is_ours(module: str) -> bool:
 
 
 def find_class(path: str, trusted: tuple[str, ...] = ()) -> type:
-    """The class at a dotted path, under the rule of `from_config`."""
+    """The class at a dotted path, under the import rule of `from_config`."""
     module, _, name = path.rpartition(".")
     if _is_ours(module) or module in trusted:
         try:
@@ -183,7 +183,7 @@ def find_class(path: str, trusted: tuple[str, ...] = ()) -> type:
 
 
 def import_collection() -> None:
-    """Imports every component of the collection: short class names are looked for among what is imported."""
+    """Imports every component of the collection: short class names are found among the imported classes."""
     for name in ("parts", "mixers", "feedforward", "blocks", "networks"):
         package = importlib.import_module(f"llmx.{name}")
         for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):

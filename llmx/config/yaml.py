@@ -1,4 +1,4 @@
-"""YAML that somebody else wrote, as plain data or as one readable message."""
+"""Reads YAML from any source as plain data, or refuses it with one readable message."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import yaml
 
 from llmx.errors import UserError
 
-DEEPEST = 100  # what stands inside each other
-MOST = 100_000  # values, with those that an alias repeats
+MAX_DEPTH = 100  # of nested values
+MAX_VALUES = 100_000  # counted with those that an alias repeats
 
 
 def read_yaml(path: str | Path, where: str = "", loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
     """The content of a file.
 
     Args:
-        path: of the file.
-        where: what messages begin with, before the path.
-        loader: how scalars are read.
+        path: the file.
+        where: the beginning of messages, before the path.
+        loader: the YAML loader, which decides how scalars are read.
 
     Raises:
-        UserError: for a file that cannot be read, or whose content `parse_yaml` refuses.
+        UserError: for a file that cannot be read, and for content that `parse_yaml` refuses.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -37,7 +37,7 @@ def parse_yaml(text: str, where: str, loader: type[yaml.SafeLoader] = yaml.SafeL
     """Mappings, lists, text, numbers, true, false and null.
 
     Raises:
-        UserError: for text that is no YAML, says something else (a date, a set), or unfolds without an end.
+        UserError: for text that is no YAML, holds another kind of value (a date, a set), or unfolds without an end.
     """
     try:
         content = yaml.load(text, loader)
@@ -46,7 +46,7 @@ def parse_yaml(text: str, where: str, loader: type[yaml.SafeLoader] = yaml.SafeL
         raise UserError(f"{where}: is nested too deeply") from None
     except UserError:
         raise
-    except (yaml.YAMLError, ValueError) as error:  # the latter for a date or number that Python does not have
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or number that Python does not have
         raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())[:300]}") from None
     return content
 
@@ -57,7 +57,7 @@ def _check_plain(content: Any, where: str) -> None:
     while rest:
         value, path, depth = rest.pop()
         seen += 1
-        if depth > DEEPEST or seen > MOST:
+        if depth > MAX_DEPTH or seen > MAX_VALUES:
             raise UserError(f"{where}: {path[:100]}: is nested too deeply, or repeats itself by its aliases too often")
         if isinstance(value, dict):
             inner = [(k, f"{path}.{k}".lstrip("."), depth + 1) for k in value]  # a key is a value without a path
