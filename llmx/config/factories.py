@@ -96,8 +96,8 @@ def build(config: Any, argument: Any, key: str) -> Any:
 
 
 class Placed(partial):
-    """A factory that knows its place in the config, so that errors of its constructor (`heads: 3 heads must divide ...`)
-    are raised with the whole path of the key."""
+    """A factory that knows its place in the config: an error of its constructor (`heads: 3 heads must divide ...`) is
+    raised with the whole path of the key."""
 
     key = ""
 
