@@ -1,12 +1,13 @@
 """Windows of a token array as batches: shuffled for training, in order for evaluation.
 
 A window of T tokens at `start` has the inputs tokens[start : start + T] and the targets one token later, so L tokens
-have L - T windows of stride 1. Whole batches are fetched by index; nothing is collated row by row.
+have L - T windows of stride 1. A whole batch is fetched by index, not row by row.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -23,9 +24,9 @@ class Batch(NamedTuple):
 
     inputs:   (B, T) int64
     targets:  (B, T) int64, IGNORE where not counted
-    share:    the training loss of a micro-batch is the sum of its counted losses times share. With share = slots /
-              (counted targets of the whole step), where slots = accumulate * world_size, the average over the slots,
-              which is what Lightning and DDP take, is the exact mean over the tokens of the step. 1 in evaluation.
+    share:    the training loss of a micro-batch is the sum of its counted losses times share. In training, share is
+              slots / (counted targets of the whole step) with slots = accumulate * world_size. Lightning and DDP
+              average over the slots, and so get the exact mean over the tokens of the step. 1 in evaluation.
     """
 
     inputs: Tensor
@@ -34,7 +35,7 @@ class Batch(NamedTuple):
 
 
 def count_windows(length: int, window: int, split: str) -> int:
-    """How many windows of stride 1 a split of `length` tokens has. Raises UserError where it has none."""
+    """How many windows of stride 1 a split of `length` tokens has. Raises UserError if it has none."""
     if length <= window:
         raise UserError(
             f"data.window is {window}, so a split needs at least {window + 1} tokens, but the {split} split has "
@@ -51,14 +52,17 @@ def check_stride(stride: int, window: int) -> None:
         )
 
 
+@dataclass(eq=False)
 class WindowSampler(ABC):
-    """Which windows each training step takes: a pure function of (seed, step)."""
+    """Chooses the windows of each training step: a pure function of (seed, step).
 
-    def __init__(self, windows: int, batch_size: int, seed: int):
-        """`windows`: how many there are; `batch_size`: windows a step, over all devices."""
-        self.windows = windows
-        self.batch_size = batch_size
-        self.seed = seed
+    windows:     how many there are
+    batch_size:  windows a step, over all devices
+    """
+
+    windows: int
+    batch_size: int
+    seed: int
 
     @property
     def steps_per_epoch(self) -> int:
@@ -69,15 +73,14 @@ class WindowSampler(ABC):
         """Where the windows of a step start, (batch_size,) or fewer."""
 
 
+@dataclass(eq=False)
 class EpochWindows(WindowSampler):
-    """Every window once an epoch, in a new order each epoch; an epoch's last batch may be smaller. The order is held:
-    8 bytes a window."""
+    """Every window once an epoch, in a new order each epoch; an epoch's last batch may be smaller. It keeps the order,
+    8 bytes a window, in memory."""
 
-    most = 2**24  # windows, of which the order takes 128 MiB; beyond, KeyedEpochWindows
+    most: ClassVar[int] = 2**24  # windows: their order takes 128 MiB; beyond, KeyedEpochWindows
 
-    def __init__(self, windows: int, batch_size: int, seed: int):
-        super().__init__(windows, batch_size, seed)
-        self._shuffled: tuple[int, np.ndarray] | None = None  # the epoch, and its order
+    _shuffled: tuple[int, np.ndarray] | None = field(default=None, init=False, repr=False)  # the epoch, and its order
 
     def starts(self, step: int) -> np.ndarray:
         epoch, index = divmod(step, self.steps_per_epoch)
@@ -87,7 +90,7 @@ class EpochWindows(WindowSampler):
 
 
 class KeyedEpochWindows(WindowSampler):
-    """Every window once an epoch, in a new order each epoch, which is computed for a step at a time and never held."""
+    """Every window once an epoch, in a new order each epoch. It computes the order step by step and never holds it."""
 
     def starts(self, step: int) -> np.ndarray:
         epoch, index = divmod(step, self.steps_per_epoch)
@@ -97,24 +100,25 @@ class KeyedEpochWindows(WindowSampler):
 
 
 class RandomWindows(WindowSampler):
-    """Independent uniform windows; every batch is full, and an epoch only a number of steps."""
+    """Independent uniform windows. Every batch is full, and an epoch is only a number of steps."""
 
     def starts(self, step: int) -> np.ndarray:
         return np.random.default_rng((self.seed, step)).integers(self.windows, size=self.batch_size)
 
 
+@dataclass(eq=False, repr=False)
 class TrainingBatches:
-    """One rank's micro-batches, from the step that training is at to the end of that step's epoch.
+    """One rank's micro-batches, from the current step of training to the end of that step's epoch.
 
     Slot m * world_size + rank of a step, for micro-batch m, is a contiguous slice of the step's windows. Every
-    micro-batch has batch_size / (accumulate * world_size) rows: a smaller global batch is padded with rows that count
-    nothing. Resuming, or another number of devices, gives the same global batches.
+    micro-batch has batch_size / (accumulate * world_size) rows: rows that count nothing pad a smaller global batch.
+    Resuming, or another number of devices, gives the same global batches.
 
     Args:
         tokens: The training split, (L,), in memory or in files.
         window: Tokens a window, T.
         sampler: Chooses the windows of each step.
-        start_step: The global step to begin at, asked when iteration begins.
+        start_step: Gives the global step to begin at, when iteration begins.
         accumulate: Micro-batches a step.
         rank: This process, of `world_size`.
 
@@ -122,31 +126,23 @@ class TrainingBatches:
         UserError: The batch cannot be cut into accumulate * world_size equal slices.
     """
 
-    def __init__(
-        self,
-        tokens: np.ndarray | TokenStream,
-        window: int,
-        sampler: WindowSampler,
-        start_step: Callable[[], int],
-        accumulate: int = 1,
-        rank: int = 0,
-        world_size: int = 1,
-    ):
-        self.slots = accumulate * world_size
-        self.rows, rest = divmod(sampler.batch_size, self.slots)
+    tokens: np.ndarray | TokenStream
+    window: int
+    sampler: WindowSampler
+    start_step: Callable[[], int]
+    accumulate: int = 1
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        self.slots = self.accumulate * self.world_size
+        self.rows, rest = divmod(self.sampler.batch_size, self.slots)
         if rest:
             raise UserError(
-                f"data.batch_size is {sampler.batch_size} windows a step over all devices, which cannot be cut into "
-                f"{self.slots} equal parts (trainer.accumulate_grad_batches {accumulate} x {world_size} devices): "
-                f"choose a multiple of {self.slots}"
+                f"data.batch_size is {self.sampler.batch_size} windows a step over all devices, which cannot be cut "
+                f"into {self.slots} equal parts (trainer.accumulate_grad_batches {self.accumulate} x {self.world_size} "
+                f"devices): choose a multiple of {self.slots}"
             )
-        self.tokens = tokens
-        self.window = window
-        self.sampler = sampler
-        self.start_step = start_step
-        self.accumulate = accumulate
-        self.rank = rank
-        self.world_size = world_size
 
     def __len__(self) -> int:
         """Micro-batches an epoch."""
@@ -172,53 +168,47 @@ class TrainingBatches:
         return Batch(inputs, targets, share)
 
     def state_dict(self) -> dict[str, Any]:
-        """Empty: there is nothing to restore but the step. Having one tells Lightning that resuming is exact."""
+        """Empty: only the step needs restoring. The method itself tells Lightning that resuming is exact."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         pass
 
 
+@dataclass(eq=False, repr=False)
 class EvaluationBatches:
-    """A whole split in order, the same for any number of ranks, which share out the rows of each batch.
+    """A whole split in order, the same for any number of ranks, which share the rows of each batch.
 
-    Windows start every `stride` tokens. With `count` "new" each of the L - 1 predictable tokens is counted exactly
-    once: the first window counts all its targets, a later one its last `stride`, and the last window is cut off where
-    the split ends. With "all" only full windows are taken and all their targets counted, so a token counts as often
-    as windows cover it. All batches have the same shape; rows beyond the last window count nothing.
+    Windows start every `stride` tokens. With `count` "new" each of the L - 1 predictable tokens counts exactly once:
+    the first window counts all its targets, a later one its last `stride`, and the last window is cut off at the end
+    of the split. With "all" only full windows are taken and all their targets counted, so a token counts as often as
+    windows cover it. All batches have the same shape; rows beyond the last window count nothing.
 
     Args:
         tokens: The split, (L,), at least window + 1 of them.
         window: Tokens a window, T.
         batch_size: Rows a batch, over all ranks; rounded up to a multiple of `world_size`.
-        stride: Tokens from one window to the next; None for `window`, windows that do not overlap.
-        count: Which targets of overlapping windows are counted.
+        stride: Tokens from one window to the next; with `window`, windows do not overlap.
+        count: Which targets of overlapping windows count.
         rank: This process, of `world_size`.
 
     Raises:
         UserError: The stride is not in [1, window], or the split is shorter than a window.
     """
 
-    def __init__(
-        self,
-        tokens: np.ndarray | TokenStream,
-        window: int,
-        batch_size: int,
-        stride: int | None = None,
-        count: Literal["new", "all"] = "new",
-        rank: int = 0,
-        world_size: int = 1,
-    ):
-        self.stride = window if stride is None else stride
-        check_stride(self.stride, window)
-        beyond_first = count_windows(len(tokens), window, "evaluated") - 1  # targets that the first window lacks
-        self.windows = 1 + (beyond_first // self.stride if count == "all" else -(-beyond_first // self.stride))
-        self.tokens = tokens
-        self.window = window
-        self.count = count
-        self.rows = -(-batch_size // world_size)
-        self.rank = rank
-        self.world_size = world_size
+    tokens: np.ndarray | TokenStream
+    window: int
+    batch_size: int
+    stride: int
+    count: Literal["new", "all"] = "new"
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        check_stride(self.stride, self.window)
+        beyond_first = count_windows(len(self.tokens), self.window, "evaluated") - 1  # after the first window
+        self.windows = 1 + (beyond_first // self.stride if self.count == "all" else -(-beyond_first // self.stride))
+        self.rows = -(-self.batch_size // self.world_size)
 
     def __len__(self) -> int:
         return -(-self.windows // (self.rows * self.world_size))

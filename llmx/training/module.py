@@ -25,7 +25,8 @@ from llmx.audits.causality_report import CausalityError, CausalityReport
 from llmx.audits.live_run import audit_live_run
 from llmx.config.factories import build, to_config
 from llmx.costs.describe import Description, describe
-from llmx.data.datamodule import Prompts, TextDataModule
+from llmx.data.datamodule import TextDataModule
+from llmx.data.prompts import Prompts
 from llmx.data.tokenizers import Tokenizer, tokenizer_from_config
 from llmx.data.windows import Batch
 from llmx.errors import UserError

@@ -11,7 +11,7 @@ from llmx.protocol import IGNORE
 @pytest.mark.parametrize(("window", "stride"), [(4, None), (4, 1), (5, 2), (4, 4), (3, 3)])
 @pytest.mark.parametrize("length", [6, 14, 15])
 def test_places_are_those_of_the_windows_that_evaluation_takes(window: int, stride: int | None, length: int):
-    batches = EvaluationBatches(np.arange(length), window, 3, stride)
+    batches = EvaluationBatches(np.arange(length), window, 3, stride or window)
     places = [np.nonzero(row)[0] for batch in batches for row in (batch.targets != IGNORE).numpy()]
     assert positions(length - 1, window, stride).tolist() == np.concatenate(places).tolist()
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from llmx.data.corpora import load_corpus
-from llmx.data.datamodule import PromptBatches, Prompts, TextDataModule
+from llmx.data.datamodule import TextDataModule
+from llmx.data.prompts import PromptBatches, Prompts
 from llmx.data.windows import Batch
 from llmx.errors import UserError
 from llmx.protocol import IGNORE

@@ -160,7 +160,7 @@ def counted_targets(batches: EvaluationBatches) -> list[int]:
 
 evaluations = st.integers(1, 8).flatmap(
     lambda window: st.tuples(
-        st.just(window), st.none() | st.integers(1, window), st.integers(window + 1, 60), st.integers(1, 9)
+        st.just(window), st.just(window) | st.integers(1, window), st.integers(window + 1, 60), st.integers(1, 9)
     )
 )
 
@@ -168,7 +168,7 @@ evaluations = st.integers(1, 8).flatmap(
 @given(evaluations, st.integers(1, 4))
 @property_test
 def test_evaluation_counts_each_token_exactly_once_over_all_ranks(
-    case: tuple[int, int | None, int, int], world_size: int
+    case: tuple[int, int, int, int], world_size: int
 ) -> None:
     window, stride, length, batch_size = case
     ranks = [
@@ -183,9 +183,9 @@ def test_evaluation_counts_each_token_exactly_once_over_all_ranks(
 
 @given(evaluations)
 @property_test
-def test_evaluation_gives_each_counted_target_the_tokens_before_it(case: tuple[int, int | None, int, int]) -> None:
+def test_evaluation_gives_each_counted_target_the_tokens_before_it(case: tuple[int, int, int, int]) -> None:
     window, stride, length, batch_size = case
-    least = window - (window if stride is None else stride) + 1  # tokens of context, except in the first window
+    least = window - stride + 1  # tokens of context, except in the first window
     for batch in evaluation(length, window, batch_size, stride, "new"):
         rows, offsets = torch.nonzero(batch.targets != IGNORE, as_tuple=True)
         first = batch.inputs[rows, 0]
@@ -199,15 +199,13 @@ def test_evaluation_gives_each_counted_target_the_tokens_before_it(case: tuple[i
 
 @given(evaluations, st.integers(1, 4))
 @property_test
-def test_evaluation_of_all_positions_counts_full_windows_only(
-    case: tuple[int, int | None, int, int], world_size: int
-) -> None:
+def test_evaluation_of_all_positions_counts_full_windows_only(case: tuple[int, int, int, int], world_size: int) -> None:
     window, stride, length, batch_size = case
     ranks = [
         evaluation(length, window, batch_size, stride, "all", rank=rank, world_size=world_size)
         for rank in range(world_size)
     ]
-    starts = range(0, length - window, stride or window)
+    starts = range(0, length - window, stride)
     expected = Counter(start + 1 + offset for start in starts for offset in range(window))
     assert Counter(target for rank in ranks for target in counted_targets(rank)) == expected
 
@@ -229,4 +227,4 @@ def test_stride_that_skips_characters_is_refused(stride: int) -> None:
 
 def test_split_shorter_than_a_window_is_refused() -> None:
     with pytest.raises(UserError, match=r"data\.window is 8.*at least 9 tokens.*8"):
-        evaluation(8, 8, 2)
+        evaluation(8, 8, 2, 8)
