@@ -18,9 +18,9 @@ from llmx.costs.from_config import failing_frame, window_failure
 from llmx.data.datamodule import TextDataModule
 from llmx.errors import UserError
 from llmx.protocol import CountingNetwork, Network
+from llmx.runs.record import check_same_data
 from llmx.training.maps import MixerMaps
 from llmx.training.module import LanguageModel
-from llmx.training.record import check_same_data
 from llmx.training.trainer import Trainer
 
 
@@ -66,7 +66,7 @@ def check_data(verb: str, settings: Any, data: TextDataModule, checkpoint: Check
             f"{data.tokenizer.vocab_size}; leave vocab_size out, or give a tokenizer of that size"
         )
     if verb == "fit" and checkpoint is not None:
-        check_same_data(checkpoint.run, data)
+        check_same_data(checkpoint.run, data.protocol)
     if verb != "predict":
         data.prepare()
 

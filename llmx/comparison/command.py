@@ -1,4 +1,4 @@
-"""`python main.py compare RUN ...`: finished runs beside each other, never trained again."""
+"""`python main.py compare RUN ...`: compares finished runs by their folders, without training."""
 
 from __future__ import annotations
 
@@ -8,25 +8,29 @@ from pathlib import Path
 from rich.console import Console
 
 from llmx.comparison.figures import figures
+from llmx.comparison.groups import find_runs, grouped
+from llmx.comparison.ranking import BUDGETS, TOKENS, compare
 from llmx.comparison.report import report
-from llmx.comparison.runs import find_runs, grouped
-from llmx.comparison.table import EQUAL, TOKENS, compare, render, write_csv
+from llmx.comparison.table import render, write_csv
 from llmx.errors import ArgumentParser
+from llmx.runs.folder import RUNS
 
 
 def run(arguments: list[str]) -> int:
-    """Prints the table and writes comparison.csv, comparison.json, the figures and report.html; the exit code.
+    """Prints the table, writes comparison.csv, comparison.json, the figures and report.html, returns the exit code.
 
     Raises:
-        UserError: for arguments that do not fit, runs that cannot be read, and runs that may not be ranked.
+        UserError: for wrong arguments, and runs that cannot be read or may not be ranked.
     """
     parser = ArgumentParser(prog="main.py compare", description=__doc__)
-    parser.add_argument("runs", nargs="+", help="run folders, globs, or a folder of runs such as lightning_logs")
-    parser.add_argument("--baseline", help="what differences are taken to, by its name in the table; else the first")
-    parser.add_argument("--format", choices=("table", "json"), default="table", help="what is printed")
-    parser.add_argument("--out", type=Path, default=Path("comparison"), help="folder of the files that are written")
-    at_equal = "what all runs have had the same of; at equal FLOPs or seconds the tokens they have seen may differ"
-    parser.add_argument("--at-equal", choices=(TOKENS, *EQUAL), default=TOKENS, help=at_equal)
+    parser.add_argument("runs", nargs="+", help=f"run folders, globs, or a folder of runs such as {RUNS}")
+    parser.add_argument(
+        "--baseline", help="the row to take differences to, by its name in the table; by default the first"
+    )
+    parser.add_argument("--format", choices=("table", "json"), default="table", help="what to print")
+    parser.add_argument("--out", type=Path, default=Path("comparison"), help="folder for the files")
+    at_equal = "what all runs were given the same amount of; at equal FLOPs or seconds the tokens seen may differ"
+    parser.add_argument("--at-equal", choices=(TOKENS, *BUDGETS), default=TOKENS, help=at_equal)
     parser.add_argument("--unranked", action="store_true", help="show runs of different protocols side by side")
     chosen = parser.parse_args(arguments)
     groups = grouped(find_runs(chosen.runs))

@@ -10,12 +10,13 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from llmx.comparison.breakdown import KINDS, by_kind, by_position, validation_text
-from llmx.comparison.runs import Group, Run, mark
-from llmx.comparison.table import Comparison, Row
+from llmx.comparison.groups import Group, mark
+from llmx.comparison.ranking import Comparison, Row
+from llmx.runs.record import Run
 
 
 def figures(comparison: Comparison, groups: Sequence[Group]) -> dict[str, Figure]:
-    """By name; those for which there is nothing to draw are left out."""
+    """The figures by name, without those that have nothing to draw."""
     by_name = {group.name: group for group in groups}
     ordered = [by_name[row.name] for row in comparison.rows]
     made = {"loss": loss_figure(comparison), "curves": curves_figure(ordered)}
@@ -47,7 +48,7 @@ def loss_figure(comparison: Comparison) -> Figure:
 
 
 def curves_figure(groups: Sequence[Group]) -> Figure:
-    """Validation loss against steps, training FLOPs and wall-clock; a thin line a run."""
+    """Validation loss against steps, training FLOPs and wall-clock, a thin line for each run."""
     figure = Figure(figsize=(13, 4.5), layout="constrained")
     panels: list[tuple[str, Callable[[Run], float | None]]] = [
         ("step", lambda run: 1.0),
@@ -73,14 +74,14 @@ def curves_figure(groups: Sequence[Group]) -> Figure:
 
 
 def position_figure(groups: Sequence[Group]) -> Figure | None:
-    """Loss against the place in the window: a network that uses its context falls."""
-    alike = [group for group in groups if group.runs[0].protocol["val_count"] == "new"]
+    """Loss against the place in the window: it falls if a network uses its context."""
+    alike = [group for group in groups if group.protocol["val_count"] == "new"]
     if not alike:
         return None
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     for index, group in enumerate(alike):
-        protocol = group.runs[0].protocol
+        protocol = group.protocol
         place, loss = by_position(group.losses, protocol["window"], protocol["val_stride"])
         style = "--" if mark(group) else "-"
         label = _label(group)
@@ -92,7 +93,7 @@ def position_figure(groups: Sequence[Group]) -> Figure | None:
 
 
 def kind_figure(groups: Sequence[Group]) -> Figure | None:
-    """Loss by the kind of the character that is predicted; None where the text is gone."""
+    """Loss by the kind of the predicted character; None if the text is gone."""
     data = {group.name: json.dumps(group.runs[0].config["data"]) for group in groups}
     texts = {settings: validation_text(json.loads(settings)) for settings in set(data.values())}
     paired = [(group, texts[data[group.name]]) for group in groups]

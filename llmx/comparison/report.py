@@ -1,4 +1,4 @@
-"""`report.html`: the table and the figures in one file that needs nothing else."""
+"""`report.html`: tables and figures in one file that needs no other."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from html import escape
 
 from matplotlib.figure import Figure
 
-from llmx.comparison.runs import mark
+from llmx import display
+from llmx.comparison.groups import mark
+from llmx.comparison.ranking import Comparison, Row
 from llmx.comparison.statistics import Estimate
-from llmx.comparison.table import Comparison, Row, caption, measured_on, short, unlike, unlike_heading
+from llmx.comparison.table import caption, changed_settings, changes_heading, measured_on
 
 TITLES = {
     "loss": "Validation loss",
@@ -33,14 +35,14 @@ COSTS = ("", "network", "parameters", "train FLOPs", "tokens/s", "seconds", "mem
 
 
 def report(comparison: Comparison, figures: Mapping[str, Figure]) -> str:
-    """The page as HTML; figures are inside it."""
+    """The page as HTML, with the figures in it."""
     rows = comparison.rows
-    groups = list(dict.fromkeys(name for row in rows for name in row.parameters_of))
+    kinds = list(dict.fromkeys(kind for row in rows for kind in row.parameters_of))
     images = "\n".join(
         f'<h2>{TITLES[name]}</h2>\n<img alt="{TITLES[name]}" src="data:image/png;base64,{_png(figure)}">'
         for name, figure in figures.items()
     )
-    of_groups = [[f"{row.parameters_of.get(name, 0):,}" for name in groups] for row in rows]
+    parameters = [[display.count(row.parameters_of.get(kind, 0)) for kind in kinds] for row in rows]
     return f"""<!doctype html>
 <html lang="en">
 <head><meta charset="utf-8"><title>llmx: a comparison</title><link rel="icon" href="data:,">
@@ -52,9 +54,9 @@ def report(comparison: Comparison, figures: Mapping[str, Figure]) -> str:
 {_table("costs", COSTS, rows, [_costs(row) for row in rows])}
 <p class="note">{escape(caption(comparison))}</p>
 {images}
-{_unlike(comparison)}
+{_settings(comparison)}
 <h2>Parameters</h2>
-{_table("parameters", ("", "network", *groups), rows, of_groups)}
+{_table("parameters", ("", "network", *kinds), rows, parameters)}
 </body>
 </html>
 """
@@ -71,12 +73,12 @@ def _table(id: str, headings: Sequence[str], rows: Sequence[Row], cells: Sequenc
 </tbody></table></div>"""
 
 
-def _unlike(comparison: Comparison) -> str:
+def _settings(comparison: Comparison) -> str:
     rows = [row for row in comparison.rows if row.unlike]
     if not rows:
         return ""
-    headings = ("", "network", unlike_heading(comparison))
-    cells = [[escape(", ".join(unlike(row)))] for row in rows]
+    headings = ("", "network", changes_heading(comparison))
+    cells = [[escape(", ".join(changed_settings(row)))] for row in rows]
     return f"<h2>Settings</h2>\n{_table('settings', headings, rows, cells)}"
 
 
@@ -89,11 +91,10 @@ def _results(row: Row) -> list[str]:
     difference = row.difference
     return [
         str(len(row.seeds)),
-        f"{row.loss.value:.4f}",
-        _interval(row.loss, ".4f"),
-        "" if difference is None else f"{difference.value:+.4f}",
-        "" if difference is None else _interval(difference, "+.4f"),
-        "" if row.adjusted_p is None else f"{row.adjusted_p:.3f}",
+        display.loss(row.loss.value),
+        _interval(row.loss),
+        *(("", "") if difference is None else (display.loss(difference.value, True), _interval(difference, True))),
+        display.p_value(row.adjusted_p),
         f"{row.perplexity:.3f}",
         f"{row.bits_per_character:.3f}",
     ]
@@ -101,13 +102,14 @@ def _results(row: Row) -> list[str]:
 
 def _costs(row: Row) -> list[str]:
     costs = (row.training_flops, row.tokens_per_second, row.seconds, row.peak_bytes, row.state_bytes)
-    return [f"{row.parameters:,}", *(short(cost) for cost in (*costs, row.generated_tokens_per_second))]
+    return [display.count(row.parameters), *map(display.short, (*costs, row.generated_tokens_per_second))]
 
 
-def _interval(estimate: Estimate, form: str) -> str:
+def _interval(estimate: Estimate, signed: bool = False) -> str:
     if not estimate.known:
         return "*"
-    return f"{estimate.low:{form}} to {estimate.high:{form}}{'*' if estimate.basis == 'text' else ''}"
+    low, high = (display.loss(end, signed) for end in (estimate.low, estimate.high))
+    return f"{low} to {high}{'*' if estimate.basis == 'text' else ''}"
 
 
 def _png(figure: Figure) -> str:

@@ -26,7 +26,7 @@ DEFAULTS = ("feed_forward.hidden", "dim")  # the first that the network has
 PATIENCE = 512  # sizes in a row that cannot be built before the search ends
 
 
-def apart(costs: Iterable[float | None]) -> float:
+def relative_gap(costs: Iterable[float | None]) -> float:
     """By which share the largest exceeds the smallest, without costs that are zero or unknown."""
     known = [cost for cost in costs if cost]
     return max(known) / min(known) - 1 if known else 0.0
@@ -48,7 +48,7 @@ class Match:
 
     @property
     def holds(self) -> bool:
-        return apart((self.own, self.other)) <= MATCHED
+        return relative_gap((self.own, self.other)) <= MATCHED
 
     def said(self, name: str) -> str:
         """The result in one line; `name` is that of the other config."""

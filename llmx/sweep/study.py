@@ -29,9 +29,9 @@ from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_s
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from llmx import display
-from llmx.comparison.runs import PROTOCOL
 from llmx.config.command import Command
 from llmx.errors import UserError
+from llmx.runs.record import PROTOCOL
 from llmx.sweep.callback import ReportToStudy
 from llmx.sweep.report import DIED
 from llmx.sweep.space import Point, Space, flags, with_point

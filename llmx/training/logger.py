@@ -12,6 +12,7 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from llmx.runs.events import read_events
 from llmx.runs.folder import EVENTS, claim_version
 
 BY_TOKENS = {"train/loss": "loss_by_tokens/train", "val/loss": "loss_by_tokens/val"}
@@ -89,12 +90,10 @@ class RunLogger(TensorBoardLogger):
 
     def _losses(self, before: int) -> dict[str, list[Any]]:
         """The curves of the run so far, as TensorBoard's events."""
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-        events = EventAccumulator(self.log_dir, size_guidance={"scalars": 0, "images": 1, "tensors": 1})
-        events.Reload()
-        tags = BY_TOKENS.keys() & set(events.Tags()["scalars"])
-        return {tag: [event for event in events.Scalars(tag) if event.step < before] for tag in tags}
+        events = read_events(self.log_dir)
+        return {
+            tag: [event for event in events[tag] if event.step < before] for tag in BY_TOKENS.keys() & events.keys()
+        }
 
     def _get_next_version(self) -> int:
         version = super()._get_next_version()

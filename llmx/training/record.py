@@ -1,16 +1,13 @@
-"""What a run keeps of itself in its folder, so that it can be believed and compared."""
+"""The callbacks that record a fit in its folder and in TensorBoard; `llmx.runs.record` writes and reads the files."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import rich
 import torch
 import yaml
@@ -20,13 +17,13 @@ from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
 
 from llmx.audits.causality_report import influence_figure
-from llmx.config.yaml import parse_yaml
 from llmx.data.datamodule import TextDataModule
 from llmx.data.windows import Batch
-from llmx.errors import UserError
 from llmx.parts.counting import count_parameters
 from llmx.protocol import IGNORE, CountingNetwork
+from llmx.runs.memory import peak_bytes
 from llmx.runs.provenance import code, file_hash, provenance, sources
+from llmx.runs.record import begin_run, continue_run, end_run, write_losses
 from llmx.training.callbacks import Samples
 from llmx.training.logger import LAYOUT, run_folder, tensorboard
 from llmx.training.metrics import bits, perplexity
@@ -38,8 +35,8 @@ UNCOUNTED = -1.0  # no loss is below 0
 
 
 class ValidationLosses(Callback):
-    """`val_losses.npy`: what the last validation of a fit gave each character that it predicted, in nats (float32), in
-    the order of the split. With them two runs compare character by character, long after their checkpoints are gone."""
+    """Keeps the loss of each predicted character of the last validation of a fit, in nats (float32) and in the order of
+    the split. With them `compare` compares runs character by character, long after their checkpoints are gone."""
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.batches: list[Tensor] = []
@@ -52,23 +49,21 @@ class ValidationLosses(Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit" or not self.batches:
             return
-        # of each batch the first rows are those of the first process
+        # the first process has the first rows of each batch
         mine = torch.stack(self.batches)  # (N, B, T)
         all_: Any = pl_module.all_gather(mine)
         losses = all_.view(trainer.world_size, *mine.shape).transpose(0, 1)
         folder = run_folder(trainer)
         if folder is not None and trainer.is_global_zero:
-            np.save(folder / "val_losses.npy", losses[losses != UNCOUNTED].cpu().numpy())
+            write_losses(folder, losses[losses != UNCOUNTED].cpu().numpy())
 
 
 class RunRecord(Callback):
-    """Keeps what is needed to believe the run, in its folder: `config.yaml` (the settings it began with), `run.json`
-    (commit, versions, hardware, data, audit, and with what it was continued), `metrics.json` (the final numbers, of a
-    run that has ended); and fills TensorBoard's HParams tab.
+    """Records where a run comes from, how it was continued, and its final numbers; fills TensorBoard's HParams tab.
 
     Args:
-        config: the run's full configuration as YAML; where there is none (a notebook), one is made of the objects.
-        command: what the run comes from, where it is not the command of this process.
+        config: the run's full configuration as YAML; without one (in a notebook) it is made from the objects.
+        command: that started the run, if it is not the command of this process.
     """
 
     def __init__(self, config: str | None = None, command: list[str] | None = None):
@@ -91,41 +86,22 @@ class RunRecord(Callback):
         if folder is None:
             return
         config = self.config or _config_of_objects(trainer, pl_module)
-        now = {**_used(trainer, pl_module), "config": _settings(config)}
         if trainer.global_step:
-            self._go_on(folder, now, trainer, pl_module)
+            continue_run(
+                folder,
+                trainer.global_step,
+                pl_module.total_steps,
+                config,
+                _used(trainer, pl_module),
+                _data(trainer).protocol,
+                _audit(pl_module),
+                pl_module.leaking,
+            )
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "metrics.json").unlink(missing_ok=True)
-        (folder / "config.yaml").write_text(config)
-        warm_start = pl_module.warm_start
-        record = self._record(trainer, pl_module)
-        record["warm_start"] = warm_start and {"file": warm_start, "sha256": file_hash(warm_start)}
-        _write_json(folder / "run.json", record)
+        begin_run(folder, config, self._record(trainer, pl_module))
         board = tensorboard(trainer)
         if board is not None:
-            self._show(board, trainer, pl_module)
-
-    def _go_on(self, folder: Path, now: dict[str, Any], trainer: pl.Trainer, pl_module: LanguageModel) -> None:
-        """Notes where and with what other settings a run is continued, and takes back the numbers of its end."""
-        check_same_data(folder, _data(trainer))
-        if trainer.global_step < pl_module.total_steps:
-            (folder / "metrics.json").unlink(missing_ok=True)
-        if not (folder / "run.json").is_file() or not (folder / "config.yaml").is_file():
-            return
-        record = _read_record(folder)
-        legs = {k: leg for k, leg in record.get("continued", {}).items() if int(k) < trainer.global_step}
-        began = {"config": _settings((folder / "config.yaml").read_text()), **record}
-        before = list(legs.values())[-1] if legs else {key: began[key] for key in now.keys() & began.keys()}
-        if now != now | before:
-            legs[str(trainer.global_step)] = now
-        record["continued"] = legs
-        if pl_module.causality is not None:
-            record["audit"] = record.get("audit") or pl_module.causality.to_dict()
-        elif now["sources"] != before.get("sources", now["sources"]):
-            record["audit"] = None  # of other code
-        record["leaking"] = record.get("leaking", False) or pl_module.leaking
-        _write_json(folder / "run.json", record)
+            _show(board, trainer, pl_module)
 
     @rank_zero_only
     def on_validation_end(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
@@ -133,7 +109,7 @@ class RunRecord(Callback):
             loss = trainer.callback_metrics["val/loss"].item()
             self.final = {"val/loss": loss, "val/perplexity": perplexity(loss), "val/bits_per_char": bits(loss)}
             if trainer.state.fn == "fit" and trainer.global_step >= pl_module.total_steps:
-                # before the last step is saved: a run whose last step is saved is never run again
+                # before the last checkpoint: a run that has saved its last step never runs again
                 self._finish(trainer, pl_module)
 
     @rank_zero_only
@@ -148,56 +124,36 @@ class RunRecord(Callback):
             return
         best: Any = next((c for c in trainer.checkpoint_callbacks if isinstance(c, BestCheckpoint)), None)
         losses = [] if best is None else [self.final.get("val/loss"), best.best_model_score]
-        score = min((float(loss) for loss in losses if loss is not None), default=None)
         samples = next((c for c in trainer.callbacks if isinstance(c, Samples)), None)  # type: ignore[attr-defined]
         counts = isinstance(pl_module.network, CountingNetwork)
+        data, device = _data(trainer), pl_module.device
         seconds = time.perf_counter() - self.started
-        _write_json(
-            folder / "metrics.json",
-            {
-                **self.final,
-                "best/val/loss": score,
-                "step": trainer.global_step,
-                # as many windows a step; a network that counts has seen the training split once
-                "tokens": None if counts else trainer.global_step * _data(trainer).batch_size * _data(trainer).window,
-                "peak_bytes": peak_bytes(pl_module.device),
-                "generated_tokens_per_second": None if samples is None else samples.tokens_per_second,
-                "seconds": round(seconds, 1),
-                "steps_in_these_seconds": trainer.global_step - self.first_step,
-                "leaking": pl_module.leaking,
-            },
-        )
+        metrics = {
+            **self.final,
+            "best/val/loss": min((float(loss) for loss in losses if loss is not None), default=None),
+            "step": trainer.global_step,
+            # every step takes the same number of windows; a network that counts has read the training split once
+            "tokens": None if counts else trainer.global_step * data.batch_size * data.window,
+            "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_bytes(),
+            "generated_tokens_per_second": None if samples is None else samples.tokens_per_second,
+            "seconds": round(seconds, 1),
+            "steps_in_these_seconds": trainer.global_step - self.first_step,
+            "leaking": pl_module.leaking,
+        }
+        end_run(folder, metrics)
         board = tensorboard(trainer)
         if board is not None:
             # TensorBoard shows the first five metrics by name
             final = {name.removeprefix("val/"): value for name, value in self.final.items()}
             final |= {"parameters": count_parameters(pl_module.network), "seconds": seconds}
             for name, value in final.items():
-                board.add_scalar(f"final/{name}", value, trainer.global_step - 1)  # where val/loss is
+                board.add_scalar(f"final/{name}", value, trainer.global_step - 1)  # the step of val/loss
             _, _, end = hparams({}, {})
             board._get_file_writer().add_summary(end)
 
-    def _show(self, board: Any, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
-        """What TensorBoard has from the start: the charts, the settings, the influence map."""
-        norms = any(isinstance(callback, NormsByLayer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-        board.add_custom_scalars(LAYOUT | (NORMS_LAYOUT if norms else {}))
-        settings: dict[str, Any] = {
-            "model": dict(pl_module.hparams),
-            "data": _data(trainer).protocol,
-            "seed": torch.initial_seed(),
-            "steps": pl_module.total_steps,
-            "leaking": pl_module.leaking,
-        }
-        # without torch's list of all columns: TensorBoard would take the first run's for the whole folder, where each
-        # network has settings of its own; where there is none, it collects them from all runs
-        _, start, _ = hparams(_flat(settings), {})
-        board._get_file_writer().add_summary(start)
-        if pl_module.causality is not None and pl_module.causality.influence is not None:
-            board.add_figure("audit/influence", influence_figure(pl_module.causality), 0)
-
     def _record(self, trainer: pl.Trainer, pl_module: LanguageModel) -> dict[str, Any]:
-        report = pl_module.causality
         assert pl_module.description is not None
+        warm_start = pl_module.warm_start
         return {
             **provenance(),
             **({} if self.command is None else {"command": self.command}),
@@ -208,36 +164,37 @@ class RunRecord(Callback):
             "compiled": pl_module.compiled,
             "devices": trainer.world_size,
             "steps": pl_module.total_steps,
-            "audit": None if report is None else report.to_dict(),
+            "audit": _audit(pl_module),
             "leaking": pl_module.leaking,
+            "warm_start": warm_start and {"file": warm_start, "sha256": file_hash(warm_start)},
         }
 
 
-def check_same_data(folder: Path, data: TextDataModule) -> None:
-    """Whether a run in this folder, if there is one, may go on with this data.
+def _show(board: Any, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
+    """Writes what TensorBoard shows from the start: charts, settings, influence map."""
+    norms = any(isinstance(callback, NormsByLayer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    board.add_custom_scalars(LAYOUT | (NORMS_LAYOUT if norms else {}))
+    settings: dict[str, Any] = {
+        "model": dict(pl_module.hparams),
+        "data": _data(trainer).protocol,
+        "seed": torch.initial_seed(),
+        "steps": pl_module.total_steps,
+        "leaking": pl_module.leaking,
+    }
+    # without torch's list of all columns, TensorBoard collects the settings of all runs. With it, the first run's
+    # columns would stand for the whole folder, though each network has settings of its own
+    _, start, _ = hparams(_flat(settings), {})
+    board._get_file_writer().add_summary(start)
+    if pl_module.causality is not None and pl_module.causality.influence is not None:
+        board.add_figure("audit/influence", influence_figure(pl_module.causality), 0)
 
-    Raises:
-        UserError: for another text, split, batch or evaluation than the run began with.
-    """
-    if not (folder / "run.json").is_file():
-        return
-    held = _read_record(folder).get("data", {})
-    now = json.loads(json.dumps(data.protocol))
-    for key in now:
-        if key in ("corpus", "requested") or held.get(key, now[key]) == now[key]:  # the text may lie elsewhere
-            continue
-        began, goes_on = held[key], now[key]
-        if key in ("sha256", "characters"):
-            began, goes_on = (f"{of.get('corpus')} (sha256 {str(of.get('sha256'))[:12]})" for of in (held, now))
-        name = {"sha256": "corpus", "characters": "corpus", "vocab_size": "tokenizer"}.get(key, key)
-        raise UserError(
-            f"data.{name}: {folder} began with {began} and cannot go on with {goes_on}; begin a new run, which "
-            "--model.warm_start gives this one's weights"
-        )
+
+def _audit(pl_module: LanguageModel) -> dict[str, Any] | None:
+    return None if pl_module.causality is None else pl_module.causality.to_dict()
 
 
 def _used(trainer: pl.Trainer, pl_module: LanguageModel) -> dict[str, Any]:
-    """What the settings leave to the machine, and to files beside them."""
+    """Facts the config does not fix: precision, code hash, user sources."""
     parts = [*pl_module.network.modules(), *trainer.optimizers, *trainer.callbacks]  # type: ignore[attr-defined]
     for config in trainer.lr_scheduler_configs:
         parts += getattr(config.scheduler, "lr_lambdas", [])
@@ -249,10 +206,10 @@ def _used(trainer: pl.Trainer, pl_module: LanguageModel) -> dict[str, Any]:
 
 
 def _config_of_objects(trainer: pl.Trainer, pl_module: LanguageModel) -> str:
-    """What a configuration of them would say; of callbacks the classes alone."""
+    """The configuration that would build these objects, as YAML; of callbacks only the classes."""
     seed = os.environ.get("PL_GLOBAL_SEED")
     model = {key: value for key, value in pl_module.hparams.items() if key not in ("tokenizer", "window")}
-    lightnings = Callback.__module__.rpartition(".")[0]  # where all of them are, as configurations name them
+    lightnings = Callback.__module__.rpartition(".")[0]  # configs name Lightning's callbacks by this package
     names = []
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         kind = type(callback)
@@ -271,54 +228,13 @@ def _config_of_objects(trainer: pl.Trainer, pl_module: LanguageModel) -> str:
     return yaml.safe_dump(json.loads(json.dumps(content, default=str)), sort_keys=False)  # paths as text
 
 
-def _settings(config: str) -> dict[str, Any]:
-    return {key: value for key, value in parse_yaml(config, "config.yaml").items() if key != "ckpt_path"}
-
-
-def _read_record(folder: Path) -> dict[str, Any]:
-    path = folder / "run.json"
-    try:
-        record = json.loads(path.read_text())
-        legs = record.get("continued", {}).items()
-        whole = isinstance(record.get("data", {}), dict) and all(k.isdigit() and isinstance(v, dict) for k, v in legs)
-    except (ValueError, RecursionError, AttributeError):
-        whole = False
-    if not whole:
-        raise UserError(f"{path}: is damaged: what the run began with cannot be read")
-    return record
-
-
-def peak_bytes(device: torch.device) -> int | None:
-    """The most memory held at once: by the process, or on a GPU by its tensors there; None where nobody counts."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        return None
-    if sys.platform == "linux":
-        # not getrusage's, which begins with the memory of the process that has started this one
-        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        if "VmHWM" in status:
-            return 1024 * int(status["VmHWM"].split()[0])  # kilobytes
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak  # kilobytes but there
-
-
 def _data(trainer: pl.Trainer) -> TextDataModule:
     return trainer.datamodule  # type: ignore[attr-defined]
 
 
-def _write_json(path: Path, content: Any) -> None:
-    """Whole or not at all: a run that is killed here has to go on from it."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, path)
-
-
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as `model/network/dim: 128`, numbers, strings and booleans only; class_path and init_args are
-    left out of the names."""
+    """Nested settings as `model/network/dim: 128` with numbers, text and booleans; names leave out class_path and
+    init_args."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"

@@ -11,8 +11,8 @@ import yaml
 from torch.utils.tensorboard import SummaryWriter
 
 from llmx.cli import main
-from llmx.comparison.runs import find_runs, grouped
-from llmx.comparison.table import compare, short
+from llmx.comparison.groups import find_runs, grouped
+from llmx.comparison.ranking import compare
 from llmx.errors import UserError
 
 CHARACTERS = 10_000  # enough for an interval over them
@@ -333,7 +333,7 @@ def test_one_seed_counts_once(here, capsys):
     ("at", "change", "said"),
     [
         ("flops", {"flops": None}, "flops are unknown: nobody has counted those of lightning_logs/version_2"),
-        ("seconds", {"metrics": {"steps_in_these_seconds": 3}}, "version_2 was stopped and went on"),
+        ("seconds", {"metrics": {"steps_in_these_seconds": 3}}, "version_2 was stopped and continued"),
     ],
 )
 def test_at_equal_refuses_what_is_not_known(here, capsys, at, change, said):
@@ -424,7 +424,3 @@ def test_runs_that_were_trained_compare(here, monkeypatch):
     assert all(row[cost] > 0 for cost in costs)
     assert sum(row["parameters_of"].values()) == row["parameters"]
     assert Path("out/kind.png").is_file()
-
-
-def test_numbers_are_said_shortly():
-    assert [short(x) for x in (None, 0.0, 12.0, 1234.0, 5.6e12, float("inf"))] == ["", "0", "12", "1.23 k", "5.6 T", ""]

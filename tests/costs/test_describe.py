@@ -465,10 +465,10 @@ import sys
 import torch
 from llmx.cli import main
 from llmx.config.factories import import_collection
-from llmx.training.record import peak_bytes
+from llmx.runs.memory import peak_bytes
 
 def peak():
-    return peak_bytes(torch.device("cpu")) // 1024**2
+    return peak_bytes() // 1024**2
 
 import_collection()
 before = peak()

@@ -8,7 +8,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-import llmx.comparison.table
+import llmx.comparison.ranking
 from llmx.cli import main
 from llmx.costs.matching import MATCHED, nearest
 
@@ -234,4 +234,4 @@ def test_the_search_says_where_there_is_nothing_to_find():
 
 
 def test_matched_is_what_compare_calls_equal():
-    assert MATCHED == llmx.comparison.table.MATCHED
+    assert MATCHED == llmx.comparison.ranking.MATCHED

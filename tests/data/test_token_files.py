@@ -182,8 +182,7 @@ from llmx import Decoder, LanguageModel, TextDataModule
 from llmx.blocks.prenorm import PreNormBlock
 from llmx.feedforward.swiglu import SwiGLU
 from llmx.mixers.attention import Attention
-from llmx.training.record import peak_bytes
-import torch
+from llmx.runs.memory import peak_bytes
 
 started = time.perf_counter()
 data = TextDataModule(corpus=sys.argv[1], window=8)
@@ -201,7 +200,7 @@ Trainer(
 many = TextDataModule(corpus=sys.argv[1], window=8, batch_size=4096)
 for batch, _ in zip(many.train_dataloader(), range(80)):  # 330,000 windows, each on pages of its own
     pass
-print(len(data.tokens("train")) + len(data.tokens("val")), ready, peak_bytes(torch.device("cpu")))
+print(len(data.tokens("train")) + len(data.tokens("val")), ready, peak_bytes())
 """
 
 

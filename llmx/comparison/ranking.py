@@ -1,0 +1,222 @@
+"""Ranks groups of runs: a row a group, best first, with its distance to a baseline.
+
+Losses are only ranked if they were measured on the same text after the same training.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from llmx import display
+from llmx.comparison.groups import Group, mark
+from llmx.comparison.settings import SEEN, changed, comparable
+from llmx.comparison.statistics import (
+    Estimate,
+    difference_of_pairs,
+    difference_over_seeds,
+    difference_over_text,
+    holm,
+    mean_over_seeds,
+    mean_over_text,
+)
+from llmx.costs.matching import MATCHED, relative_gap
+from llmx.errors import UserError
+from llmx.runs.record import Run
+from llmx.training.metrics import bits, perplexity
+
+TOKENS = "tokens"
+BUDGETS: dict[str, Callable[[Run], float | None]] = {  # what else runs may have been given equal amounts of
+    "flops": lambda run: run.training_flops,
+    "seconds": lambda run: run.seconds,
+}
+UNKNOWN = {
+    "flops": "nobody has counted those of {run}",
+    "seconds": "{run} was stopped and continued, and knows only those of its last part",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A group of runs: means over them, None for what is unknown.
+
+    rank:            from 1; None if nothing is ranked, or the network leaks or was not audited
+    loss:            nats per character
+    difference:      loss minus that of the baseline; None for the baseline itself
+    adjusted_p:      of the difference, after Holm over all rows
+    parameters_of:   by kind of part
+    seconds:         wall-clock of the fit; None for continued runs
+    generated_tokens_per_second: of one sequence
+    unlike:          key -> (value in the baseline, value here) of settings that differ; None for a missing key
+    code:            shortened hashes of llmx's sources
+    """
+
+    name: str
+    rank: int | None
+    seeds: list[Any]
+    leaking: bool
+    unaudited: bool
+    loss: Estimate
+    perplexity: float
+    bits_per_character: float
+    difference: Estimate | None
+    adjusted_p: float | None
+    parameters: int
+    parameters_of: dict[str, int]
+    training_flops: float | None
+    tokens_per_second: float | None
+    seconds: float | None
+    peak_bytes: float | None
+    state_bytes: float | None
+    generated_tokens_per_second: float | None
+    unlike: dict[str, tuple[Any, Any]]
+    code: list[str]
+    folders: list[str]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All rows, best first.
+
+    protocol:  what the runs share
+    differing: protocol key -> row -> value, for keys that they do not share
+    matching:  which of parameters, FLOPs and wall-clock are equal, in words
+    """
+
+    rows: list[Row]
+    baseline: str
+    protocol: dict[str, Any]
+    differing: dict[str, dict[str, Any]]
+    matching: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; the ends of an unknown interval are null."""
+        return asdict(self, dict_factory=lambda pairs: {k: None if v in (-math.inf, math.inf) else v for k, v in pairs})
+
+
+def compare(
+    groups: Sequence[Group], baseline: str | None = None, ranked: bool = True, at_equal: str = TOKENS
+) -> Comparison:
+    """Compares groups of runs.
+
+    Args:
+        groups: what to compare.
+        baseline: the group that differences are taken to; the first one if not given.
+        ranked: if true, refuses groups whose losses may not be ranked. If false, keeps the order given, with neither
+            ranks nor differences.
+        at_equal: tokens or a key of BUDGETS: what all runs were given the same amount of. If it is not tokens, the
+            tokens seen may differ.
+
+    Raises:
+        UserError: for an unknown baseline, protocols that differ, and budgets that differ or are unknown.
+    """
+    names = [group.name for group in groups]
+    if baseline is not None and baseline not in names:
+        raise UserError(f"baseline: there is no {baseline!r} among {', '.join(names)}")
+    against = groups[names.index(baseline) if baseline else 0]
+    unequal = _differing(groups)
+    differing = {key: values for key, values in unequal.items() if key != SEEN or at_equal == TOKENS}
+    if at_equal != TOKENS:
+        _check_budget(at_equal, [run for group in groups for run in group.runs])
+    if differing and ranked:
+        said = "; ".join(
+            f"{key} is " + ", ".join(f"{display.setting(value)} in {name}" for name, value in values.items())
+            for key, values in differing.items()
+        )
+        raise UserError(f"these runs may not be ranked: {said}. --unranked shows them side by side")
+    if not ranked:
+        rows = [_row(group, against, None) for group in groups]
+    else:
+        differences = [None if group is against else _difference(group, against) for group in groups]
+        ps = iter(holm([d.p for d in differences if d is not None and d.p is not None]))
+        rows = [_row(g, against, d, None if d is None else next(ps)) for g, d in zip(groups, differences, strict=True)]
+        rows.sort(key=lambda row: (row.leaking, row.unaudited, row.loss.value))
+        rows = [row if mark(row) else replace(row, rank=rank) for rank, row in enumerate(rows, 1)]
+    shared = {key: value for key, value in groups[0].protocol.items() if key not in unequal}
+    return Comparison(rows, against.name, shared, differing, _matching(rows))
+
+
+def _check_budget(budget: str, runs: Sequence[Run]) -> None:
+    """Raises UserError if the runs were not given the same amount of it, or it is unknown."""
+    spent = BUDGETS[budget]
+    unknown = next((run for run in runs if spent(run) is None), None)
+    if unknown is not None:
+        raise UserError(f"at-equal: {budget} are unknown: {UNKNOWN[budget].format(run=unknown.folder)}")
+    if (factor := relative_gap(map(spent, runs))) > MATCHED:
+        raise UserError(f"at-equal: {budget} are up to {1 + factor:.2f} times apart in these runs")
+
+
+def _differing(groups: Sequence[Group]) -> dict[str, dict[str, Any]]:
+    protocols = {group.name: group.protocol for group in groups}
+    result = {}
+    for key in groups[0].protocol:
+        values = {name: protocol[key] for name, protocol in protocols.items()}
+        # a network that counts has no number of tokens
+        held = {json.dumps(value) for value in values.values() if value is not None or key != SEEN}
+        if len(held) > 1:
+            result[key] = values
+    return result
+
+
+def _difference(group: Group, baseline: Group) -> Estimate:
+    if min(len(group.runs), len(baseline.runs)) > 1:
+        here, there = ({run.seed for run in runs} for runs in (group.runs, baseline.runs))
+        if here == there and len(here) == len(group.runs) == len(baseline.runs):
+            return difference_of_pairs(group.values, baseline.values)  # both are in the order of their seeds
+        return difference_over_seeds(group.values, baseline.values)
+    return difference_over_text(group.losses, baseline.losses)
+
+
+def _row(group: Group, baseline: Group, difference: Estimate | None, adjusted_p: float | None = None) -> Row:
+    runs = group.runs
+    record = runs[0].record
+    estimate = mean_over_seeds(group.values) if len(runs) > 1 else mean_over_text(group.losses)
+    loss = replace(estimate, value=float(group.values.mean()), p=None)
+    return Row(
+        name=group.name,
+        rank=None,
+        seeds=[run.seed for run in runs],
+        leaking=group.leaking,
+        unaudited=group.unaudited,
+        loss=loss,
+        perplexity=perplexity(loss.value),
+        bits_per_character=bits(loss.value),
+        difference=difference,
+        adjusted_p=adjusted_p,
+        parameters=record["parameters"],
+        parameters_of={name: part["parameters"] for name, part in record["network"]["groups"].items()},
+        training_flops=_mean(run.training_flops for run in runs),
+        tokens_per_second=_mean(run.tokens_per_second for run in runs),
+        seconds=_mean(run.seconds for run in runs),
+        peak_bytes=_mean(run.metrics["peak_bytes"] for run in runs),
+        state_bytes=record["network"]["state_bytes"],
+        generated_tokens_per_second=_mean(run.metrics["generated_tokens_per_second"] for run in runs),
+        unlike=changed(comparable(baseline.runs[0]), comparable(runs[0])),
+        code=sorted(set().union(*(run.code for run in runs))),
+        folders=[str(run.folder) for run in runs],
+    )
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def _matching(rows: Sequence[Row]) -> str:
+    costs: dict[str, list[float]] = {
+        "parameters": [row.parameters for row in rows if row.parameters],
+        "training FLOPs": [row.training_flops for row in rows if row.training_flops],
+        "wall-clock": [row.seconds for row in rows if row.seconds],
+    }
+    said = []
+    for name, values in costs.items():
+        if len(values) > 1:
+            factor = relative_gap(values)
+            equal = f"equal {name} (within {100 * factor:.1f} %)"
+            said.append(equal if factor <= MATCHED else f"{name} up to {1 + factor:.2f} times apart")
+    return ", ".join(said)
