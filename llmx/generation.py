@@ -4,8 +4,8 @@ At the end of the window: no network gets more positions than it was trained on.
 window, one prefill reads its last half again and decoding continues from there. So each new character sees between half
 a window and a whole window of text. Of a longer prompt only the end counts.
 
-With `speculate` (blockwise parallel decoding, arXiv 1811.03115, on the drafts of arXiv 2404.19737) the head proposes
-tokens beyond the next one, and one prefill reads them all. A draft stands if sampling chooses the same token at its
+With `speculate` the head proposes tokens beyond the next one, and one prefill reads them all (blockwise parallel
+decoding, arXiv 1811.03115, on the drafts of arXiv 2404.19737). A draft stands if sampling chooses the same token at its
 place, with the noise of that place. So the text is that of ordinary sampling, up to the rounding of a prefill against
 steps, however good the drafts are. Drafts use the noise of their places too: where head and network agree on the
 distribution, they agree on the draw. All rows advance by the drafts that stand in every row. The prefill runs on a copy
@@ -52,20 +52,17 @@ class Sampling:
     speculate: int = 0
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 0:
-            raise ValueError(f"max_new_tokens: {self.max_new_tokens} is below 0")
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature: {self.temperature} is not a finite number from 0 on")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k: {self.top_k} is below 1")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p: {self.top_p} is not in (0, 1]")
-        if self.min_p is not None and not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p: {self.min_p} is not in [0, 1]")
-        if not -(2**63) <= self.seed < 2**64:
-            raise ValueError(f"seed: {self.seed} does not fit into 64 bits")
-        if self.speculate < 0:
-            raise ValueError(f"speculate: {self.speculate} is below 0")
+        for name, valid, problem in (
+            ("max_new_tokens", self.max_new_tokens >= 0, "is below 0"),
+            ("temperature", 0 <= self.temperature < float("inf"), "is not a finite number from 0 on"),
+            ("top_k", self.top_k is None or self.top_k >= 1, "is below 1"),
+            ("top_p", self.top_p is None or 0 < self.top_p <= 1, "is not in (0, 1]"),
+            ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "is not in [0, 1]"),
+            ("seed", -(2**63) <= self.seed < 2**64, "does not fit into 64 bits"),
+            ("speculate", self.speculate >= 0, "is below 0"),
+        ):
+            if not valid:
+                raise ValueError(f"{name}: {getattr(self, name)} {problem}")
 
 
 Decode = Callable[[Network, Tensor, State, Sampling, Sequence[Tensor]], tuple[Tokens, State]]

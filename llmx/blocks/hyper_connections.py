@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from llmx.blocks.residual import ResidualBlock
+from llmx.parts.checks import check_sizes
 from llmx.parts.norm import Norm, RMSNorm
 from llmx.parts.precision import at_least_float32
 from llmx.protocol import Branch, FeedForward, Mixer, Site
@@ -98,8 +99,7 @@ class HyperConnectionBlock(ResidualBlock):
         dropout: float = 0.0,
     ):
         super().__init__(site, mixer, feed_forward, dropout)
-        if streams < 1:
-            raise ValueError(f"streams: {streams} is below 1")
+        check_sizes(streams=streams)
         self.streams = streams
         self.first = site.layer == 0
         self.last = site.layer == site.depth - 1

@@ -5,8 +5,8 @@
 
 Both start a deep stack near the identity, so that gradients pass it unchanged. They add 2 D parameters a layer, or 2,
 almost no cost and no state. CaiT starts g at 0.1 up to depth 18, at 1e-5 up to 24 and at 1e-6 beyond. The traps: at
-ReZero's start every branch is invisible. A leak or a dead parameter inside one shows only once its weights have moved
-(the audits move them first), and the branches' own weights get no gradient at the first step. Without a norm the
+ReZero's start every branch is invisible, and the branches' own weights get no gradient at the first step. A leak or a
+dead parameter inside a branch shows only once its weights have moved (the audits move them first). Without a norm the
 embedding alone sets the size of the stream, so a standard deviation of 0.02 starves attention and head.
 """
 

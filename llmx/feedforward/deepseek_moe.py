@@ -17,9 +17,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmx.parts.checks import check_sizes, hidden_width
 from llmx.parts.experts import Router, SwiGLUExperts, check_routing, load_of
 from llmx.parts.init import normal_, residual_std
-from llmx.parts.width import hidden_width
 from llmx.protocol import Context, Hidden, Site, Stateless
 
 
@@ -53,8 +53,7 @@ class DeepSeekMoE(Stateless):
     ):
         super().__init__()
         check_routing(experts, top_k)
-        if shared < 1:
-            raise ValueError(f"shared: {shared} is below 1")
+        check_sizes(shared=shared)
         hidden = hidden_width(hidden, 8 * site.dim / 3 / (top_k + shared))
         self.top_k = top_k
         self.bias_rate = bias_rate

@@ -12,8 +12,8 @@ leaking. Experts choose within each sequence, so that no other row of the batch 
 
 import torch
 
+from llmx.parts.checks import hidden_width
 from llmx.parts.experts import Router, SwiGLUExperts
-from llmx.parts.width import hidden_width
 from llmx.protocol import Context, FeedForward, Hidden, Site
 
 

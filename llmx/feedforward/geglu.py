@@ -6,8 +6,8 @@ Each position by itself: time O(T D F), no state. The trap: Gemma uses the tanh 
 import torch.nn.functional as F
 from torch import nn
 
+from llmx.parts.checks import hidden_width
 from llmx.parts.init import normal_, residual_std
-from llmx.parts.width import hidden_width
 from llmx.protocol import Context, Hidden, Pointwise, Site
 
 

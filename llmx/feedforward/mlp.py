@@ -10,8 +10,8 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmx.parts.checks import hidden_width
 from llmx.parts.init import normal_, residual_std
-from llmx.parts.width import hidden_width
 from llmx.protocol import Context, Hidden, Pointwise, Site
 
 Activation = Literal["relu", "gelu", "gelu_tanh", "relu_squared"]

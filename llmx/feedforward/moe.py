@@ -11,8 +11,8 @@ of the batch decide on earlier tokens. The softmax goes over the chosen k alone.
 leave the router without a gradient. The balance loss belongs to training, not to the validation loss.
 """
 
+from llmx.parts.checks import hidden_width
 from llmx.parts.experts import Router, SwiGLUExperts, check_routing, load_of
-from llmx.parts.width import hidden_width
 from llmx.protocol import Context, Hidden, Site, Stateless
 
 

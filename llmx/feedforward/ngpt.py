@@ -12,9 +12,9 @@ the embedding space, not along F.
 import torch.nn.functional as F
 from torch import nn
 
+from llmx.parts.checks import hidden_width
 from llmx.parts.init import normal_
 from llmx.parts.unit_norm import LearnedScale, renormalise_
-from llmx.parts.width import hidden_width
 from llmx.protocol import Context, Hidden, Pointwise, Site
 
 

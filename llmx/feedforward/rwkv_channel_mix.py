@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmx.parts.width import hidden_width
+from llmx.parts.checks import hidden_width
 from llmx.protocol import Context, Hidden, Site, StatefulFeedForward
 
 

@@ -7,8 +7,8 @@ the usual feed-forward with hidden = 4 dim.
 import torch.nn.functional as F
 from torch import nn
 
+from llmx.parts.checks import hidden_width
 from llmx.parts.init import normal_, residual_std
-from llmx.parts.width import hidden_width
 from llmx.protocol import Context, Hidden, Pointwise, Site
 
 

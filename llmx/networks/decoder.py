@@ -13,6 +13,7 @@ from llmx.blocks.residual import Advance, fill_in
 from llmx.networks.embeddings import TokenEmbedding
 from llmx.networks.heads import LinearHead
 from llmx.networks.stacks import Sequential
+from llmx.parts.checks import check_sizes
 from llmx.parts.norm import Norm, RMSNorm
 from llmx.protocol import (
     Block,
@@ -69,8 +70,7 @@ class Decoder(Network[DecoderState]):
         dropout: float = 0.0,
     ):
         super().__init__()
-        if dim < 1 or depth < 1:
-            raise ValueError(f"{'dim' if dim < 1 else 'depth'}: {min(dim, depth)} is below 1")
+        check_sizes(dim=dim, depth=depth)
         self.vocab_size = vocab_size
         self.dropout = dropout
         self.gradient_checkpointing = False

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from llmx.parts.checks import check_sizes
 from llmx.parts.init import normal_
 from llmx.parts.precision import exact_dtype
 from llmx.parts.unit_norm import renormalise_
@@ -46,8 +47,7 @@ class LearnedPositionEmbedding(Embedding):
 
     def __init__(self, vocab_size: int, dim: int, max_length: int = 32):
         super().__init__()
-        if max_length < 1:
-            raise ValueError(f"max_length: {max_length} is below 1")
+        check_sizes(max_length=max_length)
         self.table = nn.Embedding(vocab_size, dim)
         self.positions = nn.Embedding(max_length, dim)
         normal_(self.table)

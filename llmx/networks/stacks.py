@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from llmx.parts.checks import check_sizes
 from llmx.protocol import BlockCall, Site, Stack
 
 
@@ -77,8 +78,7 @@ class Looped(Stack):
 
     def __init__(self, site: Site, times: int = 2):
         super().__init__(site)
-        if times < 1:
-            raise ValueError(f"times: {times} is below 1")
+        check_sizes(times=times)
         self.times = times
 
     def order(self) -> Sequence[int]:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from llmx.parts.checks import check_sizes
 from llmx.parts.init import normal_
 from llmx.protocol import Context, Hidden, Logits, Network, Tokens
 
@@ -41,9 +42,7 @@ class WindowMLP(Network[WindowMLPState]):
         self, vocab_size: int, context_length: int = 8, dim: int = 64, hidden: int = 1024, direct: bool = True
     ):
         super().__init__()
-        for name, value in {"context_length": context_length, "dim": dim, "hidden": hidden}.items():
-            if value < 1:
-                raise ValueError(f"{name}: {value} is below 1")
+        check_sizes(context_length=context_length, dim=dim, hidden=hidden)
         self.vocab_size = vocab_size
         self.context_length = context_length
         self.direct = direct

@@ -8,6 +8,13 @@ def check_sizes(**sizes: float) -> None:
             raise ValueError(f"{name}: {size} is below 1")
 
 
+def hidden_width(hidden: int | None, default: float) -> int:
+    """The inner width: `hidden` where it is given, else the rounded default; raises ValueError below 1."""
+    hidden = round(default) if hidden is None else hidden
+    check_sizes(hidden=hidden)
+    return hidden
+
+
 def head_width(dim: int, heads: int, name: str = "dim") -> int:
     """dim / heads; raises ValueError unless it is a whole number."""
     if heads < 1 or dim % heads:
