@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from llmx.parts.attention import KeyValues, attend_cache, biased_causal_attention, places
+from llmx.parts.attention import KeyValues, attend_cache, biased_causal_attention, query_positions
 from llmx.parts.softmax_attention import Heads, SoftmaxAttention
 from llmx.protocol import Context, Site
 
@@ -49,7 +49,7 @@ class ALiBiAttention(SoftmaxAttention):
         self, query: Tensor, key: Tensor, value: Tensor, cache: KeyValues, context: Context
     ) -> tuple[Tensor, KeyValues]:
         slots = torch.arange(cache.key.shape[2], device=query.device)[None]
-        return attend_cache(query, key, value, cache, context, self._bias(places(context), slots, query))
+        return attend_cache(query, key, value, cache, context, self._bias(query_positions(context), slots, query))
 
     def _bias(self, positions: Tensor, keys: Tensor, like: Tensor) -> Tensor:
         """-m_h (t - s), (B, H, 1, T, S), for queries at positions (B, T) and keys at positions (1, S)."""

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmx.parts.attention import KeyValues, attend_cache, biased_causal_attention, empty_cache, places, write
+from llmx.parts.attention import KeyValues, attend_cache, biased_causal_attention, empty_cache, query_positions, write
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.precision import at_least_float32, exact_dtype
 from llmx.protocol import Context, Hidden, Site, StatefulMixer
@@ -67,7 +67,7 @@ class ForgettingAttention(StatefulMixer[ForgettingState]):
     def init_state(self, batch_size: int, max_length: int) -> ForgettingState:
         like = self.out.weight
         return ForgettingState(
-            empty_cache(like, batch_size, self.heads, max_length, self.head_dim, self.head_dim),
+            empty_cache(like, batch_size, self.heads, max_length, self.head_dim),
             like.new_zeros(batch_size, self.heads, max_length, 1, dtype=torch.float64),
             like.new_zeros(batch_size, self.heads, dtype=torch.float64),
         )
@@ -82,7 +82,7 @@ class ForgettingAttention(StatefulMixer[ForgettingState]):
     def _attend(self, x: Hidden, state: ForgettingState, context: Context) -> tuple[Hidden, ForgettingState]:
         query, key, value, log_gate = self._project(x)
         total = state.total[:, None] + log_gate.cumsum(1)  # (B, T, H)
-        sums = write(state.sums, total[..., None], places(context))
+        sums = write(state.sums, total[..., None], query_positions(context))
         bias = _decay(total.transpose(1, 2), sums[..., 0], value)
         mixed, cache = attend_cache(query, key, value, state.cache, context, bias)
         return self.out(mixed), ForgettingState(cache, sums, total[:, -1])
@@ -90,9 +90,7 @@ class ForgettingAttention(StatefulMixer[ForgettingState]):
     def _project(self, x: Hidden) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Query, key and value (B, T, H, K), and log f (B, T, H) in float64."""
         query, key, value = self.qkv(x).unflatten(-1, (3 * self.heads, self.head_dim)).chunk(3, -2)
-        gate = self.forget(x)
-        log_gate = F.logsigmoid(at_least_float32(gate))
-        return query, key, value, log_gate.double()
+        return query, key, value, F.logsigmoid(at_least_float32(self.forget(x))).double()
 
 
 def _decay(now: Tensor, past: Tensor, like: Tensor) -> Tensor:

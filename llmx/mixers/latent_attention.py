@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from llmx.parts.attention import causal_attention, past_bias, places, write
+from llmx.parts.attention import causal_attention, past_bias, query_positions, write
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.norm import RMSNorm
 from llmx.parts.rotary import rotate, shared_table
@@ -108,7 +108,7 @@ class LatentAttention(StatefulMixer[LatentState]):
         self, query: Tensor, rotated: Tensor, latent: Tensor, shared: Tensor, state: LatentState, context: Context
     ) -> tuple[Hidden, LatentState]:
         """Attention of the T tokens of a prefill, or of the one token of a step, over the latents."""
-        positions = places(context)
+        positions = query_positions(context)
         state = LatentState(
             write(state.latent, latent[:, :, None], positions), write(state.key, shared[:, :, None], positions)
         )

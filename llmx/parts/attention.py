@@ -95,7 +95,7 @@ def write(cache: Tensor, new: Tensor, slots: Tensor) -> Tensor:
     return cache
 
 
-def places(context: Context) -> Tensor:
+def query_positions(context: Context) -> Tensor:
     """The positions of a prefill or a step, (B, T); T is 1 in a step."""
     return context.positions if context.positions.dim() == 2 else context.positions[:, None]
 
@@ -120,11 +120,10 @@ class KeyValues(NamedTuple):
     value: Tensor  # (B, G, S, V)
 
 
-def empty_cache(like: Tensor, batch_size: int, groups: int, slots: int, key_dim: int, value_dim: int) -> KeyValues:
-    """Zeros of the dtype and device of `like`."""
-    return KeyValues(
-        like.new_zeros(batch_size, groups, slots, key_dim), like.new_zeros(batch_size, groups, slots, value_dim)
-    )
+def empty_cache(like: Tensor, batch_size: int, groups: int, slots: int, width: int) -> KeyValues:
+    """Zeros of the dtype and device of `like`, with keys and values of one width."""
+    shape = (batch_size, groups, slots, width)
+    return KeyValues(like.new_zeros(shape), like.new_zeros(shape))
 
 
 def attend_cache(
@@ -142,7 +141,7 @@ def attend_cache(
     query (B, T, H, K), key (B, T, G, K), value (B, T, G, V), bias on the scores that broadcasts to (B, G, H/G, T, S)
     -> (B, T, H V) and the cache.
     """
-    positions = places(context)
+    positions = query_positions(context)
     cache = KeyValues(write(cache.key, key, positions), write(cache.value, value, positions))
     hidden = past_bias(context, cache.key.shape[2], query.dtype)
     bias = hidden if bias is None else hidden + bias

@@ -101,7 +101,7 @@ class SoftmaxAttention(StatefulMixer[KeyValues]):
         return self.output(mixed.transpose(1, 2).flatten(2), x)
 
     def init_state(self, batch_size: int, max_length: int) -> KeyValues:
-        return empty_cache(self.out.weight, batch_size, self.kv_heads, max_length, self.head_dim, self.head_dim)
+        return empty_cache(self.out.weight, batch_size, self.kv_heads, max_length, self.head_dim)
 
     def step(self, x: Tensor, state: KeyValues, context: Context) -> tuple[Tensor, KeyValues]:
         query, key, value = (heads[:, None] for heads in self.project(x, context))

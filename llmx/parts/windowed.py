@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmx.parts.attention import KeyValues, masked_attention, past_attention, places, write
+from llmx.parts.attention import KeyValues, masked_attention, past_attention, query_positions, write
 from llmx.protocol import Context
 
 
@@ -60,7 +60,7 @@ def attend_ring(
 
     query (B, T, H, K), key (B, T, G, K), value (B, T, G, V), ring of at most w slots -> (B, T, H V) and the ring.
     """
-    positions = places(context)
+    positions = query_positions(context)
     size = ring.key.shape[2]
     slots = positions[:, -size:] % size
     alone = positions.shape[1] == 1  # a single token sees nothing but the ring with itself in it
