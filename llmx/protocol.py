@@ -87,9 +87,9 @@ class Context:
 
     def at(self, where: int | slice | None) -> Context:
         """The context of one token for `step`, or of a slice. None turns the context of a `step` into one of T = 1."""
-        part = Context(self.tokens[:, where], self.positions[:, where], self.embedding[:, where])
-        part.store = {name: value[:, where] for name, value in self.store.items()}
-        return part
+        piece = Context(self.tokens[:, where], self.positions[:, where], self.embedding[:, where])
+        piece.store = {name: value[:, where] for name, value in self.store.items()}
+        return piece
 
 
 class Component(nn.Module):

@@ -1,4 +1,4 @@
-"""The base of all residual blocks: their parts, and one wiring for `forward`, `step` and `prefill`."""
+"""The base of all residual blocks: their components, and one wiring for `forward`, `step` and `prefill`."""
 
 from abc import abstractmethod
 from collections.abc import Callable
@@ -53,15 +53,15 @@ class ResidualBlock(Block[BlockState]):
         )
 
     def init_state(self, batch_size: int, max_length: int) -> BlockState:
-        mixer, feed_forward = self._stateful_parts()
+        mixer, feed_forward = self._components()
         return BlockState(mixer.init_state(batch_size, max_length), feed_forward.init_state(batch_size, max_length))
 
     def step(self, x: Tensor, state: BlockState, context: Context) -> tuple[Tensor, BlockState]:
-        mixer, feed_forward = self._stateful_parts()
+        mixer, feed_forward = self._components()
         return self._advance(x, state, context, mixer.step, feed_forward.step)
 
     def prefill(self, x: Hidden, state: BlockState, context: Context) -> tuple[Hidden, BlockState]:
-        mixer, feed_forward = self._stateful_parts()
+        mixer, feed_forward = self._components()
         return self._advance(x, state, context, mixer.prefill, feed_forward.prefill)
 
     def _advance(
@@ -72,7 +72,7 @@ class ResidualBlock(Block[BlockState]):
         feed = fill_in(feed_forward, state.feed_forward, context, after)
         return self.connect(x, mix, feed), BlockState(*after)
 
-    def _stateful_parts(self) -> tuple[Stateful, Stateful]:
+    def _components(self) -> tuple[Stateful, Stateful]:
         return cast(Stateful, self.mixer), cast(Stateful, self.feed_forward)
 
     def _drop(self, branch: Tensor) -> Tensor:

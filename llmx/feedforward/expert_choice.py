@@ -48,6 +48,8 @@ class ExpertChoice(FeedForward):
         weights, chosen = scores.permute(2, 0, 1).topk(tokens, -1)  # (E, B, c T / E)
         places = (chosen + torch.arange(0, batch * time, time, device=x.device)[:, None]).flatten()
         counts = torch.full((experts,), batch * tokens, device=x.device)
-        rows = self.experts.run(x.flatten(0, 1).index_select(0, places), counts)
-        weighted = rows * weights.flatten()[:, None]
-        return weighted.new_zeros(batch * time, x.shape[2]).index_add(0, places, weighted).view(x.shape).to(rows.dtype)
+        outputs = self.experts.run(x.flatten(0, 1).index_select(0, places), counts)
+        weighted = outputs * weights.flatten()[:, None]
+        return (
+            weighted.new_zeros(batch * time, x.shape[2]).index_add(0, places, weighted).view(x.shape).to(outputs.dtype)
+        )
