@@ -8,8 +8,8 @@ Each token takes one step of gradient descent on |S^T k_t - v_t|^2 / 2 with rate
 eigenvalue of the transition along k_t lies between -1 and 1 (arXiv 2411.12537): one head then tracks the parity of a
 string of bits, which no memory with eigenvalues from 0 up can do at every length. Time O(T (c + K) D) a sequence in
 chunks of c = 32, see llmx/parts/delta.py. The state is S and the last 3 inputs of the convolution, K D + 9 D numbers a
-sequence, whatever its length. There are no positions, and nothing fades. The traps: a key longer than 1 makes the
-transition grow, and the memory without bound; and keys are normalised after convolution and SiLU, not before.
+sequence. There are no positions, and nothing fades. The traps: a key longer than 1 makes the transition grow, and the
+memory without bound; and keys are normalised after convolution and SiLU, not before.
 """
 
 from torch import Tensor, nn
@@ -28,7 +28,6 @@ class DeltaNet(StatefulMixer[ConvolvedState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
-        site: where the mixer stands.
         heads: H; must divide `dim`.
         convolution: tokens that the convolution sees, the current one among them.
         beta_max: B, above 0 and up to 2.
@@ -59,20 +58,16 @@ class DeltaNet(StatefulMixer[ConvolvedState]):
         u, rate = self.project(x).split(self.widths, -1)
         u, convolution = self.convolution.step(u, state.convolution)
         mixed, memory = delta_step(*self._heads(u, rate), None, state.memory)
-        return self._read(mixed), ConvolvedState(convolution, memory)
+        return self.out(self.norm(mixed).flatten(-2)), ConvolvedState(convolution, memory)
 
     def prefill(self, x: Hidden, state: ConvolvedState | None, context: Context) -> tuple[Hidden, ConvolvedState]:
         convolution, memory = state or (None, None)
         u, rate = self.project(x).split(self.widths, -1)
         u, convolution = self.convolution.prefill(u, convolution)
         mixed, memory = delta_rule(*self._heads(u, rate), None, memory)
-        return self._read(mixed), ConvolvedState(convolution, memory)
+        return self.out(self.norm(mixed).flatten(-2)), ConvolvedState(convolution, memory)
 
     def _heads(self, u: Tensor, rate: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Query, key and value (B, T, H, K), beta (B, T, H), without T in `step`."""
         beta = self.beta_max * at_least_float32(rate).sigmoid()
         return *unit_heads(u, self.heads, self.head_dim, self.heads), beta
-
-    def _read(self, mixed: Tensor) -> Tensor:
-        """(B, T, H, K) -> (B, T, D), without T in `step`."""
-        return self.out(self.norm(mixed).flatten(-2))

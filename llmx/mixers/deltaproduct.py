@@ -8,9 +8,9 @@
 A token multiplies the memory by a product of n generalised Householder matrices. One alone is symmetric and turns
 nothing. With B = 2 the product can be any orthogonal map of n dimensions, and so any permutation of n + 1 things. Time
 O(n T (c + K) D) a sequence in chunks of c = 32 keys, see llmx/parts/delta.py. The state is S and the last 3 inputs of
-the convolution, K D + 3 (2 n + 1) D numbers a sequence, whatever its length. There are no positions, and nothing fades.
-The traps: the query reads once, after the last of the n steps; the steps of a token do not commute; and with B = 1 no
-product of them is a reflection or a rotation, so the default here is 2.
+the convolution, K D + 3 (2 n + 1) D numbers a sequence. There are no positions, and nothing fades. The traps: the query
+reads once, after the last of the n steps; the steps of a token do not commute; and with B = 1 no product of them is a
+reflection or a rotation, so the default here is 2.
 """
 
 import torch.nn.functional as F
@@ -30,7 +30,6 @@ class DeltaProduct(StatefulMixer[ConvolvedState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
-        site: where the mixer stands.
         heads: H; must divide `dim`.
         steps: n, of the delta rule a token.
         convolution: tokens that the convolution sees, the current one among them.
@@ -69,7 +68,7 @@ class DeltaProduct(StatefulMixer[ConvolvedState]):
         for j in range(self.steps - 1):
             memory = delta_write(keys[:, j], values[:, j], betas[:, j], None, memory)
         mixed, memory = delta_step(query, keys[:, -1], values[:, -1], betas[:, -1], None, memory)
-        return self._read(mixed), ConvolvedState(convolution, memory)
+        return self.out(self.norm(mixed).flatten(-2)), ConvolvedState(convolution, memory)
 
     def prefill(self, x: Hidden, state: ConvolvedState | None, context: Context) -> tuple[Hidden, ConvolvedState]:
         convolution, memory = state or (None, None)
@@ -78,7 +77,7 @@ class DeltaProduct(StatefulMixer[ConvolvedState]):
         query, *written = self._heads(u, rate)
         key, value, beta = (y.flatten(1, 2) for y in written)  # the steps of all tokens as one sequence of n T keys
         mixed, memory = delta_rule(query, key, value, beta, None, memory)
-        return self._read(mixed), ConvolvedState(convolution, memory)
+        return self.out(self.norm(mixed).flatten(-2)), ConvolvedState(convolution, memory)
 
     def _heads(self, u: Tensor, rate: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Query (B, T, H, K), key and value (B, T, n, H, K), beta (B, T, n, H), without T in `step`."""
@@ -87,7 +86,3 @@ class DeltaProduct(StatefulMixer[ConvolvedState]):
         beta = self.beta_max * at_least_float32(rate).sigmoid()
         query = l2_norm(query.unflatten(-1, (self.heads, -1))) * self.head_dim**-0.5
         return query, l2_norm(key), value, beta.unflatten(-1, (self.steps, self.heads))
-
-    def _read(self, mixed: Tensor) -> Tensor:
-        """(B, T, H, K) -> (B, T, D), without T in `step`."""
-        return self.out(self.norm(mixed).flatten(-2))

@@ -6,11 +6,11 @@
     y_t = W_o (norm(S_t^T q_t) * silu(W_g x_t))                                     norm: RMSNorm over V, a head
 
 G heads of keys serve H heads of values, H / G neighbours each. B = 1. With B = 2 the eigenvalue of the transition along
-k_t reaches from a_t down to -a_t (arXiv 2411.12537), which states that alternate need. At the start exp(A_log) is
+k_t reaches from a_t down to -a_t (arXiv 2411.12537), as alternating states need. At the start exp(A_log) is
 uniform in 0.01 to 16, softplus(d) log-uniform in 0.001 to 0.1. Time O(T (c + K) (K + V)) a head in chunks of c = 32,
 see llmx/parts/delta.py. The state is S and the last 3 inputs of the convolution, K V H + 3 (2 K G + V H) numbers a
-sequence, whatever its length. There are no positions. The traps: what a key erases has faded by a_t, what it writes has
-not; keys are normalised after convolution and SiLU; the norm comes before the gate, in Mamba-2 after it.
+sequence. There are no positions. The traps: what a key erases has faded by a_t, what it writes has not; keys are
+normalised after convolution and SiLU; the norm comes before the gate, in Mamba-2 after it.
 """
 
 import torch
@@ -33,7 +33,6 @@ class GatedDeltaNet(StatefulMixer[ConvolvedState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
-        site: where the mixer stands.
         heads: H, of values.
         key_heads: G, of queries and keys; must divide `heads`. As many if not given.
         key_dim: K, width of a head of keys; dim / heads if not given.
@@ -91,15 +90,14 @@ class GatedDeltaNet(StatefulMixer[ConvolvedState]):
         query, key, value = unit_heads(u, self.key_heads, self.key_dim, self.heads)
         query, key = (y.repeat_interleave(self.heads // self.key_heads, -2) for y in (query, key))
         mixed, memory = delta_step(query, key, value, beta, log_decay[..., None], state.memory)
-        return self._read(mixed, gate), ConvolvedState(convolution, memory)
+        return self.out(self.norm(mixed).flatten(-2) * F.silu(gate)), ConvolvedState(convolution, memory)
 
     def prefill(self, x: Hidden, state: ConvolvedState | None, context: Context) -> tuple[Hidden, ConvolvedState]:
         convolution, memory = state or (None, None)
         u, gate, beta, log_decay = self._project(x)
         u, convolution = self.convolution.prefill(u, convolution)
-        heads = unit_heads(u, self.key_heads, self.key_dim, self.heads)
-        mixed, memory = delta_rule(*heads, beta, log_decay, memory)
-        return self._read(mixed, gate), ConvolvedState(convolution, memory)
+        mixed, memory = delta_rule(*unit_heads(u, self.key_heads, self.key_dim, self.heads), beta, log_decay, memory)
+        return self.out(self.norm(mixed).flatten(-2) * F.silu(gate)), ConvolvedState(convolution, memory)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The convolution's input (B, T, 2 G K + H V), gate (B, T, H V), beta and log a (B, T, H), without T in
@@ -108,7 +106,3 @@ class GatedDeltaNet(StatefulMixer[ConvolvedState]):
         exact = exact_dtype(x)
         log_decay = -self.decay_log.to(exact).exp() * F.softplus(decay.to(exact) + self.decay_bias.to(exact))
         return u, gate, self.beta_max * rate.to(exact).sigmoid(), log_decay
-
-    def _read(self, mixed: Tensor, gate: Tensor) -> Tensor:
-        """(B, T, H, V), and the gate (B, T, H V) -> (B, T, D), without T in `step`."""
-        return self.out(self.norm(mixed).flatten(-2) * F.silu(gate))

@@ -3,17 +3,17 @@
     a_t = sigmoid(W_2 W_1 x_t + b)^(1/16)  (K,) a head,     S_t = diag(a_t) S_{t-1} + k_t v_t^T  (K, V) a head
     y_t = W_o (swish(W_r x_t) * norm_h(S_t^T q_t / sqrt(K)))
 
-K = D / (2 H), V = D / H. W_1 is (16, D), so the gates cost few parameters. norm_h is a LayerNorm over the V channels
-of one head and token. The root of 16 keeps a_t near 1: at the start the memory of a token halves in 16. Time
-O(T (c + K) D) a sequence, memory O(T c) a head for chunks of c = 32. The state is S, K V H numbers a sequence, whatever
-its length. There are no positions: the gates tell near from far. The trap: a_t may be arbitrarily small, and
-exp(-sum of log a), which would make the whole chunk one matrix product, overflows; see llmx/parts/linear_attention.py.
+K = D / (2 H), V = D / H. W_1 is (16, D), so the gates cost few parameters. norm_h is a LayerNorm over the V channels of
+one head and token. The root of 16 keeps a_t near 1: at the start the memory of a token halves in 16. Time
+O(T (c + K) D) a sequence, memory O(T c) a head for chunks of c = 32. The state is S, K V H numbers a sequence. There
+are no positions: the gates tell near from far. The trap: a_t may be arbitrarily small, and exp(-sum of log a), which
+would make the whole chunk one matrix product, overflows; see llmx/parts/linear_attention.py.
 """
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmx.parts.checks import check_sizes, even_head_width
+from llmx.parts.checks import check_sizes, head_width
 from llmx.parts.head_norm import HeadNorm
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.linear_attention import decay_step, vector_decay
@@ -26,7 +26,6 @@ class GatedLinearAttention(StatefulMixer[MemoryState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
-        site: where the mixer stands.
         heads: twice as many must divide `dim`.
         rank: of the matrix that makes the gates.
         gate_root: the root taken of the gates, 16 in the paper; at least 1.
@@ -36,7 +35,7 @@ class GatedLinearAttention(StatefulMixer[MemoryState]):
         super().__init__()
         check_sizes(rank=rank, gate_root=gate_root)
         self.heads = heads
-        self.head_dim = even_head_width(site.dim, heads)  # V
+        self.head_dim = head_width(site.dim, heads, even=True)  # V
         self.dim = site.dim
         self.gate_root = gate_root
         self.project = nn.Linear(site.dim, 3 * site.dim, bias=False)  # query and key of half the width, value, r
@@ -57,12 +56,12 @@ class GatedLinearAttention(StatefulMixer[MemoryState]):
     def step(self, x: Tensor, state: MemoryState, context: Context) -> tuple[Tensor, MemoryState]:
         query, key, value, log_decay, gate = self._project(x)
         mixed, memory = decay_step(query, key, value, log_decay, state.memory)
-        return self._read(mixed, gate), MemoryState(memory)
+        return self.out(F.silu(gate) * self.norm(mixed)), MemoryState(memory)
 
     def prefill(self, x: Hidden, state: MemoryState | None, context: Context) -> tuple[Hidden, MemoryState]:
         query, key, value, log_decay, gate = self._project(x)
         mixed, memory = vector_decay(query, key, value, log_decay, state.memory if state else None)
-        return self._read(mixed, gate), MemoryState(memory)
+        return self.out(F.silu(gate) * self.norm(mixed)), MemoryState(memory)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Query, key and log a (B, T, H, K), value (B, T, H, V), gate (B, T, H V), without T in `step`."""
@@ -72,6 +71,3 @@ class GatedLinearAttention(StatefulMixer[MemoryState]):
         log_decay = F.logsigmoid(at_least_float32(logits)) / self.gate_root
         query, key, value, log_decay = (p.unflatten(-1, (self.heads, -1)) for p in (query, key, value, log_decay))
         return query * query.shape[-1] ** -0.5, key, value, log_decay, gate
-
-    def _read(self, mixed: Tensor, gate: Tensor) -> Tensor:
-        return self.out(F.silu(gate) * self.norm(mixed))

@@ -7,9 +7,9 @@
 One gate decides what is forgotten and what is written: each channel is a running mean, so the memory stays bounded. The
 lower bounds b (from HGRN, arXiv 2311.04823) rise with the layer: the lower layers are free to forget, the upper ones
 keep. Time O(T (c + K) D) a sequence with K = D / H, memory O(T c) a head for chunks of c = 32. The state is S, K D
-numbers a sequence, whatever its length. There are no positions. The traps: b_0 is exactly 0, so the sum leaves out
-softmax_0; with it the first layer keeps at least 1 / L of everything, and the last one forgets nothing. And B is one
-parameter of the whole stack: the first HGRN2 owns it and hands the bounds to those above, in every form.
+numbers a sequence. There are no positions. The traps: b_0 is exactly 0, so the sum leaves out softmax_0; with it the
+first layer keeps at least 1 / L of everything, and the last one forgets nothing. And B is one parameter of the whole
+stack: the first HGRN2 owns it and hands the bounds to those above, in every form.
 """
 
 import torch
@@ -57,11 +57,11 @@ class HGRN2(StatefulMixer[MemoryState]):
 
     def step(self, x: Tensor, state: MemoryState, context: Context) -> tuple[Tensor, MemoryState]:
         mixed, memory = decay_step(*self._project(x, context), state.memory)
-        return self._read(mixed), MemoryState(memory)
+        return self.out(self.norm(mixed.flatten(-2))), MemoryState(memory)
 
     def prefill(self, x: Hidden, state: MemoryState | None, context: Context) -> tuple[Hidden, MemoryState]:
         mixed, memory = vector_decay(*self._project(x, context), state.memory if state else None)
-        return self._read(mixed), MemoryState(memory)
+        return self.out(self.norm(mixed.flatten(-2))), MemoryState(memory)
 
     def _project(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Query, key 1 - f, value and log f, each (B, T, H, K), without T in `step`."""
@@ -78,6 +78,3 @@ class HGRN2(StatefulMixer[MemoryState]):
             key = (1 - bound) * key
         query, key, value, log_forget = (p.unflatten(-1, (self.heads, -1)) for p in (query, key, value, log_forget))
         return query, key, value, log_forget
-
-    def _read(self, mixed: Tensor) -> Tensor:
-        return self.out(self.norm(mixed.flatten(-2)))

@@ -40,7 +40,6 @@ class Hyena(StatefulMixer[HyenaState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
-        site: where the mixer stands.
         max_length: L, the longest sequence and the unit of lags: weights learned with one L fit no other.
         filter_hidden: width of the network that computes the filter.
         bands: frequencies of the sines and cosines that it reads.
@@ -106,15 +105,7 @@ class Hyena(StatefulMixer[HyenaState]):
 
 
 class ImplicitFilter(nn.Module):
-    """The taps of all lags from 0 on, from a network that reads the lag.
-
-    Args:
-        dim: D.
-        max_length: L, the unit of lags.
-        hidden: width of the network.
-        bands: frequencies that it reads.
-        frequency: where the slopes of its sines start.
-    """
+    """The taps of all lags from 0 on, from a network that reads the lag; arguments as in `Hyena`."""
 
     def __init__(self, dim: int, max_length: int, hidden: int, bands: int, frequency: float):
         super().__init__()

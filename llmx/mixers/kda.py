@@ -7,10 +7,10 @@
 
 F_1 and G_1 are (R, D). B = 1; with B = 2 eigenvalues may be negative (arXiv 2411.12537). At the start exp(A_log) is
 uniform in 1 to 16, softplus(d) log-uniform in 0.001 to 0.1. Time O(T (c + K) D) a sequence in chunks of c = 16, see
-llmx/parts/delta.py. The state is S and the last 3 inputs of the convolution, K D + 9 D numbers a sequence, whatever its
-length. There are no positions: decays that differ by channel tell near from far. The traps: the decay comes before the
-erasure, and with one number a channel the two do not commute; exp(-sum of log a), which would make the scores of a
-chunk one matrix product, overflows; the output gate is sigmoid, in Gated DeltaNet SiLU.
+llmx/parts/delta.py. The state is S and the last 3 inputs of the convolution, K D + 9 D numbers a sequence. There are no
+positions: decays that differ by channel tell near from far. The traps: the decay comes before the erasure, and with one
+number a channel the two do not commute; exp(-sum of log a), which would make the scores of a chunk one matrix product,
+overflows; the output gate is sigmoid, in Gated DeltaNet SiLU.
 """
 
 import torch
@@ -33,7 +33,6 @@ class KDA(StatefulMixer[ConvolvedState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
-        site: where the mixer stands.
         heads: H; must divide `dim`.
         rank: R, of the maps to the decay and to the output gate; the width of a head if not given.
         convolution: tokens that the convolution sees, the current one among them.
@@ -80,9 +79,8 @@ class KDA(StatefulMixer[ConvolvedState]):
     def step(self, x: Tensor, state: ConvolvedState, context: Context) -> tuple[Tensor, ConvolvedState]:
         u, beta, log_decay, gate = self._project(x)
         u, convolution = self.convolution.step(u, state.convolution)
-        heads = unit_heads(u, self.heads, self.head_dim, self.heads)
-        mixed, memory = delta_step(*heads, beta, log_decay, state.memory)
-        return self._read(mixed, gate), ConvolvedState(convolution, memory)
+        mixed, memory = delta_step(*unit_heads(u, self.heads, self.head_dim, self.heads), beta, log_decay, state.memory)
+        return self.out(self.norm(mixed).flatten(-2) * gate), ConvolvedState(convolution, memory)
 
     def prefill(self, x: Hidden, state: ConvolvedState | None, context: Context) -> tuple[Hidden, ConvolvedState]:
         convolution, memory = state or (None, None)
@@ -90,7 +88,7 @@ class KDA(StatefulMixer[ConvolvedState]):
         u, convolution = self.convolution.prefill(u, convolution)
         heads = unit_heads(u, self.heads, self.head_dim, self.heads)
         mixed, memory = vector_delta_rule(*heads, beta, log_decay, memory)
-        return self._read(mixed, gate), ConvolvedState(convolution, memory)
+        return self.out(self.norm(mixed).flatten(-2) * gate), ConvolvedState(convolution, memory)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The convolution's input (B, T, 3 D), beta (B, T, H), log a (B, T, H, K), output gate (B, T, D), without T in
@@ -100,7 +98,3 @@ class KDA(StatefulMixer[ConvolvedState]):
         size = F.softplus(self.decay_up(decay).to(exact) + self.decay_bias.to(exact)).unflatten(-1, (self.heads, -1))
         log_decay = -self.decay_log.to(exact).exp()[:, None] * size
         return u, self.beta_max * rate.to(exact).sigmoid(), log_decay, self.gate_up(gate).sigmoid()
-
-    def _read(self, mixed: Tensor, gate: Tensor) -> Tensor:
-        """(B, T, H, K), and the gate (B, T, D) -> (B, T, D), without T in `step`."""
-        return self.out(self.norm(mixed).flatten(-2) * gate)

@@ -6,9 +6,9 @@
 
 The slopes are those of ALiBi, scaled down with the layer: the first layers see near, the last one forgets nothing. The
 norm replaces a normaliser z. Time O(T (c + K) D) a sequence with K = D / H, memory O(T c) a head for chunks of c = 32.
-The state is S, K D numbers a sequence, whatever its length. There are no positions. The traps: the values go through
-SiLU too; and exp(s t) and exp(-s t), computed in advance as factors of a block's decays, limit the block to what the
-steepest head allows, while their differences are safe at any length.
+The state is S, K D numbers a sequence. There are no positions. The traps: the values go through SiLU too; and exp(s t)
+and exp(-s t), computed in advance as factors of a block's decays, limit the block to what the steepest head allows,
+while their differences are safe at any length.
 """
 
 import torch
@@ -54,13 +54,13 @@ class LightningAttention(StatefulMixer[MemoryState]):
     def step(self, x: Tensor, state: MemoryState, context: Context) -> tuple[Tensor, MemoryState]:
         query, key, value = self._project(x)
         mixed, memory = decay_step(query, key, value, self._log_decay(value)[:, None], state.memory)
-        return self._read(mixed, x), MemoryState(memory)
+        return self.out(torch.sigmoid(self.gate(x)) * self.norm(mixed.flatten(-2))), MemoryState(memory)
 
     def prefill(self, x: Hidden, state: MemoryState | None, context: Context) -> tuple[Hidden, MemoryState]:
         query, key, value = self._project(x)
         log_decay = self._log_decay(value).expand(1, x.shape[1], -1)
         mixed, memory = scalar_decay(query, key, value, log_decay, state.memory if state else None)
-        return self._read(mixed, x), MemoryState(memory)
+        return self.out(torch.sigmoid(self.gate(x)) * self.norm(mixed.flatten(-2))), MemoryState(memory)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value, each (B, T, H, K), without T in `step`."""
@@ -71,6 +71,3 @@ class LightningAttention(StatefulMixer[MemoryState]):
         """(H,), -s."""
         heads = torch.arange(1, self.heads + 1, device=like.device, dtype=exact_dtype(like))
         return -self.slope * torch.exp2(-8 * heads / self.heads)
-
-    def _read(self, mixed: Tensor, x: Tensor) -> Tensor:
-        return self.out(torch.sigmoid(self.gate(x)) * self.norm(mixed.flatten(-2)))

@@ -7,10 +7,10 @@
 
 A large dt forgets and writes, a small one lets the token pass by. At the start A = -1 .. -N in each channel, dt is
 log-uniform in 0.001 to 0.1, and E = 1. Time O(T D F + T F N), memory O(T F) and the states of a piece of the text, much
-as in the paper's kernel. The state is h and the last 3 inputs of the convolution, (N + 3) F numbers a sequence,
-whatever its length. There are no positions. The traps: A is discretised exactly, B by Euler, dt B and not
-(exp(dt A) - 1) / A B; the convolution has a state too, without which a step is another function than training; and the
-bias of dt is the inverse softplus of the intended step.
+as in the paper's kernel. The state is h and the last 3 inputs of the convolution, (N + 3) F numbers a sequence. There
+are no positions. The traps: A is discretised exactly, B by Euler, dt B and not (exp(dt A) - 1) / A B; the convolution
+has a state too, without which a step is another function than training; and the bias of dt is the inverse softplus of
+the intended step.
 """
 
 import torch
@@ -30,7 +30,6 @@ class Mamba(StatefulMixer[ConvolvedState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
-        site: where the mixer stands.
         hidden: F, the channels of the state space; twice `dim` if not given.
         state: N, numbers of state a channel.
         rank: R, numbers that the steps dt are computed from; a 16th of `dim`, rounded up, if not given.
@@ -74,7 +73,8 @@ class Mamba(StatefulMixer[ConvolvedState]):
         u = F.silu(u)
         size, rate, write, read = self._select(u)
         memory = torch.exp(size[..., None] * rate) * state.memory + (size * u)[..., None] * write[:, None]
-        return self._read((memory * read[:, None]).sum(-1), u, gate), ConvolvedState(convolution, memory)
+        mixed = (memory * read[:, None]).sum(-1)
+        return self.out((mixed + self.skip * u).to(gate.dtype) * F.silu(gate)), ConvolvedState(convolution, memory)
 
     def prefill(self, x: Hidden, state: ConvolvedState | None, context: Context) -> tuple[Hidden, ConvolvedState]:
         convolution, memory = state or (None, None)
@@ -83,7 +83,7 @@ class Mamba(StatefulMixer[ConvolvedState]):
         u = F.silu(u)
         size, rate, write, read = self._select(u)
         mixed, memory = selective_scan(size, u, rate, write, read, memory)
-        return self._read(mixed, u, gate), ConvolvedState(convolution, memory)
+        return self.out((mixed + self.skip * u).to(gate.dtype) * F.silu(gate)), ConvolvedState(convolution, memory)
 
     def _select(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """dt (B, T, F), A (F, N), B and C (B, T, N), in float32 at least, without T in `step`."""
@@ -91,7 +91,3 @@ class Mamba(StatefulMixer[ConvolvedState]):
         low, write, read = self.select(u).split(self.widths, -1)
         size = F.softplus(self.step_size(low).to(exact))
         return size, -self.decay_log.to(exact).exp(), write.to(exact), read.to(exact)
-
-    def _read(self, mixed: Tensor, u: Tensor, gate: Tensor) -> Tensor:
-        """h C, u and g (B, T, F) -> (B, T, D), without T in `step`."""
-        return self.out((mixed + self.skip * u).to(gate.dtype) * F.silu(gate))

@@ -8,9 +8,9 @@
 C is the query, B the key of linear attention, shared by all heads; dt u is the value. At the start exp(A_log) is
 uniform in 1 to 16, dt log-uniform in 0.001 to 0.1, and E = 1. Time O(T (c + N) F) a sequence for chunks of c = 32,
 nearly all of it matrix products; memory O(T c H) for the scores and N F for each chunk. The state is S and the last 3
-inputs of the convolution, N F + 3 (F + 2 N) numbers a sequence, whatever its length. There are no positions. The traps:
-the norm comes after the gate, not before; B and C go through the convolution too; and differences of summed log decays
-are masked before the exponential: above the diagonal they overflow, and 0 times infinity is no gradient.
+inputs of the convolution, N F + 3 (F + 2 N) numbers a sequence. There are no positions. The traps: the norm comes after
+the gate, not before; B and C go through the convolution too; and differences of summed log decays are masked before the
+exponential: above the diagonal they overflow, and 0 times infinity is no gradient.
 """
 
 import torch
@@ -33,7 +33,6 @@ class Mamba2(StatefulMixer[ConvolvedState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
-        site: where the mixer stands.
         hidden: F, the channels of the state space; twice `dim` if not given.
         heads: H; must divide `hidden`.
         state: N, numbers of state a channel.

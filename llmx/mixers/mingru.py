@@ -3,11 +3,11 @@
     z_t = sigmoid(W_z x_t + b_z),    c_t = W_c x_t + b_c                      (F,) each
     h_t = (1 - z_t) * h_{t-1} + z_t * c_t,    y_t = W_o h_t
 
-No h is inside a nonlinearity, so the recurrence is linear in h and runs as a scan: T steps of F multiplications,
-where a GRU has T matrix products. Each channel is a running mean of its candidates. Time O(T D F), memory O(T F). The
-state is h, F numbers a sequence, whatever its length. This is the paper's first form, with a candidate of any sign. Its
-second computes in logarithms, for which it makes candidates positive. The trap: that second form exists because a scan
-by cumulative products overflows; a scan that multiplies step by step, as here, needs no logarithm.
+No h is inside a nonlinearity, so the recurrence is linear in h and runs as a scan: T steps of F multiplications, where
+a GRU has T matrix products. Each channel is a running mean of its candidates. Time O(T D F), memory O(T F). The state
+is h, F numbers a sequence. This is the paper's first form, with a candidate of any sign. Its second computes in
+logarithms, for which it makes candidates positive. The trap: that second form exists because a scan by cumulative
+products overflows; a scan that multiplies step by step, as here, needs no logarithm.
 """
 
 from torch import Tensor, nn
@@ -24,7 +24,6 @@ class MinGRU(StatefulMixer[HiddenState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
-        site: where the mixer stands.
         hidden: F, the channels of the recurrence; `dim` if not given.
     """
 

@@ -26,7 +26,6 @@ class MinLSTM(StatefulMixer[HiddenState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
-        site: where the mixer stands.
         hidden: F, the channels of the recurrence; `dim` if not given.
         forget_bias: where the bias of the forget gate starts.
     """

@@ -7,9 +7,9 @@
 
 The input gate is an exponential without bound, so memory and normaliser are kept divided by exp(m), where m is the
 largest exponent so far; h does not depend on m. K = D / (2 H), V = D / H. Time O(T (c + K) D) a sequence, memory O(T c)
-a head for chunks of c = 32. The state is C, n and m, (K V + K + 1) H numbers a sequence, whatever its length. There are
-no positions. The traps: the 1 of the unscaled max(|n . q|, 1) has to be divided too, into exp(-m), or h changes with m;
-and a chunk needs the m of each of its rows, that of the memory before it included.
+a head for chunks of c = 32. The state is C, n and m, (K V + K + 1) H numbers a sequence. There are no positions. The
+traps: the 1 of the unscaled max(|n . q|, 1) has to be divided too, into exp(-m), or h changes with m; and a chunk needs
+the m of each of its rows, that of the memory before it included.
 """
 
 from typing import NamedTuple
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmx.parts.checks import even_head_width
+from llmx.parts.checks import head_width
 from llmx.parts.head_norm import HeadNorm
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.linear_attention import carry, chunked, joined
@@ -39,7 +39,6 @@ class MLSTM(StatefulMixer[MLSTMState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
-        site: where the mixer stands.
         heads: twice as many must divide `dim`.
         gate_cap: bound on the logits of input and forget gate, cap tanh(logit / cap); above 0.
     """
@@ -49,7 +48,7 @@ class MLSTM(StatefulMixer[MLSTMState]):
         if gate_cap <= 0:
             raise ValueError(f"gate_cap: {gate_cap} is not above 0")
         self.heads = heads
-        self.head_dim = even_head_width(site.dim, heads)  # V
+        self.head_dim = head_width(site.dim, heads, even=True)  # V
         self.dim = site.dim
         self.gate_cap = gate_cap
         self.project = nn.Linear(site.dim, 3 * site.dim, bias=False)  # query and key of half the width, value, W_g
@@ -81,12 +80,12 @@ class MLSTM(StatefulMixer[MLSTMState]):
         read = (memory * query[..., None]).sum(-2)  # (B, H, V)
         weight = torch.maximum((normalizer * query).sum(-1).abs(), (-stabilizer).exp())  # (B, H)
         mixed = (read / (weight + EPS)[..., None]).to(gate.dtype)
-        return self._read(mixed, gate), MLSTMState(memory, normalizer, stabilizer)
+        return self.out(torch.sigmoid(gate) * self.norm(mixed)), MLSTMState(memory, normalizer, stabilizer)
 
     def prefill(self, x: Hidden, state: MLSTMState | None, context: Context) -> tuple[Hidden, MLSTMState]:
         query, key, value, gate, input_gate, log_forget = self._project(x)
         mixed, state = mlstm(query, key, value, input_gate, log_forget, state)
-        return self._read(mixed, gate), state
+        return self.out(torch.sigmoid(gate) * self.norm(mixed)), state
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Query and key (B, T, H, K), value (B, T, H, V), W_g x (B, T, H V), i and log sigmoid(f) (B, T, H) in float32
@@ -97,9 +96,6 @@ class MLSTM(StatefulMixer[MLSTMState]):
         logits = at_least_float32(self.gates(x))
         input_gate, forget = (self.gate_cap * torch.tanh(logits / self.gate_cap)).chunk(2, -1)
         return query * query.shape[-1] ** -0.5, key, value, gate, input_gate, F.logsigmoid(forget)
-
-    def _read(self, mixed: Tensor, gate: Tensor) -> Tensor:
-        return self.out(torch.sigmoid(gate) * self.norm(mixed))
 
 
 def mlstm(

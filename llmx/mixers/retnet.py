@@ -5,17 +5,17 @@
 
 K = D / H, V = 2 D / H. R turns query and key by their position; with the decay this is the paper's xPos with one decay
 a head. norm_h is a LayerNorm over the V channels of one head and token. Time O(T K D) a sequence, memory O(T c) a head
-for chunks of c = 32. The state is S, K V H numbers a sequence, whatever its length. The paper's other scales, the root
-of the row sums of decays and max(|row sum|, 1), are left out: the norm divides by them anyway. The traps: a group norm
-on (B, H V, T) takes its statistics over time and shows each token its future; and the slowest head forgets half in 177
-tokens at H = 4, so within a short window retention is almost undecayed.
+for chunks of c = 32. The state is S, K V H numbers a sequence. The paper's other scales, the root of the row sums of
+decays and max(|row sum|, 1), are left out: the norm divides by them anyway. The traps: a group norm on (B, H V, T)
+takes its statistics over time and shows each token its future; and the slowest head forgets half in 177 tokens at
+H = 4, so within a short window retention is almost undecayed.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmx.parts.checks import check_sizes, even_head_width
+from llmx.parts.checks import check_sizes, head_width
 from llmx.parts.head_norm import HeadNorm
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.linear_attention import decay_step, scalar_decay
@@ -29,7 +29,6 @@ class Retention(StatefulMixer[MemoryState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
-        site: where the mixer stands.
         heads: must divide `dim` into even parts.
         value_factor: width of the values, in multiples of `dim`.
         rotary_base: base of the rotary frequencies.
@@ -39,7 +38,7 @@ class Retention(StatefulMixer[MemoryState]):
         super().__init__()
         check_sizes(value_factor=value_factor)
         self.heads = heads
-        self.head_dim = even_head_width(site.dim, heads)  # K
+        self.head_dim = head_width(site.dim, heads, even=True)  # K
         self.dim = site.dim
         self.value_dim = value_factor * site.dim
         self.rotary_base = rotary_base
@@ -59,13 +58,13 @@ class Retention(StatefulMixer[MemoryState]):
     def step(self, x: Tensor, state: MemoryState, context: Context) -> tuple[Tensor, MemoryState]:
         query, key, value, gate = self._project(x, context)
         mixed, memory = decay_step(query, key, value, self._log_decay(value)[:, None], state.memory)
-        return self._read(mixed, gate), MemoryState(memory)
+        return self.out(F.silu(gate) * self.norm(mixed)), MemoryState(memory)
 
     def prefill(self, x: Hidden, state: MemoryState | None, context: Context) -> tuple[Hidden, MemoryState]:
         query, key, value, gate = self._project(x, context)
         log_decay = self._log_decay(value).expand(1, x.shape[1], -1)
         mixed, memory = scalar_decay(query, key, value, log_decay, state.memory if state else None)
-        return self._read(mixed, gate), MemoryState(memory)
+        return self.out(F.silu(gate) * self.norm(mixed)), MemoryState(memory)
 
     def _project(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Rotated query and key (B, T, H, K), value (B, T, H, V), gate (B, T, H V), without T in `step`."""
@@ -78,6 +77,3 @@ class Retention(StatefulMixer[MemoryState]):
         """(H,), log g."""
         head = torch.arange(self.heads, device=like.device, dtype=exact_dtype(like))
         return torch.log1p(-torch.exp2(-5 - head))
-
-    def _read(self, mixed: Tensor, gate: Tensor) -> Tensor:
-        return self.out(F.silu(gate) * self.norm(mixed))

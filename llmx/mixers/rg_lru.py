@@ -7,10 +7,10 @@
 
 Between the projections each channel stands by itself. sqrt(1 - a^2) keeps the size of h whatever the decay. L starts
 where a^8, the decay of a fully open gate, is uniform in 0.9 to 0.999, as in the paper; RecurrentGemma's code has a
-there. Time O(T D F), memory O(T F). The state is h and the last 3 inputs of the convolution, 4 F numbers a sequence,
-whatever its length. The traps: near a = 1, 1 - a^2 is all rounding, so it is -expm1(2 log a), whose root has an
-infinite slope at 0; and the first token of a text, with nothing to average with, enters without the root, as in
-RecurrentGemma (the paper is silent), so positions matter even here.
+there. Time O(T D F), memory O(T F). The state is h and the last 3 inputs of the convolution, 4 F numbers a sequence.
+The traps: near a = 1, 1 - a^2 is all rounding, so it is -expm1(2 log a), whose root has an infinite slope at 0; and the
+first token of a text, with nothing to average with, enters without the root, as in RecurrentGemma (the paper is
+silent), so positions matter even here.
 """
 
 from typing import NamedTuple
@@ -39,7 +39,6 @@ class RGLRU(StatefulMixer[RGLRUState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
-        site: where the mixer stands.
         hidden: F, the channels of the recurrence; `dim` if not given, the paper takes 4/3 of it.
         heads: blocks of the gates' matrices; must divide `hidden`.
         convolution: tokens that the convolution sees, the current one among them.
@@ -72,14 +71,16 @@ class RGLRU(StatefulMixer[RGLRUState]):
         u, convolution = self.convolution.step(u, state.convolution)
         a, b = self._recurrence(u, context.positions)
         hidden = a * state.hidden + b
-        return self._read(hidden, gate), RGLRUState(convolution, hidden)
+        y = self.out(hidden.to(gate.dtype) * F.gelu(gate, approximate="tanh"))
+        return y, RGLRUState(convolution, hidden)
 
     def prefill(self, x: Hidden, state: RGLRUState | None, context: Context) -> tuple[Hidden, RGLRUState]:
         convolution, start = state or (None, None)
         u, gate = self.project(x).chunk(2, -1)
         u, convolution = self.convolution.prefill(u, convolution)
         hidden = scan(*self._recurrence(u, context.positions), start)
-        return self._read(hidden, gate), RGLRUState(convolution, hidden[:, -1])
+        y = self.out(hidden.to(gate.dtype) * F.gelu(gate, approximate="tanh"))
+        return y, RGLRUState(convolution, hidden[:, -1])
 
     def _recurrence(self, u: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """a_t and the added term, in float32 at least: u (B, T, F), positions (B or 1, T), without T in `step`."""
@@ -91,6 +92,3 @@ class RGLRU(StatefulMixer[RGLRUState]):
         root = square.clamp(min=torch.finfo(square.dtype).tiny).sqrt()
         scale = torch.where(positions[..., None] == 0, 1.0, root)
         return log_a.exp(), scale * i.flatten(-2) * u
-
-    def _read(self, hidden: Tensor, gate: Tensor) -> Tensor:
-        return self.out(hidden.to(gate.dtype) * F.gelu(gate, approximate="tanh"))

@@ -5,10 +5,10 @@
     K_l = 2 Re sum_n C_n (exp(dt A_n) - 1) / A_n exp(l dt A_n),   v = K * u + E u,   y_t = GLU(W gelu(v_t) + b)
 
 Start (S4D-Lin): A_n = -1/2 + i pi n; dt log-uniform over channels in 0.001 to 0.1; C normal; B is 1, absorbed by C.
-Time O(T (log T + N) D) by transforms padded to 2 T, memory O(T D + T^0.5 N D). The state is h, N D numbers a sequence,
-whatever its length. There are no positions. The traps: unpadded transforms wrap the end of the text round to its
-beginning; exp(dt A) - 1 loses its digits where dt is small, so it is expm1; and half of the modes stand for their
-conjugates, hence the 2. The authors train A and dt at a smaller rate; here all share one.
+Time O(T (log T + N) D) by transforms padded to 2 T, memory O(T D + T^0.5 N D). The state is h, N D numbers a sequence.
+There are no positions. The traps: unpadded transforms wrap the end of the text round to its beginning; exp(dt A) - 1
+loses its digits where dt is small, so it is expm1; and half of the modes stand for their conjugates, hence the 2. The
+authors train A and dt at a smaller rate; here all share one.
 """
 
 import math
@@ -32,7 +32,6 @@ class S4D(StatefulMixer[S4DState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
-        site: where the mixer stands.
         state: N, real numbers of state a channel; even.
     """
 
@@ -53,7 +52,7 @@ class S4D(StatefulMixer[S4DState]):
 
     def forward(self, x: Hidden, context: Context) -> Hidden:
         exponent, write, read = self._discrete()
-        return self._mix(x, self._convolve(x, read * write, exponent))
+        return self._mix(x, long_convolution(x, _kernel(read * write, exponent, x.shape[1])))
 
     def init_state(self, batch_size: int, max_length: int) -> S4DState:
         dtype = torch.promote_types(self.log_decay.dtype, torch.complex64)
@@ -67,7 +66,7 @@ class S4D(StatefulMixer[S4DState]):
     def prefill(self, x: Hidden, state: S4DState, context: Context) -> tuple[Hidden, S4DState]:
         exponent, write, read = self._discrete()
         powers = _powers(exponent, x.shape[1])
-        mixed = self._convolve(x, read * write, exponent)
+        mixed = long_convolution(x, _kernel(read * write, exponent, x.shape[1]))
         kept = exponent.exp() * state.modes  # what the first token finds
         mixed = mixed + 2 * torch.einsum("bdn,dnt->btd", read * kept, powers).real
         written = write * torch.einsum("btd,dnt->bdn", x.to(powers.dtype), powers.flip(-1))
@@ -79,10 +78,6 @@ class S4D(StatefulMixer[S4DState]):
         rate = torch.complex(-self.log_decay.to(exact).exp(), self.frequency.to(exact))
         exponent = rate * self.log_step.to(exact).exp()[:, None]
         return exponent, exponent.expm1() / rate, torch.view_as_complex(self.read.to(exact))
-
-    def _convolve(self, x: Hidden, weights: Tensor, exponent: Tensor) -> Tensor:
-        """From no state: weights and exponent (D, N / 2) -> (B, T, D)."""
-        return long_convolution(x, _kernel(weights, exponent, x.shape[1]))
 
     def _mix(self, x: Tensor, v: Tensor) -> Tensor:
         return F.glu(self.out(F.gelu(v + self.skip * x).to(x.dtype)))

@@ -4,8 +4,8 @@
 
 A baseline for longer memories (gated convolutions, arXiv 1612.08083; the operator inside H3, Hyena and Mamba is of this
 kind). A stack of L layers sees L (w - 1) tokens back. Time O(T D (D + w)) a sequence, memory O(T D). The state is the
-last w - 1 inputs of the convolution, (w - 1) D numbers a sequence, whatever its length. The traps: a convolution padded
-on both sides, as in image networks, reads the future; and one padded anew at each piece forgets the last piece.
+last w - 1 inputs of the convolution, (w - 1) D numbers a sequence. The traps: a convolution padded on both sides, as in
+image networks, reads the future; and one padded anew at each piece forgets the last piece.
 """
 
 import torch.nn.functional as F
@@ -20,7 +20,6 @@ class GatedShortConvolution(StatefulMixer[tuple[Tensor]]):
     """(B, T, D) -> (B, T, D).
 
     Args:
-        site: where the mixer stands.
         width: w, the tokens that the convolution sees, its own among them.
     """
 

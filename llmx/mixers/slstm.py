@@ -42,7 +42,6 @@ class SLSTM(StatefulMixer[SLSTMState]):
     lower layers more of them start high.
 
     Args:
-        site: where the mixer stands.
         heads: must divide `dim`.
         width: tokens that the convolution before the input and forget gates sees.
     """

@@ -9,10 +9,10 @@
 M' is M at the end of the mini-batch before, of b = 8 tokens. Within one, a query reads a masked attention over errors,
 whose weights are a product of two triangles of decays, eta's and 1 - alpha's. T / b dependent steps of matrix products,
 time O(T (b + K) D), memory O(T K D / b). The state is M', M, S and the last 3 inputs of the convolution, 3 K D + 9 D
-numbers a sequence, whatever its length; the first M is learned. There are no positions. The memory is linear here, the
-shallowest of the paper's. The paper leaves open how the rates depend on x, and there are the traps: b gradients at one
-M' overshoot b times over where keys agree, and momentum 1 / (1 - eta) times more; theta divides both out. And S moves M
-at each token, written or not, so padding inside a mini-batch has to hold M still.
+numbers a sequence; the first M is learned. There are no positions. The memory is linear here, the shallowest of the
+paper's. The paper leaves open how the rates depend on x, and there are the traps: b gradients at one M' overshoot b
+times over where keys agree, and momentum 1 / (1 - eta) times more; theta divides both out. And S moves M at each token,
+written or not, so padding inside a mini-batch has to hold M still.
 """
 
 import math
@@ -56,7 +56,6 @@ class Titans(StatefulMixer[TitansState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
-        site: where the mixer stands.
         heads: H; must divide `dim`.
         mini_batch: b, tokens whose gradients are taken at the same memory.
         convolution: tokens that the convolution sees, the current one among them.
@@ -98,7 +97,8 @@ class Titans(StatefulMixer[TitansState]):
             momentum = log_momentum[..., None].exp() * state.momentum - rate[..., None] * key * error
             memory = log_keep[..., None].exp() * state.memory + momentum
             read = (query.mT @ memory).squeeze(-2)
-        return self._read(read, gate), TitansState(convolution, start, memory, momentum)
+        y = self.out((self.norm(read).flatten(-2) * F.silu(gate)).to(gate.dtype))
+        return y, TitansState(convolution, start, memory, momentum)
 
     def prefill(self, x: Hidden, state: TitansState | None, context: Context) -> tuple[Hidden, TitansState]:
         """One mini-batch after the other."""
@@ -136,7 +136,8 @@ class Titans(StatefulMixer[TitansState]):
                 memory = keep * memory + carry * momentum - to_memory
                 momentum = move * momentum - to_momentum
             read = batches.join(torch.stack(reads, 1))
-        return self._read(read, gate), TitansState(convolution, start, memory, momentum)
+        y = self.out((self.norm(read).flatten(-2) * F.silu(gate)).to(gate.dtype))
+        return y, TitansState(convolution, start, memory, momentum)
 
     def _inputs(self, u: Tensor, rates: Tensor) -> Inputs:
         """From conv(W x) (B, T, 3 D) and W_r x (B, T, 3 H), without T in `step`; in float32 at least."""
@@ -146,10 +147,6 @@ class Titans(StatefulMixer[TitansState]):
         rate = (-momentum).sigmoid() * rate.sigmoid() / self.mini_batch
         return Inputs(l2_norm(query), l2_norm(key), value, rate, F.logsigmoid(-decay), F.logsigmoid(momentum))
 
-    def _read(self, read: Tensor, gate: Tensor) -> Tensor:
-        """(B, T, H, K), and the gate (B, T, D) -> (B, T, D), without T in `step`."""
-        return self.out((self.norm(read).flatten(-2) * F.silu(gate)).to(gate.dtype))
-
 
 def _faded(log_decay: Tensor) -> Tensor:
     """(..., b) -> (..., b, b + 1): how much is left at each place (row) of the value before the first place and of the
@@ -158,5 +155,4 @@ def _faded(log_decay: Tensor) -> Tensor:
     Each sum is taken by itself, of numbers with one sign: the difference of two long sums has lost the short one.
     """
     size = log_decay.shape[-1]
-    later = torch.ones(size, size + 1, dtype=log_decay.dtype, device=log_decay.device).tril()
-    return (log_decay[..., None] * later).cumsum(-2).exp().tril(1)
+    return (log_decay[..., None] * log_decay.new_ones(size, size + 1).tril()).cumsum(-2).exp().tril(1)

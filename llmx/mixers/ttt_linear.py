@@ -9,9 +9,9 @@ S' is S at the end of the mini-batch before, j = 1 .. b the place in this one. A
 those of b = 16 tokens are one product of matrices, and a query reads q_t S' less a masked attention over the gradients
 (the dual form). From mini-batch to mini-batch there is no shortcut, as S' is inside LN: the method itself takes T / b
 dependent steps. Time O(T (b + K) D), memory O(T K D / b) for the S' that the backward pass needs. The state is S' and
-the sum of gradients so far, 2 (K + 1) D numbers a sequence, whatever its length; the first S' is learned. The traps:
-with the S of the mini-batch's end instead of S_t, a token reads the gradients of later ones; and mini-batches are
-counted from the start of the text, or the outputs depend on how it was cut.
+the sum of gradients so far, 2 (K + 1) D numbers a sequence; the first S' is learned. The traps: with the S of the
+mini-batch's end instead of S_t, a token reads the gradients of later ones; and mini-batches are counted from the start
+of the text, or the outputs depend on how it was cut.
 """
 
 from typing import NamedTuple
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmx.parts.checks import check_sizes, even_head_width
+from llmx.parts.checks import check_sizes, head_width
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.mini_batches import MiniBatches
 from llmx.parts.norm import LayerNorm
@@ -49,7 +49,6 @@ class TTTLinear(StatefulMixer[TTTLinearState]):
     """(B, T, D) -> (B, T, D), as in the paper's Transformer backbone.
 
     Args:
-        site: where the mixer stands.
         heads: H; must divide `dim` into parts of even width.
         mini_batch: b, tokens whose gradients are taken at the same weights.
         base_rate: the inner learning rate, before the token's own share of it; above 0.
@@ -64,7 +63,7 @@ class TTTLinear(StatefulMixer[TTTLinearState]):
         if base_rate <= 0:
             raise ValueError(f"base_rate: {base_rate} is not above 0")
         self.heads = heads
-        self.head_dim = even_head_width(site.dim, heads)
+        self.head_dim = head_width(site.dim, heads, even=True)
         self.mini_batch = mini_batch
         self.base_rate = base_rate
         self.rotary_base = rotary_base

@@ -15,15 +15,8 @@ def hidden_width(hidden: int | None, default: float) -> int:
     return hidden
 
 
-def head_width(dim: int, heads: int, name: str = "dim") -> int:
-    """dim / heads; raises ValueError unless it is a whole number."""
-    if heads < 1 or dim % heads:
-        raise ValueError(f"heads: {heads} heads must divide {name} {dim}")
-    return dim // heads
-
-
-def even_head_width(dim: int, heads: int) -> int:
-    """dim / heads; raises ValueError unless it is an even number."""
-    if heads < 1 or dim % (2 * heads):
-        raise ValueError(f"heads: {heads} heads must divide dim {dim} into even parts")
+def head_width(dim: int, heads: int, name: str = "dim", even: bool = False) -> int:
+    """dim / heads; raises ValueError unless it is a whole number, and an even one if asked for."""
+    if heads < 1 or dim % (2 * heads if even else heads):
+        raise ValueError(f"heads: {heads} heads must divide {name} {dim}{' into even parts' if even else ''}")
     return dim // heads

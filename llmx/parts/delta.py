@@ -89,7 +89,10 @@ def delta_rule(
             from_query, from_key = from_query * between[..., each - 1 :: each, :], from_key * between
         if state is not None:
             state = state.unflatten(1, (groups, -1))
-        from_query = from_query.tril(0) if each == 1 else from_query * _written(chunk, each, from_query)
+        if each == 1:
+            from_query = from_query.tril(0)
+        else:  # query i sees the first n (i + 1) keys
+            from_query = from_query * from_query.new_ones(chunk, chunk).tril()[each - 1 :: each]
         mixed, state = _solve(from_query, from_key, faded, read, right, values, rate[..., None], fade, state)
     return joined(mixed.flatten(2, 3), queries).to(value.dtype), state.flatten(1, 2)
 
@@ -176,10 +179,4 @@ def _solve(
 def _between(log_decay: Tensor) -> Tensor:
     """g_ts of all pairs: (..., c) -> (..., c, c), 0 where t <= s."""
     chunk = log_decay.shape[-1]
-    later = torch.ones(chunk, chunk, dtype=log_decay.dtype, device=log_decay.device).tril(-1)
-    return (log_decay[..., None] * later).cumsum(-2)
-
-
-def _written(chunk: int, each: int, like: Tensor) -> Tensor:
-    """(c / n, c) of ones and zeros: query i sees the first n (i + 1) keys."""
-    return torch.ones(chunk, chunk, dtype=like.dtype, device=like.device).tril()[each - 1 :: each]
+    return (log_decay[..., None] * log_decay.new_ones(chunk, chunk).tril(-1)).cumsum(-2)

@@ -43,12 +43,9 @@ def dplr(
     """All tokens, from any state.
 
     Args:
-        query: q, (B, T, H, K).
-        key: k, (B, T, H, K).
+        query, key, read, write: q, k, r, b, (B, T, H, K) each.
         value: v, (B, T, H, V).
         log_decay: log a, (B, T, H, K); not above 0 and not below `lowest`.
-        read: r, (B, T, H, K).
-        write: b, (B, T, H, K).
         lowest: the floor of log a.
         state: S before the first token, (B, H, K, V); zeros if not given.
         chunk: c.

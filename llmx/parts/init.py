@@ -5,8 +5,6 @@ import math
 import torch
 from torch import Tensor, nn
 
-SLOWEST, FASTEST = 0.001, 0.1  # time steps of a state space at the start, by its papers
-
 
 def normal_(linear: nn.Linear | nn.Embedding, std: float = 0.02) -> None:
     """Weights from N(0, std^2), bias 0."""
@@ -21,8 +19,8 @@ def residual_std(depth: int) -> float:
 
 
 def log_time_steps(size: int) -> Tensor:
-    """Logarithms of time steps, uniform between those of 0.001 and 0.1."""
-    return torch.empty(size).uniform_(math.log(SLOWEST), math.log(FASTEST))
+    """Logarithms of the first time steps of a state space, uniform between those of 0.001 and 0.1."""
+    return torch.empty(size).uniform_(math.log(0.001), math.log(0.1))
 
 
 def softplus_time_steps(size: int) -> Tensor:

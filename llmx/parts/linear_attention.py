@@ -30,8 +30,7 @@ def scalar_decay(
     """One decay a head and token.
 
     Args:
-        query: (B, T, G, K); value head h reads group h // (H / G).
-        key: (B, T, G, K).
+        query, key: (B, T, G, K); value head h reads group h // (H / G).
         value: (B, T, H, V).
         log_decay: (B, T, H), or (1, T, H) where it is the same for all rows; not above 0.
         state: S before the first token, (B, H, K, V); zeros if not given.

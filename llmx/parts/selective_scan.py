@@ -31,8 +31,7 @@ def selective_scan(
         size: dt, (B, T, F), not negative.
         x: (B, T, F).
         rate: A, (F, N), negative.
-        write: B, (B, T, N).
-        read: C, (B, T, N).
+        write, read: B and C, (B, T, N).
         start: h_0, (B, F, N); zeros if not given.
 
     Returns:
