@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmx.parts.checks import check_sizes
+from llmx.parts.checks import check_sizes, hidden_width
 from llmx.parts.init import normal_, residual_std, softplus_time_steps
 from llmx.parts.precision import exact_dtype, exact_zeros
 from llmx.parts.selective_scan import selective_scan
@@ -42,9 +42,9 @@ class Mamba(StatefulMixer[ConvolvedState]):
         self, site: Site, hidden: int | None = None, state: int = 16, rank: int | None = None, convolution: int = 4
     ):
         super().__init__()
-        hidden = 2 * site.dim if hidden is None else hidden
+        hidden = hidden_width(hidden, 2 * site.dim)
         rank = -(-site.dim // 16) if rank is None else rank
-        check_sizes(hidden=hidden, state=state, rank=rank, convolution=convolution)
+        check_sizes(state=state, rank=rank, convolution=convolution)
         self.widths = (rank, state, state)
         self.project = nn.Linear(site.dim, 2 * hidden, bias=False)  # u and g
         self.convolution = ShortConvolution(hidden, convolution, bias=True)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmx.parts.checks import check_sizes, head_width
+from llmx.parts.checks import check_sizes, head_width, hidden_width
 from llmx.parts.init import normal_, residual_std, softplus_time_steps
 from llmx.parts.linear_attention import decay_step, scalar_decay
 from llmx.parts.norm import RMSNorm
@@ -41,8 +41,8 @@ class Mamba2(StatefulMixer[ConvolvedState]):
 
     def __init__(self, site: Site, hidden: int | None = None, heads: int = 4, state: int = 64, convolution: int = 4):
         super().__init__()
-        hidden = 2 * site.dim if hidden is None else hidden
-        check_sizes(hidden=hidden, state=state, convolution=convolution)
+        hidden = hidden_width(hidden, 2 * site.dim)
+        check_sizes(state=state, convolution=convolution)
         self.heads = heads
         self.memory_shape = (heads, state, head_width(hidden, heads, "hidden"))  # H, N, P
         self.widths = (hidden, hidden + 2 * state, heads)  # g, what is convolved, r

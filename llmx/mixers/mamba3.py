@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmx.parts.checks import check_sizes, head_width
+from llmx.parts.checks import check_sizes, head_width, hidden_width
 from llmx.parts.init import normal_, residual_std, softplus_time_steps
 from llmx.parts.linear_attention import scalar_decay
 from llmx.parts.norm import RMSNorm
@@ -70,9 +70,9 @@ class Mamba3(StatefulMixer[Mamba3State]):
         self, site: Site, hidden: int | None = None, heads: int = 4, state: int = 64, rotary_dim: int | None = None
     ):
         super().__init__()
-        hidden = 2 * site.dim if hidden is None else hidden
+        hidden = hidden_width(hidden, 2 * site.dim)
         rotary_dim = max(2, state // 4 * 2) if rotary_dim is None else rotary_dim
-        check_sizes(hidden=hidden, state=state)
+        check_sizes(state=state)
         self.head_dim = head_width(hidden, heads, "hidden")  # P
         if not 2 <= rotary_dim <= state or rotary_dim % 2:
             raise ValueError(f"rotary_dim: {rotary_dim} is no even number from 2 to state {state}")

@@ -12,7 +12,7 @@ products overflows; a scan that multiplies step by step, as here, needs no logar
 
 from torch import Tensor, nn
 
-from llmx.parts.checks import check_sizes
+from llmx.parts.checks import hidden_width
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.precision import at_least_float32, exact_zeros
 from llmx.parts.scan import scan
@@ -29,8 +29,7 @@ class MinGRU(StatefulMixer[HiddenState]):
 
     def __init__(self, site: Site, hidden: int | None = None):
         super().__init__()
-        hidden = site.dim if hidden is None else hidden
-        check_sizes(hidden=hidden)
+        hidden = hidden_width(hidden, site.dim)
         self.input = nn.Linear(site.dim, 2 * hidden)  # z and c
         self.out = nn.Linear(hidden, site.dim, bias=False)
         normal_(self.input, site.dim**-0.5)

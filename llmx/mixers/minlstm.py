@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmx.parts.checks import check_sizes
+from llmx.parts.checks import hidden_width
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.precision import exact_dtype, exact_zeros
 from llmx.parts.scan import scan
@@ -32,8 +32,7 @@ class MinLSTM(StatefulMixer[HiddenState]):
 
     def __init__(self, site: Site, hidden: int | None = None, forget_bias: float = 1.0):
         super().__init__()
-        hidden = site.dim if hidden is None else hidden
-        check_sizes(hidden=hidden)
+        hidden = hidden_width(hidden, site.dim)
         self.input = nn.Linear(site.dim, 3 * hidden)  # f, i and c
         self.out = nn.Linear(hidden, site.dim, bias=False)
         normal_(self.input, site.dim**-0.5)

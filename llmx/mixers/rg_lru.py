@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmx.parts.checks import check_sizes, head_width
+from llmx.parts.checks import check_sizes, head_width, hidden_width
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.precision import at_least_float32, exact_zeros
 from llmx.parts.scan import scan
@@ -46,8 +46,8 @@ class RGLRU(StatefulMixer[RGLRUState]):
 
     def __init__(self, site: Site, hidden: int | None = None, heads: int = 4, convolution: int = 4):
         super().__init__()
-        hidden = site.dim if hidden is None else hidden
-        check_sizes(hidden=hidden, convolution=convolution)
+        hidden = hidden_width(hidden, site.dim)
+        check_sizes(convolution=convolution)
         block = head_width(hidden, heads, "hidden")
         self.project = nn.Linear(site.dim, 2 * hidden)  # u, and the input of the gelu gate
         self.convolution = ShortConvolution(hidden, convolution, bias=True)
