@@ -32,7 +32,7 @@ from benchmarks.train import Mode, prepare_loop
 from llmx.config.bases import read_config
 from llmx.config.factories import components_by_name, from_config
 from llmx.protocol import Network
-from llmx.training.fastpath import fast_precision, keep_freed_memory
+from llmx.training.hardware import fast_precision, keep_freed_memory
 
 LENGTHS = (256, 1024, 4096)
 EARLY, LATE, FAR = 100, 20_000, 100_000  # tokens before the ones that are timed; the state is only counted at FAR

@@ -16,7 +16,7 @@ from statistics import median
 from benchmarks.harness import Case, Contender, Result, finish, measure_in_turns, parser, use_threads
 from benchmarks.peers import Shape, ours
 from benchmarks.train import Mode, prepare_loop
-from llmx.training.fastpath import fast_precision
+from llmx.training.hardware import fast_precision
 
 TOKENS = 4096  # a step
 WINDOWS = (32, 64, 128, 256, 512, 1024, 2048, 4096)

@@ -36,7 +36,7 @@ from benchmarks.harness import (
     use_threads,
 )
 from benchmarks.peers import PEERS, SETTINGS, Peer, Shape, mean_loss, ours
-from llmx.training.fastpath import fast_precision, keep_freed_memory
+from llmx.training.hardware import fast_precision, keep_freed_memory
 
 UNTIMED_STEPS = 2  # at the start of every turn: the caches still hold the previous contender's data
 GEMM_SIZE, GEMMS = (8192, 10) if DEVICE.type == "cuda" else (2048, 1)  # products between two looks at the clock

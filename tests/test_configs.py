@@ -61,7 +61,7 @@ def run(tmp_path_factory):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("LLMX_CACHE", str(folder / "cache"))
                 patch.setattr(
-                    "llmx.training.run.Samples", partial(Samples, max_new_tokens=20)
+                    "llmx.training.run_callbacks.Samples", partial(Samples, max_new_tokens=20)
                 )  # a tenth, for the sake of time
                 quiet = ["--trainer.enable_progress_bar", "false"]
                 assert main(["fit", "--config", str(CONFIGS / f"{name}.yaml"), *arguments, *quiet]) == 0

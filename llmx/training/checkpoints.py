@@ -9,9 +9,36 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from llmx.errors import UserError
+from llmx.protocol import Network
 from llmx.runs.archive import read_archive
 
 PARTIAL = "checkpoint.partial"  # one name: the next write replaces what a killed process left behind
+
+
+def load_network(network: Network, path: str | Path) -> dict[str, float]:
+    """Gives a network the weights of a checkpoint.
+
+    Returns:
+        text sha256 -> fraction that these weights were trained on.
+
+    Raises:
+        UserError: for a checkpoint that cannot be read or holds another network.
+    """
+    checkpoint = read_checkpoint(path)
+    weights = {
+        key.removeprefix("network."): value
+        for key, value in checkpoint["state_dict"].items()
+        if key.startswith("network.")
+    }
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"model.warm_start: {path} holds another network: {shortened(error)}") from error
+    return checkpoint.get("llmx", {}).get("trained_on", {})
+
+
+def shortened(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 class CheckpointFiles(TorchCheckpointIO):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from llmx.protocol import Block, Component, Network
-from llmx.training.fastpath import native_bf16
+from llmx.training.hardware import native_bf16
 
 
 def parameter_groups(network: Network, decayed: Literal["matrices", "all"]) -> list[dict[str, Any]]:

@@ -353,7 +353,7 @@ def test_the_step_of_a_long_generation_is_compiled_once_and_gives_the_same_text(
     torch._dynamo.utils.counters.clear()
     eager = model.generate("e", max_new_tokens=60, temperature=0)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
-    monkeypatch.setattr("llmx.training.module.COMPILE_DECODING_FROM", 60)
+    monkeypatch.setattr("llmx.training.sampling.COMPILE_DECODING_FROM", 60)
     assert [model.generate("e", max_new_tokens=60, temperature=0) for _ in range(2)] == [eager, eager]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     torch._dynamo.reset()  # as in another process, which finds what this one compiled

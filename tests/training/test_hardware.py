@@ -11,12 +11,12 @@ from llmx.blocks.prenorm import PreNormBlock
 from llmx.feedforward.swiglu import SwiGLU
 from llmx.generation import Sampling, generate
 from llmx.mixers.hyena import Hyena
-from llmx.training.fastpath import can_compile, compiled_decode
+from llmx.training.compilation import can_compile, compiled_decode
 from tests.forms import perturbed
 
 STEPS = """
 import resource, torch
-from llmx.training.fastpath import keep_freed_memory
+from llmx.training.hardware import keep_freed_memory
 
 def step():
     return sum(x.sum() for x in [torch.ones(2**18) for _ in range(64)])  # 64 MiB

@@ -1,6 +1,5 @@
-"""What is fastest on this machine: the choices a plain `fit` makes where no flag makes them."""
+"""Compilation: when it pays, whether this machine can do it, and how decoding is compiled."""
 
-import ctypes
 import os
 import shutil
 import sys
@@ -15,24 +14,11 @@ from llmx.generation import Decode, decode
 COMPILE_FROM = 2000  # steps: about where a faster step has paid for half a minute of compiling
 COMPILE_DECODING_FROM = 10_000  # tokens in turn: compiling pays from 4,000 on if it was done before, or 23,000
 FEW_ROWS = 4  # up to so many, a matrix product is written out when decoding compiles
-WORTH_A_THREAD = 2**16  # numbers a thread goes over in the time that waking it takes, when decoding
-
-
-def native_bf16(accelerator: str) -> bool:
-    """Whether the device that Lightning will take multiplies bfloat16 in hardware."""
-    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "sve_bf16", "bf16"))
-
-
-def fast_precision(accelerator: str) -> str:
-    """The precision that Lightning is told where nothing else decides."""
-    return "bf16-mixed" if native_bf16(accelerator) else "32-true"
+WORTH_A_THREAD = 2**16  # numbers that a thread processes while another one wakes up, when decoding
 
 
 def can_compile() -> bool:
-    """Whether Inductor finds what it compiles with: a C++ compiler for the CPU."""
+    """Whether Inductor finds a compiler: a C++ compiler for the CPU."""
     if torch.cuda.is_available():
         return True
     return shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")) is not None
@@ -42,7 +28,7 @@ def compiled_decode() -> Decode:
     """`decode`, compiled.
 
     On a CPU matrix products of a few rows are written out as sums. Inductor then makes one C++ function of the whole
-    step, where a library call for each of the products would cost more than its arithmetic.
+    step. A library call for each product would cost more than its arithmetic.
     """
     return torch.compile(decode, dynamic=False, backend="inductor" if torch.cuda.is_available() else _few_rows)
 
@@ -56,17 +42,17 @@ def _few_rows(graph: torch.fx.GraphModule, inputs: Sequence[torch.Tensor]) -> An
         "size_asserts": False,  # the inputs are always the network's own weights and state; a tenth of a step
         "cpp.min_chunk_size": WORTH_A_THREAD,
     }
-    # here and not by Inductor's own table of decompositions, with which it keeps nothing for the next process
+    # here and not in Inductor's own table of decompositions, with which it caches nothing for the next process
     table: dict[Any, Callable[..., Any]] = {torch.ops.aten.mm.default: _mm, torch.ops.aten.addmm.default: _addmm}
     inference = any(isinstance(x, torch.Tensor) and x.is_inference() for x in inputs)  # as in `predict`
     with torch.inference_mode() if inference else nullcontext():  # inference_mode(False) would turn gradients on
         written_out = make_fx(graph, table)(*inputs)
     values = [node.meta.get("val") for node in written_out.graph.nodes]
     if not any(isinstance(value, torch.Tensor) and value.is_complex() for value in values):
-        # C++ makes the buffers too, for which Python takes as long as the loops; it has no calls for complex numbers
+        # C++ allocates the buffers too, which takes Python as long as the loops; it has no calls for complex numbers
         patches |= {"cpp_wrapper": True, "memory_planning": True}
     for node in written_out.graph.find_nodes(op="placeholder"):
-        node.meta.pop("val", None)  # of inference mode; the C++ wrapper would be traced with them
+        node.meta.pop("val", None)  # inference tensors, with which the C++ wrapper would be traced
     return compile_fx(written_out, list(inputs), config_patches=patches)
 
 
@@ -74,8 +60,8 @@ def _mm(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     if left.shape[0] > FEW_ROWS:
         return NotImplemented
     left = left.contiguous()
-    # what is strided is computed once, and not again in the sum of each output; with Inductor's thresholds for that set
-    # low, Hyena wrote another text
+    # a strided input is computed once, and not again in the sum of each output; lower Inductor thresholds, which do
+    # the same, miscompiled Hyena
     left = left.as_strided(left.shape, left.stride())
     return (left[:, None] * right.t()).sum(-1)
 
@@ -86,16 +72,3 @@ def _addmm(
     if left.shape[0] > FEW_ROWS or beta != 1 or alpha != 1:
         return NotImplemented
     return bias + _mm(left, right)
-
-
-def keep_freed_memory() -> None:
-    """Lets the C library keep what a training step frees for the next step, where it is glibc.
-
-    By itself it returns the activations to the system after every step, and the next one waits for every page to be
-    mapped and cleared again: a fifth of the step at the founding dimensions.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        trim_threshold, mmap_threshold = -1, -3  # malloc.h
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(mmap_threshold, 2**25)  # the most there is

@@ -1,4 +1,4 @@
-"""All that makes a fit a run: one that is watched, can be continued, and is read by `compare`."""
+"""The callbacks that log, save and record a fit."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ from lightning.pytorch.callbacks import Callback
 
 from llmx.training.callbacks import LearningRate, Samples, TokensPerSecond
 from llmx.training.record import RunRecord, ValidationLosses
-from llmx.training.saving import BestCheckpoint, EndWithValidation, LastCheckpoint, StopOnSignal
+from llmx.training.saving import BestCheckpoint, LastCheckpoint
+from llmx.training.stopping import EndWithValidation, StopOnSignal
 
 
 def run_callbacks(
     config: str | None = None, command: list[str] | None = None, checkpoints: bool = True
 ) -> list[Callback]:
-    """The callbacks of a run, beside its RunLogger.
+    """The callbacks of a run. With them and a RunLogger, `compare` reads the run and `fit --ckpt_path` continues it.
 
     Args:
-        config: the configuration that it comes from, as YAML; without one, as in a notebook, it is made of the objects.
-        command: what it comes from, where that is not the command of this process.
-        checkpoints: whether it keeps any.
+        config: the run's config as YAML; if not given, as in a notebook, one is made from the objects.
+        command: the command that started the run, if it is not that of this process.
+        checkpoints: whether the run keeps checkpoints.
     """
     callbacks = [
         LearningRate(),

@@ -1,0 +1,99 @@
+"""The causality audit of every fit, and what follows from a leak.
+
+Before the first step the network is audited by itself, then as it runs: in the trainer's precision and on its device.
+The second audit is repeated at each validation, with the weights as they are then. `model.audit` says what a leak
+does: `error` stops all processes, `warn` marks the run as leaking, `off` skips the audits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_warn
+
+from llmx.audits.causality import audit_causality
+from llmx.audits.causality_report import CausalityError
+from llmx.audits.live_run import audit_live_run
+from llmx.data.datamodule import TextDataModule
+from llmx.errors import UserError
+from llmx.training.stopping import stop_together
+from llmx.training.typed import language_model, text_data
+
+if TYPE_CHECKING:
+    from llmx.training.module import LanguageModel
+
+
+class CausalityAudit(Callback):
+    """Audits before the first step and at each validation of a fit. A LanguageModel brings it to every trainer."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        model, data = language_model(pl_module), text_data(trainer)
+        if data is not None and model.learning.needs_counting:  # an empty table would tell an audit nothing
+            model.learning.count(data)
+        audit_network(model, data)
+        audit_start(model)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            _audit_run(language_model(pl_module), tokens=2048, seed=trainer.global_step)
+
+
+def audit_network(model: LanguageModel, data: TextDataModule | None = None) -> None:
+    """Audits the network by itself, once, and notes the report in `model.causality`.
+
+    Args:
+        model: not yet sharded.
+        data: its training split gives the audit tokens beside the random ones.
+
+    Raises:
+        CausalityError: for a leak, if `model.audit` is `error`.
+        UserError: for a network on the meta device, which cannot be audited.
+    """
+    policy = model.hparams["audit"]
+    if policy != "off" and model.causality is None:
+        if any(parameter.is_meta for parameter in model.network.parameters()):
+            raise UserError("model.audit: only a whole network can be audited, not one on the meta device")
+        text = None if data is None else data.beginning()
+        model.causality = audit_causality(model.network, model.window, text=text)
+        model.leaking = model.causality.leaking
+    if model.leaking and model.causality is not None and policy == "error":
+        raise CausalityError(model.causality)
+
+
+def audit_start(model: LanguageModel) -> None:
+    """Audits, once, how the network will run in the trainer that it is attached to.
+
+    Raises:
+        CausalityError: for a leak, if `model.audit` is `error`.
+    """
+    if not model.run_audited:
+        model.run_audited = True
+        _audit_run(model, perturb=True)
+
+
+def _audit_run(model: LanguageModel, perturb: bool = False, tokens: int = 8192, seed: int = 0) -> None:
+    if model.causality is None or model.leaking or model.device_mesh is not None:
+        return
+    trainer, data = model.trainer, text_data(model.trainer)
+    breach = audit_live_run(
+        model.network,
+        model.window,
+        trainer.precision_plugin.forward_context(),
+        None if data is None else data.beginning(),
+        device=trainer.strategy.root_device,  # the network moves there later, if it has not yet
+        perturb=perturb,
+        tokens=tokens,
+        seed=seed,
+    )
+    if breach is None:
+        return
+    model.leaking = True
+    model.causality = replace(model.causality, breaches=(breach,))
+    if model.hparams["audit"] == "error":
+        stop_together(trainer, CausalityError(model.causality))
+    rank_zero_warn(f"LEAKING at step {trainer.global_step}: {breach}.")
