@@ -35,8 +35,8 @@ from llmx.errors import UserError
 from llmx.training.callbacks import ProgressBar
 from llmx.training.checkpoints import CheckpointFiles
 from llmx.training.logger import run_folder
-from llmx.training.run import run_callbacks
-from llmx.training.saving import StopOnSignal
+from llmx.training.run_callbacks import run_callbacks
+from llmx.training.stopping import StopOnSignal
 from llmx.training.trainer import Trainer
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a write raises these without the file's name

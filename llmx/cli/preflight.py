@@ -17,11 +17,13 @@ from llmx.cli.trainer_settings import is_sharded
 from llmx.costs.from_config import failing_frame, window_failure
 from llmx.data.datamodule import TextDataModule
 from llmx.errors import UserError
-from llmx.protocol import CountingNetwork, Network
+from llmx.protocol import Network
 from llmx.runs.record import check_same_data
+from llmx.training.auditing import audit_network, audit_start
 from llmx.training.maps import MixerMaps
 from llmx.training.module import LanguageModel
 from llmx.training.trainer import Trainer
+from llmx.training.typed import attributes
 
 
 def check_settings(verb: str, settings: Any, checkpoint: Checkpoint | None) -> None:
@@ -90,11 +92,13 @@ def build_model(verb: str, settings: Any, data: TextDataModule, checkpoint: Chec
         check_same_network(checkpoint, model)
     if not never_whole:
         check_window(model.network, model.window)
-    if verb in ("fit", "audit") and isinstance(model.network, CountingNetwork):
-        # before the audit, which would say nothing of a network that has not counted
-        model.learn(data) if checkpoint is None else model.load_state_dict(checkpoint.content["state_dict"])
+    if verb in ("fit", "audit"):  # before the audit, which would say nothing of a network that has not counted
+        if checkpoint is None:
+            model.learning.count(data)
+        elif model.learning.needs_counting:
+            model.load_state_dict(checkpoint.content["state_dict"])
     if verb == "fit":
-        model.audit_causality(data)
+        audit_network(model, data)
     return model
 
 
@@ -104,15 +108,15 @@ def check_fit(model: LanguageModel, data: TextDataModule, trainer: Trainer, shar
     Raises:
         UserError: for whatever of these cannot be used.
     """
-    if isinstance(model.network, CountingNetwork) and trainer.world_size > 1:
+    if model.learning.single_process and trainer.world_size > 1:
         raise UserError("trainer.devices: this network counts, which one process does; give 1")
     data.trainer = trainer
     next(iter(data.train_dataloader()))  # devices and accumulation divide the batch, and memory holds it
-    model.trainer, trainer.datamodule = trainer, data  # type: ignore[attr-defined]
+    model.trainer, attributes(trainer).datamodule = trainer, data
     model.configure_optimizers()
     if trainer.strategy.launcher is None:  # else each process audits
-        model.audit_run()
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        audit_start(model)
+    for callback in attributes(trainer).callbacks:
         if isinstance(callback, MixerMaps):
             callback.check(model)
         if isinstance(callback, WeightAveraging) and sharded:

@@ -14,7 +14,6 @@ from llmx.config.bases import read_config
 from llmx.config.command import Command
 from llmx.config.factories import check_imports
 from llmx.errors import UserError
-from llmx.protocol import CountingNetwork
 from llmx.runs.archive import read_checkpoint
 from llmx.runs.folder import CONFIG, is_best, newest_run, run_of
 from llmx.training.module import LanguageModel
@@ -83,7 +82,7 @@ def check_same_network(checkpoint: Checkpoint, model: LanguageModel) -> None:
     state = checkpoint.content["state_dict"]
     held = {k: v.shape for k, v in state.items() if k.startswith("network.")}
     built = {k: v.shape for k, v in model.state_dict().items() if k.startswith("network.")}
-    if isinstance(model.network, CountingNetwork):  # the sizes of its tables are those of the text
+    if not model.learning.fixed_shapes:  # the sizes of its tables are those of the text
         built |= {name: held[name] for name in built.keys() & held.keys()}
     if held != built:
         name = next(k for k in [*built, *held] if held.get(k) != built.get(k))

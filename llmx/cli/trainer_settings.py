@@ -8,9 +8,8 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 from llmx.cli.resume import Checkpoint
 from llmx.data.datamodule import TextDataModule
-from llmx.protocol import CountingNetwork
 from llmx.runs.folder import RUNS
-from llmx.training.fastpath import fast_precision
+from llmx.training.hardware import fast_precision
 from llmx.training.logger import RunLogger
 from llmx.training.module import LanguageModel
 
@@ -40,14 +39,14 @@ def changed_arguments(
         changes["val_check_interval"] = trainer.val_check_interval * trainer.accumulate_grad_batches
     if trainer.strategy == ModelParallelStrategy.__name__:  # Lightning has no short name for it
         changes["strategy"] = ModelParallelStrategy(save_distributed_checkpoint=False)
-    if fit and trainer.devices == "auto" and isinstance(model.network, CountingNetwork):
+    if fit and trainer.devices == "auto" and model.learning.single_process:
         changes["devices"] = 1
     return changes
 
 
 def _logger(root: str | None, model: LanguageModel, data: TextDataModule, checkpoint: Checkpoint | None) -> RunLogger:
     """A logger in a new folder, or in that of the resumed run, whose curves are cut after the checkpoint's step."""
-    tokens = None if isinstance(model.network, CountingNetwork) else data.batch_size * data.window
+    tokens = model.learning.tokens_per_step(data)
     if checkpoint is None or not checkpoint.in_run:
         return RunLogger(root or ".", RUNS, tokens_per_step=tokens)
     return RunLogger(

@@ -1,4 +1,5 @@
-"""How Lightning's Trainer writes and reads checkpoints: atomically, and executing nothing."""
+"""Checkpoints: Lightning's Trainer writes them atomically and reads them without executing anything. A network starts
+from the weights of one."""
 
 import os
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 
 from llmx.errors import UserError
 from llmx.protocol import Network
-from llmx.runs.archive import read_archive
+from llmx.runs.archive import read_archive, read_checkpoint
 
 PARTIAL = "checkpoint.partial"  # one name: the next write replaces what a killed process left behind
 

@@ -20,7 +20,7 @@ from llmx.audits.causality_report import influence_figure
 from llmx.data.datamodule import TextDataModule
 from llmx.data.windows import Batch
 from llmx.parts.counting import count_parameters
-from llmx.protocol import IGNORE, CountingNetwork
+from llmx.protocol import IGNORE
 from llmx.runs.memory import peak_bytes
 from llmx.runs.provenance import code, file_hash, provenance, sources
 from llmx.runs.record import begin_run, continue_run, end_run, write_losses
@@ -125,15 +125,14 @@ class RunRecord(Callback):
         best: Any = next((c for c in trainer.checkpoint_callbacks if isinstance(c, BestCheckpoint)), None)
         losses = [] if best is None else [self.final.get("val/loss"), best.best_model_score]
         samples = next((c for c in trainer.callbacks if isinstance(c, Samples)), None)  # type: ignore[attr-defined]
-        counts = isinstance(pl_module.network, CountingNetwork)
-        data, device = _data(trainer), pl_module.device
+        per_step = pl_module.learning.tokens_per_step(_data(trainer))
+        device = pl_module.device
         seconds = time.perf_counter() - self.started
         metrics = {
             **self.final,
             "best/val/loss": min((float(loss) for loss in losses if loss is not None), default=None),
             "step": trainer.global_step,
-            # every step takes the same number of windows; a network that counts has read the training split once
-            "tokens": None if counts else trainer.global_step * data.batch_size * data.window,
+            "tokens": per_step and trainer.global_step * per_step,
             "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_bytes(),
             "generated_tokens_per_second": None if samples is None else samples.tokens_per_second,
             "seconds": round(seconds, 1),

@@ -15,10 +15,9 @@ from llmx.audits.causality import audit_causality
 from llmx.audits.equivalence import EquivalenceReport, audit_equivalence
 from llmx.audits.hidden_future import hidden_future_loss
 from llmx.audits.live_run import audit_live_run
-from llmx.audits.parameters import ParametersReport, audit_parameters
+from llmx.audits.parameters import ParametersReport
 from llmx.costs.describe import describe
 from llmx.data.datamodule import TextDataModule
-from llmx.protocol import CountingNetwork
 from llmx.runs.archive import read_checkpoint
 from llmx.training.module import LanguageModel
 
@@ -37,9 +36,7 @@ class Trainer(pl.Trainer):
 
         Returns whether the network passes them all.
         """
-        others: list[EquivalenceReport | ParametersReport] = []
-        if not isinstance(model.network, CountingNetwork):
-            others.append(audit_parameters(model.network, model.window))  # as they start
+        others: list[EquivalenceReport | ParametersReport] = [*model.learning.audits(model)]
         checkpoint = {} if ckpt_path is None else read_checkpoint(ckpt_path)
         if checkpoint:
             model.load_state_dict(checkpoint["state_dict"])
