@@ -5,12 +5,12 @@
     S_t = a_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T                     (K, V) a head
     y_t = W_o (norm(S_t^T q_t) * silu(W_g x_t))                                     norm: RMSNorm over V, a head
 
-G heads of keys serve H heads of values, H / G neighbours each. B = 1. With B = 2 the eigenvalue of the transition along
-k_t reaches from a_t down to -a_t (arXiv 2411.12537), as alternating states need. At the start exp(A_log) is
-uniform in 0.01 to 16, softplus(d) log-uniform in 0.001 to 0.1. Time O(T (c + K) (K + V)) a head in chunks of c = 32,
-see llmx/parts/delta.py. The state is S and the last 3 inputs of the convolution, K V H + 3 (2 K G + V H) numbers a
-sequence. There are no positions. The traps: what a key erases has faded by a_t, what it writes has not; keys are
-normalised after convolution and SiLU; the norm comes before the gate, in Mamba-2 after it.
+G heads of keys serve H heads of values, H / G neighbours each. B = 1 by default. With B = 2 the eigenvalue of the
+transition along k_t reaches from a_t down to -a_t (arXiv 2411.12537), as alternating states need. At the start
+exp(A_log) is uniform in 0.01 to 16, softplus(d) log-uniform in 0.001 to 0.1. Time O(T (c + K) (K + V)) a head in chunks
+of c = 32, see llmx/parts/delta.py. The state is S and the last 3 inputs of the convolution, K V H + 3 (2 K G + V H)
+numbers a sequence. There are no positions. The traps: what a key erases has faded by a_t, what it writes has not. Keys
+are normalised after convolution and SiLU. The norm comes before the gate, in Mamba-2 after it.
 """
 
 import torch

@@ -7,7 +7,7 @@ K = D / (2 H), V = D / H. W_1 is (16, D), so the gates cost few parameters. norm
 one head and token. The root of 16 keeps a_t near 1: at the start the memory of a token halves in 16. Time
 O(T (c + K) D) a sequence, memory O(T c) a head for chunks of c = 32. The state is S, K V H numbers a sequence. There
 are no positions: the gates tell near from far. The trap: a_t may be arbitrarily small, and exp(-sum of log a), which
-would make the whole chunk one matrix product, overflows; see llmx/parts/linear_attention.py.
+would make the whole chunk one matrix product, overflows. See llmx/parts/linear_attention.py.
 """
 
 import torch.nn.functional as F

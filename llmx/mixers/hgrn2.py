@@ -7,7 +7,7 @@
 One gate decides what is forgotten and what is written: each channel is a running mean, so the memory stays bounded. The
 lower bounds b (from HGRN, arXiv 2311.04823) rise with the layer: the lower layers are free to forget, the upper ones
 keep. Time O(T (c + K) D) a sequence with K = D / H, memory O(T c) a head for chunks of c = 32. The state is S, K D
-numbers a sequence. There are no positions. The traps: b_0 is exactly 0, so the sum leaves out softmax_0; with it the
+numbers a sequence. There are no positions. The traps: b_0 is exactly 0, so the sum leaves out softmax_0. With it the
 first layer keeps at least 1 / L of everything, and the last one forgets nothing. And B is one parameter of the whole
 stack: the first HGRN2 owns it and hands the bounds to those above, in every form.
 """

@@ -4,12 +4,13 @@
     u_t = k_t * v_t,    z_t = sum_{s <= t} h_{t-s} * u_s + b * u_t,    y_t = W_o (q_t * z_t)
     h_l = N(phi(l / L)) * (exp(-r l / L) + 0.05)            (D,) for the lag l; r (D,) fixed, fast to slow channels
 
-N is a small network with sines between its layers; phi is the lag and sines and cosines of it. L is `max_length`: no
-lag beyond it has a filter. As in the paper's own code the short convolution replaces the filter before the first gate.
-Time O(T log T D) a sequence, memory O(T D). The state grows: a step is a product of the filter with all past u, O(S D)
-for a cache of S slots. With the filter, which is cached because N is slow, it is 2 S D + 6 D numbers a sequence. The
-trap: a product of spectra is a circular convolution, where the end of the text wraps round to its beginning and every
-position sees the future; both sides are padded with zeros to 2 T. Only rounding is left of it, 1e-7 in fp32.
+N is a small network with sines between its layers. It reads phi, the lag and sines and cosines of it. L is
+`max_length`: no lag beyond it has a filter. As in the paper's own code the short convolution replaces the filter before
+the first gate. Time O(T log T D) a sequence, memory O(T D). The state grows: a step is a product of the filter with all
+past u, O(S D) for a cache of S slots. With the filter, which is cached because N is slow, it is 2 S D + 6 D numbers a
+sequence. The trap: a product of spectra is a circular convolution, where the end of the text wraps round to its
+beginning and every position sees the future. Both sides are padded with zeros to 2 T. Only rounding is left of it, 1e-7
+in fp32.
 """
 
 import math

@@ -5,12 +5,12 @@
     S_t = (I - beta_t k_t k_t^T) diag(a_t) S_{t-1} + beta_t k_t v_t^T                  (K, K) a head, K = D / H
     y_t = W_o (norm(S_t^T q_t) * sigmoid(G_2 G_1 x_t))          norm: RMSNorm over the K channels of a head
 
-F_1 and G_1 are (R, D). B = 1; with B = 2 eigenvalues may be negative (arXiv 2411.12537). At the start exp(A_log) is
-uniform in 1 to 16, softplus(d) log-uniform in 0.001 to 0.1. Time O(T (c + K) D) a sequence in chunks of c = 16, see
-llmx/parts/delta.py. The state is S and the last 3 inputs of the convolution, K D + 9 D numbers a sequence. There are no
-positions: decays that differ by channel tell near from far. The traps: the decay comes before the erasure, and with one
-number a channel the two do not commute; exp(-sum of log a), which would make the scores of a chunk one matrix product,
-overflows; the output gate is sigmoid, in Gated DeltaNet SiLU.
+F_1 and G_1 are (R, D). B = 1 by default. With B = 2 eigenvalues may be negative (arXiv 2411.12537). At the start
+exp(A_log) is uniform in 1 to 16, softplus(d) log-uniform in 0.001 to 0.1. Time O(T (c + K) D) a sequence in chunks of
+c = 16, see llmx/parts/delta.py. The state is S and the last 3 inputs of the convolution, K D + 9 D numbers a sequence.
+There are no positions: decays that differ by channel tell near from far. The traps: the decay comes before the erasure,
+and with one number a channel the two do not commute. exp(-sum of log a), which would make the scores of a chunk one
+matrix product, overflows. The output gate is sigmoid, in Gated DeltaNet SiLU.
 """
 
 import torch

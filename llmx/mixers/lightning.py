@@ -6,9 +6,9 @@
 
 The slopes are those of ALiBi, scaled down with the layer: the first layers see near, the last one forgets nothing. The
 norm replaces a normaliser z. Time O(T (c + K) D) a sequence with K = D / H, memory O(T c) a head for chunks of c = 32.
-The state is S, K D numbers a sequence. There are no positions. The traps: the values go through SiLU too; and exp(s t)
-and exp(-s t), computed in advance as factors of a block's decays, limit the block to what the steepest head allows,
-while their differences are safe at any length.
+The state is S, K D numbers a sequence. There are no positions. The traps: the values go through SiLU too. exp(s t) and
+exp(-s t), computed in advance as factors of a block's decays, limit the block to the length that the steepest head
+allows, while their differences are safe at any length.
 """
 
 import torch

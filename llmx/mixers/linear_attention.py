@@ -6,8 +6,8 @@
 There are no positions: the sums know which tokens came before, not in which order, so the embedding has to say it. Time
 O(T K D) a sequence with K = D / H, memory O(T c) a head for chunks of c = 32. The state is S and z, K (K + 1) H numbers
 a sequence. Nothing is ever forgotten: the weight of each token shrinks as 1 / t. The traps: both sums include t itself,
-else the first token divides 0 by 0; and z is carried like S: a normaliser over the current piece alone is right in
-training and wrong as soon as a text is continued.
+else the first token divides 0 by 0. z is carried like S: a normaliser over the current piece alone is right in training
+and wrong as soon as a text is continued.
 """
 
 from typing import NamedTuple

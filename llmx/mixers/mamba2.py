@@ -5,11 +5,11 @@
     S_t = a_t S_{t-1} + B_t (dt_t u_t)^T                                  (N, P) a head
     y_t = W_o norm((S_t^T C_t + E u_t) * silu(g_t))                       norm: RMSNorm over all F; E (H,)
 
-C is the query, B the key of linear attention, shared by all heads; dt u is the value. At the start exp(A_log) is
+C is the query, B the key of linear attention, shared by all heads, and dt u the value. At the start exp(A_log) is
 uniform in 1 to 16, dt log-uniform in 0.001 to 0.1, and E = 1. Time O(T (c + N) F) a sequence for chunks of c = 32,
-nearly all of it matrix products; memory O(T c H) for the scores and N F for each chunk. The state is S and the last 3
+nearly all of it matrix products, memory O(T c H) for the scores and N F for each chunk. The state is S and the last 3
 inputs of the convolution, N F + 3 (F + 2 N) numbers a sequence. There are no positions. The traps: the norm comes after
-the gate, not before; B and C go through the convolution too; and differences of summed log decays are masked before the
+the gate, not before. B and C go through the convolution too. Differences of summed log decays are masked before the
 exponential: above the diagonal they overflow, and 0 times infinity is no gradient.
 """
 
@@ -45,7 +45,7 @@ class Mamba2(StatefulMixer[ConvolvedState]):
         check_sizes(state=state, convolution=convolution)
         self.heads = heads
         self.memory_shape = (heads, state, head_width(hidden, heads, "hidden"))  # H, N, P
-        self.widths = (hidden, hidden + 2 * state, heads)  # g, what is convolved, r
+        self.widths = (hidden, hidden + 2 * state, heads)  # g, the convolution's input, r
         self.convolved = (hidden, state, state)  # u, B, C
         self.project = nn.Linear(site.dim, sum(self.widths), bias=False)
         self.convolution = ShortConvolution(hidden + 2 * state, convolution, bias=True)

@@ -9,11 +9,11 @@
 
 The first 2 R numbers of B and C turn in pairs. That is a complex decay alpha exp(i dt theta), which counts modulo n, as
 no decay in (0, 1] can. lambda = 1 is Mamba-2's step (Euler). The term of t - 1 replaces the convolution. MIMO is left
-out. At the start dt is log-uniform in 0.001 to 0.1; softplus(a) is at least 1e-4. Time O(T (c + N) F) a sequence for
+out. At the start dt is log-uniform in 0.001 to 0.1. The least softplus(a) is 1e-4. Time O(T (c + N) F) a sequence for
 chunks of c = 32, memory O(T c H) for the scores and N F for each chunk. The state is S, k, x and phi,
 N F + H N + F + H R numbers a sequence. There are no positions. The traps: a single weight for x_t, covering its own
-term and what t + 1 adds, shows y_t the next token, so here the sum runs over inputs one token late; and phi grows
-without bound, until float32 cannot hold the angle: it is summed in float64, in whole turns, modulo 1.
+term and what t + 1 adds, shows y_t the next token, so here the sum runs over inputs one token late. The angle phi grows
+without bound, until float32 cannot hold it: it is summed in float64, in whole turns, modulo 1.
 """
 
 import math

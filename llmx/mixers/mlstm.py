@@ -6,10 +6,10 @@
     y_t = W_o (sigmoid(W_g x_t) * norm_h(h_t))                      norm_h: LayerNorm over the V channels of a head
 
 The input gate is an exponential without bound, so memory and normaliser are kept divided by exp(m), where m is the
-largest exponent so far; h does not depend on m. K = D / (2 H), V = D / H. Time O(T (c + K) D) a sequence, memory O(T c)
+largest exponent so far. h does not depend on m. K = D / (2 H), V = D / H. Time O(T (c + K) D) a sequence, memory O(T c)
 a head for chunks of c = 32. The state is C, n and m, (K V + K + 1) H numbers a sequence. There are no positions. The
-traps: the 1 of the unscaled max(|n . q|, 1) has to be divided too, into exp(-m), or h changes with m; and a chunk needs
-the m of each of its rows, that of the memory before it included.
+traps: the 1 of the unscaled max(|n . q|, 1) has to be divided too, into exp(-m), or h changes with m. A chunk needs the
+m of each of its rows, that of the memory before it included.
 """
 
 from typing import NamedTuple
@@ -132,7 +132,7 @@ def mlstm(
         exponent = total[..., :, None] - total[..., None, :] + input_gate[..., None, :] - row[..., None]
         weights = exponent.masked_fill(ahead, float("-inf")).exp()  # (B, N, H, c, c)
         read = (query @ key.transpose(-1, -2) * weights) @ both
-        left = (total[..., -1:] - total + input_gate - end).exp()[..., None]  # what the end has of each token
+        left = (total[..., -1:] - total + input_gate - end).exp()[..., None]  # each token's share at the end
         local = key.transpose(-1, -2) @ (both * left)  # (B, N, H, K, V + 1)
         fade = (total[..., -1:] + begin - end).exp()[..., None]  # (B, N, H, 1, 1)
         known = None if state is None else torch.cat((state.memory, state.normalizer[..., None]), -1)

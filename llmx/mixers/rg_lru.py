@@ -6,9 +6,9 @@
     y_t = W_o (h_t * gelu(W_g x_t))
 
 Between the projections each channel stands by itself. sqrt(1 - a^2) keeps the size of h whatever the decay. L starts
-where a^8, the decay of a fully open gate, is uniform in 0.9 to 0.999, as in the paper; RecurrentGemma's code has a
+where a^8, the decay of a fully open gate, is uniform in 0.9 to 0.999, as in the paper. RecurrentGemma's code has a
 there. Time O(T D F), memory O(T F). The state is h and the last 3 inputs of the convolution, 4 F numbers a sequence.
-The traps: near a = 1, 1 - a^2 is all rounding, so it is -expm1(2 log a), whose root has an infinite slope at 0; and the
+The traps: near a = 1, 1 - a^2 is all rounding, so it is -expm1(2 log a), whose root has an infinite slope at 0. The
 first token of a text, with nothing to average with, enters without the root, as in RecurrentGemma (the paper is
 silent), so positions matter even here.
 """

@@ -9,7 +9,7 @@
 
 The maps f are of low rank. exp(-exp(-softplus(-f) - 1/2)) is the same w, which stays above 0.545. Time O(T D (D + K)) a
 sequence in chunks, memory O(T (D + c H)). The state is S and the last x, D (K + 1) numbers a sequence. The traps: the
-erased value is read from S_{t-1} before it fades; v^(1) has to be there in every form; and the start decides: output 0,
+erased value is read from S_{t-1} before it fades. v^(1) has to be there in every form. The start decides: output 0,
 orthogonal maps, rates spread over channels and layers. The rest of the paper is left to the network: a norm after the
 embedding, no weight decay on the low-rank maps, twice the learning rate for the bias of w.
 """

@@ -4,11 +4,11 @@
     h_t = exp(dt A) h_{t-1} + (exp(dt A) - 1) / A u_t                  exact where u stands still for dt (ZOH)
     K_l = 2 Re sum_n C_n (exp(dt A_n) - 1) / A_n exp(l dt A_n),   v = K * u + E u,   y_t = GLU(W gelu(v_t) + b)
 
-Start (S4D-Lin): A_n = -1/2 + i pi n; dt log-uniform over channels in 0.001 to 0.1; C normal; B is 1, absorbed by C.
-Time O(T (log T + N) D) by transforms padded to 2 T, memory O(T D + T^0.5 N D). The state is h, N D numbers a sequence.
-There are no positions. The traps: unpadded transforms wrap the end of the text round to its beginning; exp(dt A) - 1
-loses its digits where dt is small, so it is expm1; and half of the modes stand for their conjugates, hence the 2. The
-authors train A and dt at a smaller rate; here all share one.
+Start (S4D-Lin): A_n = -1/2 + i pi n, dt log-uniform over channels in 0.001 to 0.1, C normal, B = 1, absorbed by C. Time
+O(T (log T + N) D) by transforms padded to 2 T, memory O(T D + T^0.5 N D). The state is h, N D numbers a sequence. There
+are no positions. The traps: unpadded transforms wrap the end of the text round to its beginning. exp(dt A) - 1 loses
+its digits where dt is small, so it is expm1. Half of the modes stand for their conjugates, hence the 2. The authors
+train A and dt at a smaller rate. Here all share one.
 """
 
 import math
@@ -67,7 +67,7 @@ class S4D(StatefulMixer[S4DState]):
         exponent, write, read = self._discrete()
         powers = _powers(exponent, x.shape[1])
         mixed = long_convolution(x, _kernel(read * write, exponent, x.shape[1]))
-        kept = exponent.exp() * state.modes  # what the first token finds
+        kept = exponent.exp() * state.modes  # the state that the first token finds
         mixed = mixed + 2 * torch.einsum("bdn,dnt->btd", read * kept, powers).real
         written = write * torch.einsum("btd,dnt->bdn", x.to(powers.dtype), powers.flip(-1))
         return self._mix(x, mixed), S4DState(powers[..., -1] * kept + written)

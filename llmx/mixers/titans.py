@@ -9,7 +9,7 @@
 M' is M at the end of the mini-batch before, of b = 8 tokens. Within one, a query reads a masked attention over errors,
 whose weights are a product of two triangles of decays, eta's and 1 - alpha's. T / b dependent steps of matrix products,
 time O(T (b + K) D), memory O(T K D / b). The state is M', M, S and the last 3 inputs of the convolution, 3 K D + 9 D
-numbers a sequence; the first M is learned. There are no positions. The memory is linear here, the shallowest of the
+numbers a sequence. The first M is learned. There are no positions. The memory is linear here, the shallowest of the
 paper's. The paper leaves open how the rates depend on x, and there are the traps: b gradients at one M' overshoot b
 times over where keys agree, and momentum 1 / (1 - eta) times more; theta divides both out. And S moves M at each token,
 written or not, so padding inside a mini-batch has to hold M still.
@@ -112,9 +112,9 @@ class Titans(StatefulMixer[TitansState]):
             query, key, value, rate, log_keep, log_momentum = (batches.cut(y) for y in inputs)  # (B, N, H, b, ...)
             kept, moved = _faded(log_keep), _faded(log_momentum)  # (B, N, H, b, b + 1)
             moves = kept[..., 1:] * batches.present[:, :, :, None]  # the share of each S in each M: 0 after padding
-            memory_keeps, momentum_keeps = kept[..., :1], moved[..., :1]  # of M and S before
+            memory_keeps, momentum_keeps = kept[..., :1], moved[..., :1]  # of the earlier M and S
             memory_moves = moves @ moved
-            carried, written = memory_moves.split((1, self.mini_batch), -1)  # of S before, and of each gradient
+            carried, written = memory_moves.split((1, self.mini_batch), -1)  # of the earlier S, and of each gradient
             written = written * rate[..., None, :]
             scores = (query @ key.mT) * written  # (B, N, H, b, b)
             into_memory = written[..., -1, :, None] * key  # each gradient in the last M, (B, N, H, b, K)

@@ -12,8 +12,8 @@ g_ts = sum of log a over s < r <= t,
 is a triangular system with ones on its diagonal, whose inverse is applied to v and to the part in S_0. From chunk to
 chunk S -> M S + C. Time O(T (c + K) (K + V)) a head in T / c dependent steps, memory O(T (c + K)) and K (K + V) numbers
 for each chunk. The state is S, K V numbers a head. The traps: the decay comes before the erasure, so the erased value
-has faded; the triangle is strict; exp(-sum of log a) overflows; and the difference of two long sums has lost the short
-one, so here every g_ts is a sum of its own, of numbers with one sign. Sums are float32 at least, under autocast too.
+has faded. The triangle is strict. exp(-sum of log a) overflows. The difference of two long sums has lost the short one,
+so here every g_ts is a sum of its own, of numbers with one sign. Sums are float32 at least, under autocast too.
 """
 
 import torch
@@ -33,8 +33,8 @@ def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def unit_heads(u: Tensor, key_heads: int, key_dim: int, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Query and key (B, T, G, K) of length 1, the query / sqrt(K), and value (B, T, H, V), from what was convolved,
-    (B, T, 2 G K + H V); without T in `step`."""
+    """Query and key (B, T, G, K) of length 1, the query / sqrt(K), and value (B, T, H, V), from the convolution's
+    output (B, T, 2 G K + H V), without T in `step`."""
     keys = key_heads * key_dim
     query, key, value = F.silu(u).split((keys, keys, u.shape[-1] - 2 * keys), -1)
     query, key = (l2_norm(y.unflatten(-1, (key_heads, key_dim))) for y in (query, key))

@@ -10,11 +10,11 @@ Inside a chunk of c tokens, with G the sums of log a and u_t = S_{t-1}^T r_t the
 
 is a triangular system with ones on its diagonal, whose inverse is applied to the known part and to the part in S_0.
 From chunk to chunk S -> M S + C. Time O(T (c + K) (K + V)) a head in T / c dependent steps, memory O(T (c + K)) and
-K (K + V) numbers for each chunk. The traps: u_t reads S_{t-1} before it has faded by a_t, the query after; and
-exp(-G_s) alone overflows. exp(G_t - m) and exp(m - G_s) do not where the decay has a floor: with log a > -0.61, as in
-RWKV-7, c = 32 and m half of what a chunk can fade, both are below e^9.7, and no factor loses precision by being large.
-m is not the middle of the decays at hand, which would let rounding see the future. Sums are float32 at least, under
-autocast too.
+K (K + V) numbers for each chunk. The traps: u_t reads S_{t-1} before it has faded by a_t, the query after. exp(-G_s)
+alone overflows. exp(G_t - m) and exp(m - G_s) do not where the decay has a floor: with log a > -0.61, as in RWKV-7,
+c = 32 and m half of what a chunk can fade, both are below e^9.7, and no factor loses precision by being large. m is not
+the middle of the decays at hand, which would let rounding see the future. Sums are float32 at least, under autocast
+too.
 """
 
 import math

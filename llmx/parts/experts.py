@@ -2,10 +2,11 @@
 
 Rows are sorted by expert, and every expert multiplies its own slice of them. That costs the arithmetic of k experts a
 token, not of all E. An expert takes any number of tokens: none is dropped, and no token's output depends on another's.
-The slices depend on the data; each grouped product is one operator, which a compiler leaves whole. Measured, 64 x 32
-tokens of dim 128, forward and backward, fp32, one thread of an AMD EPYC: 8 experts of 170, two a token, take 49 ms
-(all experts on all tokens: 311); 32 experts of 64, four a token, take 62 (375). On a GPU the operator waits for the
-slices' lengths; torch's own grouped_mm does not, but takes neither float64 nor rows whose bytes are no multiple of 16.
+The slices depend on the data. Each grouped product is one operator, which a compiler leaves whole. Measured with
+64 x 32 tokens of dim 128, forward and backward, fp32, on one thread of an AMD EPYC: 8 experts of 170, two a token, take
+49 ms (all experts on all tokens: 311 ms), and 32 experts of 64, four a token, take 62 ms (375 ms). On a GPU the
+operator waits for the slices' lengths. Torch's own grouped_mm does not, but takes neither float64 nor rows whose bytes
+are no multiple of 16.
 """
 
 from typing import Any

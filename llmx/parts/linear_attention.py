@@ -3,13 +3,13 @@
     S_t = diag(a_t) S_{t-1} + k_t v_t^T        (K, V) a head; a_t = exp(log_decay_t) in (0, 1]
     o_t = S_t^T q_t  =  sum_{s <= t} (q_t . exp(G_t - G_s) k_s) v_s + S_0^T (exp(G_t) q_t),     G the sums of log a
 
-`scalar_decay` has one a_t a head, as RetNet, lightning attention and Mamba-2; `vector_decay` one a channel of the key,
-as GLA and HGRN2. Inside a chunk of c tokens the sum is taken as it stands, between chunks S is carried: time
+`scalar_decay` has one a_t a head, as RetNet, lightning attention and Mamba-2. `vector_decay` has one a channel of the
+key, as GLA and HGRN2. Inside a chunk of c tokens the sum is taken as it stands, between chunks S is carried: time
 O(T (c + K) V), memory O(T c) for the scores and K V numbers for each chunk. The state is S, K V numbers a head.
 
 The trap: exp(G_t - G_s) as a product of exp(G_t) q_t and exp(-G_s) k_s turns everything into matrix products, but
 overflows as soon as a chunk forgets by e^88. Here no exponent is ever positive: a scalar decay has its differences
-taken pair by pair; a vector decay has them split at a token r between s and t (llmx/parts/vector_scores.py). All sums
+taken pair by pair. A vector decay has them split at a token r between s and t (llmx/parts/vector_scores.py). All sums
 are float32 at least, under autocast too. Where outputs are bfloat16, so are their factors, but never those of S.
 """
 

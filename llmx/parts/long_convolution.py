@@ -1,7 +1,7 @@
 """A causal convolution as long as the text, by fast Fourier transforms: O(T log T) a channel.
 
 The trap: a product of spectra is a circular convolution, where the end of the text wraps round to its beginning and
-every position sees the future; both sides are padded with zeros to 2 T. Only rounding is left of the future.
+every position sees the future. Both sides are padded with zeros to 2 T. Only rounding is left of the future.
 """
 
 import torch

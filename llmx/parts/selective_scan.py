@@ -3,7 +3,7 @@
     h_t = exp(dt_t A) * h_{t-1} + (dt_t x_t) B_t^T,    y_t = h_t C_t        h (F, N), dt and x (F,), B and C (N,)
 
 The states of all times are T F N numbers, which are only passed through. A piece of the text at a time, small enough
-for a processor's cache, they are made, read out and forgotten. The state before each piece is kept; the backward pass
+for a processor's cache, they are made, read out and forgotten. The state before each piece is kept. The backward pass
 makes the others again. Time O(T F N), memory O(T F + T F N / P) for pieces of P tokens. Within a piece it is the scan
 of llmx/parts/scan.py, with its precision. Gradients of gradients are not provided.
 """

@@ -4,7 +4,7 @@
 
 Time O(T D w). The state is the last w - 1 inputs, (w - 1) D numbers. Written as w products of whole sequences: grouped
 convolutions are slower on a CPU. The traps: padding on both sides, or w on the left and no cut on the right, reads the
-future; and the padding of a continued text is its last tokens, not zeros.
+future. The padding of a continued text is its last tokens, not zeros.
 """
 
 from typing import Any
