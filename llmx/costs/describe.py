@@ -15,12 +15,10 @@ skips masked entries does half of that term.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
-import rich
 import torch
 from rich.console import Group as Lines
 from rich.console import RenderableType
@@ -91,13 +89,6 @@ class Description:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-    def show(self, format: Literal["table", "json"] = "table") -> None:
-        """Prints the description."""
-        if format == "json":
-            print(json.dumps(self.to_dict(), indent=2))
-        else:
-            rich.print(self.render())
 
     def render(self) -> RenderableType:
         """For people, in as few as 80 columns."""

@@ -1,1 +1,1 @@
-"""The verb `sweep`: many runs of `fit` over a search space, shared by any number of processes, resumable."""
+"""The verb `sweep`: many runs of `fit` over a search space; any number of processes share it, and it can resume."""

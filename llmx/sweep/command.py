@@ -52,7 +52,7 @@ def run(arguments: list[str], execute: Execute, parse: Parse) -> int:
         storage=open_storage(options.storage or _default_storage(trainer.default_root_dir)),
         space=space,
         points=points if trials is None else None,
-        trials=trials,
+        wanted=trials,
         prune=(trials is not None) if space.prune is None else space.prune,
         seeds=seeds,
         fit=[*fit, "--trainer.devices", "1"] if trainer.devices == "auto" else fit,

@@ -1,11 +1,11 @@
-"""The search space: YAML with a config key a line.
+"""The search space: a YAML file with one config key a line.
 
 space:
-  model.optimizer.init_args.lr: {low: 1e-4, high: 1e-2, log: true}    # a range; of integers if both ends are
+  model.optimizer.init_args.lr: {low: 1e-4, high: 1e-2, log: true}    # a range; integers if both ends are
   model.network.block.mixer.heads: {values: [2, 4, 8]}                # values of any kind
-  config: {values: [configs/llama.yaml, {data: {window: 64}}]}        # files, or what differs from --config
-trials: 20      # left out where every key has values: all combinations are run
-prune: true     # stops what is worse than the median of the others so far; off for all combinations
+  config: {values: [configs/llama.yaml, {data: {window: 64}}]}        # files, or changes to --config
+trials: 20      # leave it out if every key has values: then all combinations run
+prune: true     # stops a run that is worse than the median of the others so far; default: only with trials
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 Plain = str | int | float | bool | None
 Point = dict[str, Plain]
-NEAR = 0.05  # the share of a range that counts as its edge
+NEAR = 0.05  # share of a range that counts as its edge
 
 
 @dataclass(frozen=True)
 class Values:
-    """One of a few values; lists and mappings are kept as the text that the command line takes."""
+    """A few values; lists and mappings are kept as text for the command line."""
 
     values: tuple[Plain, ...]
 
@@ -41,7 +41,7 @@ class Values:
 
     @property
     def ends(self) -> tuple[float, float] | None:
-        """The lowest and the highest, where all are numbers and there are two."""
+        """The lowest and the highest value, if all are numbers and there are at least two."""
         numbers = [value for value in self.values if _is_number(value)]
         return (min(numbers), max(numbers)) if len(numbers) == len(self.values) > 1 else None
 
@@ -52,7 +52,7 @@ class Values:
 
 @dataclass(frozen=True)
 class Range:
-    """From `low` to `high`, both included; of integers where both are integers."""
+    """From `low` to `high`, both included; integers if both are integers."""
 
     low: float
     high: float
@@ -69,7 +69,7 @@ class Range:
         return self.low, self.high
 
     def edge(self, value: Any) -> str | None:
-        """The end that a value lies at: within a twentieth of the range, on a logarithmic one in the logarithm."""
+        """The end that a value is near: within NEAR of the range, in logarithms if the range is logarithmic."""
         low, high, at = (math.log(x) if self.log else x for x in (self.low, self.high, value))
         share = (at - low) / (high - low)
         return "low" if share <= NEAR else "high" if share >= 1 - NEAR else None
@@ -77,21 +77,21 @@ class Range:
 
 @dataclass(frozen=True)
 class Space:
-    """What is searched, by config key."""
+    """The dimensions to search, by config key."""
 
     dimensions: dict[str, Values | Range]
     trials: int | None = None
     prune: bool | None = None
 
     def points(self) -> list[Point] | None:
-        """All combinations, the last key the fastest; None where a range has no end of them."""
+        """All combinations, the last key varying fastest; None if a range makes them endless."""
         columns = [d.values for d in self.dimensions.values() if isinstance(d, Values)]
         if len(columns) < len(self.dimensions):
             return None
         return [dict(zip(self.dimensions, row, strict=True)) for row in itertools.product(*columns)]
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data, to tell one space from another."""
+        """As plain data, to tell spaces apart."""
         return json.loads(json.dumps({key: asdict(dimension) for key, dimension in self.dimensions.items()}))
 
 
@@ -101,8 +101,8 @@ def flags(point: Point) -> list[str]:
 
 
 def with_point(command: list[str], point: Point) -> list[str]:
-    """A command of `fit` for a point. A config of the point comes after those of the command and before all its other
-    flags, so that these have the last word."""
+    """The command of `fit` for a point. A config of the point stands after those of the command, and before all other
+    flags, which therefore win."""
     chosen = flags(point)
     place = max((i + 2 for i, word in enumerate(command) if word == "--config"), default=command.index("fit") + 1)
     configs = [word for flag in chosen if flag.startswith("--config=") for word in flag.split("=", 1)]
@@ -117,11 +117,11 @@ def read_space(path: str) -> Space:
     """The space of a YAML file.
 
     Raises:
-        UserError: for a file that cannot be read, and for whatever in it is not a space; the message names the key.
+        UserError: for a file that cannot be read or is not a space; the message names the key.
     """
     content = read_yaml(path, "sweep: ", _Loader)
     if not isinstance(content, dict) or not content.keys() <= {"space", "trials", "prune"}:
-        raise UserError(f"{path}: give a mapping of space, and if need be trials and prune, and nothing else")
+        raise UserError(f"{path}: give a mapping of space, and optionally trials and prune")
     space = content.get("space")
     if not isinstance(space, dict) or not space:
         raise UserError(f"space: empty in {path}; give at least one config key with its values or range")
@@ -137,7 +137,7 @@ def _dimension(key: str, given: Any) -> Values | Range:
     if isinstance(given, dict) and given.keys() == {"values"}:
         return _values(key, given["values"])
     if not isinstance(given, dict) or not {"low", "high"} <= given.keys() <= {"low", "high", "log", "step"}:
-        raise UserError(f"{key}: give either values, a list, or low and high and if need be log or step")
+        raise UserError(f"{key}: give either values, a list, or low and high, and optionally log or step")
     low, high = _number(f"{key}.low", given["low"]), _number(f"{key}.high", given["high"])
     step = None if given.get("step") is None else _number(f"{key}.step", given["step"])
     log = given.get("log", False)
@@ -176,7 +176,7 @@ def _is_number(value: Any) -> TypeGuard[float]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads 1e-3 as the number that it is, as the parser of `fit` does; YAML 1.1 wants 1.0e-3."""
+    """Reads 1e-3 as a number, as the parser of `fit` does; YAML 1.1 wants 1.0e-3."""
 
 
 _Loader.add_implicit_resolver(

@@ -17,6 +17,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Protocol
 
@@ -43,20 +44,15 @@ CREATION = 5.0  # seconds within which the process that creates a study sets the
 POLL = 1.0  # seconds between two looks at the trials of other processes
 
 
-class Executed(Protocol):
-    """What a sweep reads after a command was executed."""
-
-    trainer: Any  # callback_metrics
-    datamodule: Any  # protocol
-    model: Any  # leaking, causality
-
-
 class Execute(Protocol):
-    """Executes a command of the trainer; the run's record names `recorded` as its command line."""
+    """Executes a command of the trainer; the run's record names `recorded` as its command line.
+
+    Returns an object with `trainer`, `datamodule` and `model`.
+    """
 
     def __call__(
         self, command: Command, callbacks: Sequence[ReportToStudy] = (), recorded: list[str] | None = None
-    ) -> Executed: ...
+    ) -> Any: ...
 
 
 Parse = Callable[[Command], Any]  # a command -> its settings
@@ -66,63 +62,51 @@ class Covered(Exception):
     """An earlier trial covers this point."""
 
 
+@dataclass
 class Sweep:
     """Runs the missing trials of a study.
-
-    Args:
-        name: of the study.
-        storage: the database that holds the study.
-        space: the dimensions to search.
-        points: all points to run; None if a sampler chooses them.
-        trials: how many trials to run, if a sampler chooses.
-        prune: whether to stop a run early that is worse than the median of the others.
-        seeds: of the runs of each point; None for one run with the seed of the config.
-        fit: the arguments that all runs share.
-        identity: settings that all processes of the study have to share, today and later.
-        execute: runs a command.
-        say: prints a line.
 
     Raises:
         UserError: for a study that belongs to another sweep.
     """
 
-    def __init__(
-        self,
-        name: str,
-        storage: RDBStorage,
-        space: Space,
-        points: list[Point] | None,
-        trials: int | None,
-        prune: bool,
-        seeds: list[int] | None,
-        fit: list[str],
-        identity: dict[str, Any],
-        execute: Execute,
-        say: Callable[[str], None],
-    ):
-        self.space, self.points, self.wanted = space, points, trials
-        self.prune, self.seeds, self.fit = prune, seeds, fit
-        self.execute, self.say = execute, say
+    name: str
+    storage: RDBStorage  # the database that holds the study
+    space: Space
+    points: list[Point] | None  # all points to run; None if a sampler chooses them
+    wanted: int | None  # how many trials to run, if a sampler chooses
+    prune: bool  # whether to stop a run early that is worse than the median of the others
+    seeds: list[int] | None  # of the runs of each point; None for one run with the seed of the config
+    fit: list[str]  # the arguments that all runs share
+    identity: dict[str, Any]  # settings that all processes of the study have to share, today and later
+    execute: Execute
+    say: Callable[[str], None]  # prints a line
+
+    def __post_init__(self) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        sampler = TPESampler() if points is None else RandomSampler()  # the queued points leave it no choice
-        pruner = optuna.pruners.MedianPruner() if prune else optuna.pruners.NopPruner()
+        settings: dict[str, Any] = {
+            "study_name": self.name,
+            "storage": self.storage,
+            "sampler": TPESampler() if self.points is None else RandomSampler(),  # the queue leaves it no choice
+            "pruner": optuna.pruners.MedianPruner() if self.prune else optuna.pruners.NopPruner(),
+        }
         try:
-            self.study = optuna.create_study(study_name=name, storage=storage, sampler=sampler, pruner=pruner)
-            self.study.set_user_attr("sweep", identity)
+            self.study = optuna.create_study(**settings)
+            self.study.set_user_attr("sweep", self.identity)
         except DuplicatedStudyError:
-            self.study = optuna.load_study(study_name=name, storage=storage, sampler=sampler, pruner=pruner)
-        self._check(name, identity)
+            self.study = optuna.load_study(**settings)
+        self._check_identity()
         self.first = len(self.study.get_trials(deepcopy=False))  # number of this session's first trial
 
-    def _check(self, name: str, identity: dict[str, Any]) -> None:
+    def _check_identity(self) -> None:
         deadline = time.monotonic() + CREATION
         while (held := self.study.user_attrs.get("sweep")) is None and time.monotonic() < deadline:
             time.sleep(0.1)
-        other = [key for key in identity if held is None or held[key] != identity[key]]
+        other = [key for key, value in self.identity.items() if held is None or held[key] != value]
         if other:
             what = "was not made by sweep" if held is None else f"has other {' and '.join(other)}"
             shown = f": {json.dumps(held[other[0]])}" if held is not None and other[0] != "settings" else ""
-            raise UserError(f"study: {name} {what}{shown}; give a new one a name, --study NAME")
+            raise UserError(f"study: {self.name} {what}{shown}; give a new one a name, --study NAME")
 
     def trials(self) -> list[FrozenTrial]:
         """All trials except those that never began and failures that were tried again."""
@@ -262,7 +246,7 @@ def open_storage(url: str) -> RDBStorage:
     raise UserError(f"storage: {shown} cannot be opened: {' '.join(str(failure).split())}")
 
 
-def _fit(execute: Execute, arguments: list[str], callback: ReportToStudy) -> Executed:
+def _fit(execute: Execute, arguments: list[str], callback: ReportToStudy) -> Any:
     """`fit` as if in a fresh process; prints to stderr."""
     gc.collect()
     if torch.cuda.is_available():

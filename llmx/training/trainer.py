@@ -16,7 +16,6 @@ from llmx.audits.equivalence import EquivalenceReport, audit_equivalence
 from llmx.audits.hidden_future import hidden_future_loss
 from llmx.audits.live_run import audit_live_run
 from llmx.audits.parameters import ParametersReport
-from llmx.costs.describe import describe
 from llmx.data.datamodule import TextDataModule
 from llmx.runs.archive import read_checkpoint
 from llmx.training.module import LanguageModel
@@ -66,9 +65,10 @@ class Trainer(pl.Trainer):
     ) -> None:
         """Describe the network: parameters, FLOPs and state, layer by layer and in sum.
 
+        The command line carries this out itself, before there is a trainer; the signature makes its flags.
+
         Args:
             model: whose network is described.
             length: tokens of the sequence whose FLOPs and state are given; the window if not given.
             format: a table for people, or json.
         """
-        describe(model.network, model.window if length is None else length).show(format)
