@@ -8,6 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from llmx import display
 from llmx.cli.resume import Checkpoint
 from llmx.data.datamodule import Split, TextDataModule
 from llmx.errors import UserError
@@ -55,10 +56,10 @@ def _loss(
     said = []
     seen = data.share_within(split, model.trained_on.get(data.source.sha256, 0.0))
     if loss is not None and seen:
-        said.append(f"{100 * seen:.3g} % of this {split} split is text that its weights were trained on.")
+        said.append(f"{display.percent(seen)} of this {split} split is text that its weights were trained on.")
     share = trainer.callback_metrics.get(f"{split}/measured")
     if share is not None and share < 1:
-        said.append(f"Only {100 * share:.3g} % of this {split} split was measured.")
+        said.append(f"Only {display.percent(share.item())} of this {split} split was measured.")
     if model.leaking:
         said.append("LEAKING: this network sees the future, its numbers mean nothing.")
     if chosen:
@@ -68,7 +69,7 @@ def _loss(
     if loss is not None:
         unit = model.tokenizer.unit
         said.append(
-            f"{split} loss {loss:.4f} nats per {unit}, perplexity {perplexity(loss):.4f}, "
+            f"{split} loss {display.loss(loss)} nats per {unit}, perplexity {perplexity(loss):.4f}, "
             f"{bits(loss):.4f} bits per {unit}."
         )
     return said

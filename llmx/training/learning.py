@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from llmx import display
 from llmx.audits.parameters import ParametersReport, audit_parameters
 from llmx.config.factories import build
 from llmx.data.datamodule import TextDataModule
@@ -85,7 +86,7 @@ class GradientLearning:
         highest = max(map(scheduler.lr_lambdas[0], range(0, total, 1 + total // 1000)), default=1.0)
         if highest < 0.9:
             rank_zero_info(
-                f"model.schedule: in {total:,} steps the learning rate rises to {100 * highest:.3g} % of that of "
+                f"model.schedule: in {total:,} steps the learning rate rises to {display.percent(highest)} of that of "
                 "model.optimizer, and no further."
             )
 

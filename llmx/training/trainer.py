@@ -11,6 +11,7 @@ import numpy as np
 import rich
 import torch
 
+from llmx import display
 from llmx.audits.causality import audit_causality
 from llmx.audits.equivalence import EquivalenceReport, audit_equivalence
 from llmx.audits.hidden_future import hidden_future_loss
@@ -55,8 +56,9 @@ class Trainer(pl.Trainer):
             with autocast():
                 honest = hidden_future_loss(model.network, np.asarray(datamodule.tokens("val")), counts, model.window)
             rich.print(
-                f"val loss with the future hidden: {honest.loss:.4f} nats, "
-                f"mean of {honest.draws} draws (spread {honest.spread:.4f}) over {honest.predictions:,} characters"
+                f"val loss with the future hidden: {display.loss(honest.loss)} nats, "
+                f"mean of {honest.draws} draws (spread {display.loss(honest.spread)}) "
+                f"over {honest.predictions:,} characters"
             )
         return not (report.leaking or any(other.failing for other in others))
 
