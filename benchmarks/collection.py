@@ -18,11 +18,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
-
 from llmx import LanguageModel
 from llmx.config.bases import read_config
+from llmx.parts.counting import count_bytes
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
@@ -64,10 +62,9 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
 def state_bytes(model: LanguageModel, length: int) -> int | None:
     """None where the network is for fewer tokens."""
     try:
-        leaves = tree_leaves(model.network.init_state(1, length))
+        return count_bytes(model.network.init_state(1, length))
     except ValueError:
         return None
-    return sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, Tensor))
 
 
 def header(row: dict[str, Any]) -> str:

@@ -21,8 +21,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from benchmarks.collection import CONFIGS, collection
 from benchmarks.device import DEVICE, now
@@ -31,6 +29,7 @@ from benchmarks.peers import RECURRENT, Shape
 from benchmarks.train import Mode, prepare_loop
 from llmx.config.bases import read_config
 from llmx.config.factories import components_by_name, from_config
+from llmx.parts.counting import count_bytes
 from llmx.protocol import Network
 from llmx.training.hardware import fast_precision, keep_freed_memory
 
@@ -91,8 +90,7 @@ def prepare_training(build: Callable[[Shape], Any], steps: int, tokens: int) -> 
 
 
 def state_bytes(network: Network, length: int) -> float:
-    state = network.to("meta").init_state(1, length)
-    return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(state) if isinstance(leaf, Tensor))
+    return count_bytes(network.to("meta").init_state(1, length))
 
 
 @torch.inference_mode()

@@ -41,7 +41,7 @@ _KIND_OF_TYPE: dict[type, str] = {
     Norm: "norms",
     Head: "head",
 }
-_KIND_OF_NAME = {"norm": "norms", "head": "head"}  # in a network that is no Decoder
+_KIND_OF_NAME = {"norm": "norms", "head": "head"}  # in networks other than Decoder
 
 
 @dataclass(frozen=True)
