@@ -50,6 +50,5 @@ class ExpertChoice(FeedForward):
         counts = torch.full((experts,), batch * tokens, device=x.device)
         outputs = self.experts.run(x.flatten(0, 1).index_select(0, places), counts)
         weighted = outputs * weights.flatten()[:, None]
-        return (
-            weighted.new_zeros(batch * time, x.shape[2]).index_add(0, places, weighted).view(x.shape).to(outputs.dtype)
-        )
+        summed = weighted.new_zeros(batch * time, x.shape[2]).index_add(0, places, weighted)
+        return summed.view(x.shape).to(outputs.dtype)
