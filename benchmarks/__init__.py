@@ -1,1 +1,4 @@
-"""Speed against peers, as ratios within one run: `python -m benchmarks.train`, `.generate`, `.startup`."""
+"""Speed against other libraries: `python -m benchmarks.train`, `.generate`, `.mixers`, `.scaling`, `.startup`.
+
+Also `robustness/` (injected faults, bad input, two nodes) and `league/` (all architectures under one protocol).
+"""

@@ -1,10 +1,10 @@
-"""Runs every config of the collection as it stands and keeps a row for each: loss, time, parameters, state.
+"""Runs every config of the collection unchanged and keeps a row for each: loss, time, parameters, state.
 
-python -m benchmarks.collection                    # those without a row, one after the other
-python -m benchmarks.collection llama gpt2         # these, again
+python -m benchmarks.collection                    # all configs without a row, one after the other
+python -m benchmarks.collection llama gpt2         # these again
 
-A row goes to docs/results/collection.json, and as a comment into the config's header. One run a config, one seed: the
-rows say what to expect, not which architecture is better.
+A row goes to docs/results/collection.json, and as a comment into the config's header. Each config runs once, with one
+seed. The rows say what to expect, not which architecture is better.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from llmx.parts.counting import count_bytes
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
 ROWS = ROOT / "docs" / "results" / "collection.json"
-LENGTHS = (32, 4096)  # tokens, at which the state is measured
+LENGTHS = (32, 4096)  # tokens after which the state is measured
 
 
 def collection() -> list[str]:
-    """The configs that run under the shared protocol."""
+    """The configs with the shared protocol."""
     shared = read_config(CONFIGS / "base.yaml")["data"]
     names = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem not in ("base", "transformer"))
     return [name for name in names if read_config(CONFIGS / f"{name}.yaml").get("data") == shared]
 
 
 def measure(name: str, folder: Path) -> dict[str, Any]:
-    """One run in a folder of its own."""
+    """Runs a config in a folder and returns its row."""
     command = [sys.executable, str(ROOT / "main.py"), "fit", "--config", str(CONFIGS / f"{name}.yaml")]
     quiet = ["--trainer.enable_progress_bar", "false", "--trainer.default_root_dir", str(folder)]
     subprocess.run([*command, *quiet], check=True, cwd=ROOT)
@@ -60,7 +60,7 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
 
 
 def state_bytes(model: LanguageModel, length: int) -> int | None:
-    """None where the network is for fewer tokens."""
+    """None if the network takes fewer tokens."""
     try:
         return count_bytes(model.network.init_state(1, length))
     except ValueError:
@@ -68,7 +68,7 @@ def state_bytes(model: LanguageModel, length: int) -> int | None:
 
 
 def header(row: dict[str, Any]) -> str:
-    """What a config says of its run."""
+    """The comment in a config about its run."""
     steps = f"{row['steps']:,} steps" if row["steps"] > 1 else "Counted once"
     loss = f"validation loss {row['loss']:.3f}{' (LEAKING: it means nothing)' if row['leaking'] else ''}"
     threads = "one thread" if row["threads"] == 1 else f"{row['threads']} threads"
@@ -76,7 +76,7 @@ def header(row: dict[str, Any]) -> str:
 
 
 def stamp(name: str, row: dict[str, Any]) -> None:
-    """Writes the row under the command in the header of the config, in place of an older one."""
+    """Writes the comment under the command in the config's header and replaces an older one."""
     path = CONFIGS / f"{name}.yaml"
     command = f"#   python main.py fit --config configs/{name}.yaml\n"
     older = r"(?:# (?:[\d,]+ steps|Counted once): validation loss .*\n)?"
@@ -86,12 +86,12 @@ def stamp(name: str, row: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="configs; those that have no row yet if none is named")
+    parser.add_argument("names", nargs="*", help="configs (default: all without a row)")
     names = parser.parse_args().names
     for name in names or [name for name in collection() if name not in read_rows()]:
         with tempfile.TemporaryDirectory() as folder:
             row = measure(name, Path(folder))
-        rows = {**read_rows(), name: row}  # read again: two of these may run side by side
+        rows = {**read_rows(), name: row}  # read again: another process may have added a row
         ROWS.write_text(json.dumps(dict(sorted(rows.items())), indent=1) + "\n")
         stamp(name, row)
         print(f"{name}: {header(row)}", flush=True)

@@ -1,4 +1,4 @@
-"""Where the benchmarks compute, and the clock that waits for it."""
+"""The device that the benchmarks compute on, and a clock that waits for it."""
 
 import time
 
@@ -8,7 +8,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def now() -> float:
-    """Seconds, after all that was launched has ended."""
+    """Seconds, once all kernels that were launched have ended."""
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()

@@ -1,7 +1,7 @@
 """Our recurrences against the kernels of flash-linear-attention, on a CUDA device: outputs and gradients.
 
-Both take the same numbers, in float32 (where the kernels multiply in TF32) and in bfloat16; log decays and rates stay
-float32. What is printed is |ours - theirs| / |exact| and, in brackets, |ours - exact| / |exact|, where exact is ours in
+Both get the same numbers, in float32 (where the kernels multiply in TF32) and in bfloat16. Log decays and rates stay
+float32. The program prints |ours - theirs| / |exact| and, in brackets, |ours - exact| / |exact|. Exact is ours in
 float64.
 
     pip install flash-linear-attention
@@ -31,15 +31,15 @@ from llmx.parts.dplr import dplr
 from llmx.parts.linear_attention import scalar_decay, vector_decay
 
 ROWS, TIME, HEADS, WIDTH = 2, 300, 2, 64
-SCALE = WIDTH**-0.5  # of the queries: the kernels' default, and outside of our recurrences
-EXACT = ("g", "beta")  # inputs that stay float32
+SCALE = WIDTH**-0.5  # scale of the queries: the kernels apply it by default, our recurrences do not
+EXACT = ("g", "beta")  # these inputs stay float32
 
 Inputs = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Recurrence:
-    """The same in both libraries, as functions of the inputs that `draw` makes."""
+    """One recurrence in both libraries, as functions of the inputs that `draw` makes."""
 
     draw: Callable[[], dict[str, Tensor]]
     ours: Callable[[Inputs], Tensor]
@@ -63,7 +63,7 @@ def gates() -> dict[str, Tensor]:
 
 
 def tied_gates() -> dict[str, Tensor]:
-    """A key writes what its channel forgets, as in HGRN2."""
+    """The key is one minus the decay, as in HGRN2."""
     g = F.logsigmoid(normal(WIDTH) + 2)
     return {**plain(), "k": 1 - g.exp(), "g": g}
 
@@ -82,14 +82,14 @@ def no_decay(x: Inputs) -> Tensor:
 
 
 def retention_decay(x: Inputs) -> Tensor:
-    """As llmx/mixers/retnet.py has it."""
+    """The decay of llmx/mixers/retnet.py."""
     exact = torch.promote_types(x["v"].dtype, torch.float32)
     heads = torch.arange(HEADS, device=x["v"].device, dtype=exact)
     return torch.log1p(-torch.exp2(-5 - heads)).expand(1, TIME, -1)
 
 
 def kernel(module: str, *names: str, **options: Any) -> Callable[[Inputs], Tensor]:
-    """The function chunk_`module` of fla.ops; its arguments by our names, in its order."""
+    """The function chunk_`module` of fla.ops; `names` are our names of its arguments, in its order."""
 
     def call(x: Inputs) -> Tensor:
         function = getattr(import_module(f"fla.ops.{module}"), f"chunk_{module}")
@@ -148,10 +148,10 @@ RECURRENCES = {
 
 
 def compare(recurrence: Recurrence, dtype: torch.dtype) -> dict[str, dict[str, float]]:
-    """Of the output o and of the gradient of every input: the relative errors of ours against theirs, and of ours."""
+    """Relative errors of the output o and of every input's gradient: ours against theirs, and ours against exact."""
     torch.manual_seed(0)
     drawn = {name: x.to(torch.float32 if name in EXACT else dtype) for name, x in recurrence.draw().items()}
-    weight = normal(WIDTH).to(dtype)  # of the output, in the loss
+    weight = normal(WIDTH).to(dtype)  # the loss is its product with the output
 
     def results(form: Callable[[Inputs], Tensor], exact: bool) -> dict[str, Tensor]:
         inputs = {name: x.to(DEVICE, torch.float64 if exact else x.dtype).requires_grad_() for name, x in drawn.items()}
@@ -182,10 +182,10 @@ def main() -> int:
             try:
                 row["errors"] = compare(recurrence, dtype)
                 line = "  ".join(
-                    f"{of} {error['ours_theirs']:.1e} ({error['ours_exact']:.0e})"
-                    for of, error in row["errors"].items()
+                    f"{value} {error['ours_theirs']:.1e} ({error['ours_exact']:.0e})"
+                    for value, error in row["errors"].items()
                 )
-            except Exception as error:  # one kernel's failure is a line
+            except Exception as error:  # a failing kernel becomes a line
                 row["error"] = line = f"{type(error).__name__}: {error}".strip()
             print(f"{name}, {row['dtype']}: {line}", flush=True)
             rows.append(row)

@@ -1,7 +1,7 @@
 """Generation with a cache: ours against transformers' `generate`, and the time to the first token of a long prompt.
 
-All in float32. Ours compiled, as a long generation is, and eager, as a short one; transformers' as by default. All draw
-from the plain softmax. On a CUDA device ours also replays either from a CUDA graph.
+All run in float32 and draw from the plain softmax. Ours runs compiled, as a long generation does, and eager, as a short
+one does; transformers runs with its defaults. On a CUDA device ours also replays both from a CUDA graph.
 
     python -m benchmarks.generate --out docs/results/generate.json
 """
@@ -31,7 +31,7 @@ Generate = Callable[["Text"], Tensor]  # -> prompts and continuations, or contin
 
 @dataclass(frozen=True)
 class Text(Case):
-    """Prompts of `prompt` characters, continued by `new` within the window."""
+    """Prompts of `prompt` characters, continued by `new` characters within the window."""
 
     batch_size: int = 1
     window: int = 32
@@ -57,10 +57,10 @@ def cases() -> list[Text]:
 
 
 class Replayed:
-    """`decode`, launched at once: a CUDA graph for every shape, on a state of its own that each replay advances.
+    """`decode` as one launch: a CUDA graph for every shape, whose own state each replay advances.
 
-    The state that a call returns is this one, so that only a new text's state, or what a step in between has replaced,
-    is copied. One text at a time.
+    A call returns the graph's own state. So only the state of a new text, or parts that a step has replaced, are
+    copied. It serves one text at a time.
     """
 
     def __init__(self, decode_at_once: Decode):
@@ -88,8 +88,8 @@ class Replayed:
             _copy(state, after)
             return following
 
-        for _ in range(3):  # compiles, and lets libraries set themselves up
-            _copy(inputs, given)  # again from the same position
+        for _ in range(3):  # compiles, and initialises libraries
+            _copy(inputs, given)  # from the same position each time
             advance()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -131,10 +131,10 @@ def prepare_transformers(build: Callable[..., Any], least: float) -> Measure:
 
 
 def _measure(continued: Generate, least: float, text: Text) -> float:
-    """Tokens per second over all rows, or seconds a call, in as many calls as take `least` seconds.
+    """Tokens per second over all rows, or seconds a call. Repeats the call for at least `least` seconds.
 
     Raises:
-        RuntimeError: for a continuation that stops early.
+        RuntimeError: if a continuation stops early.
     """
     calls, start, seconds = 0, now(), 0.0
     while seconds < least:
@@ -148,7 +148,7 @@ def _measure(continued: Generate, least: float, text: Text) -> float:
 
 def main() -> int:
     options = parser(__doc__)
-    options.add_argument("--seconds", type=float, default=1.0, help="that a contender has for a case in each round")
+    options.add_argument("--seconds", type=float, default=1.0, help="seconds for each contender and case in each round")
     chosen = options.parse_args()
     use_threads(chosen.threads)
     least = chosen.seconds

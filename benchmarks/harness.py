@@ -1,8 +1,8 @@
-"""Contenders measured in turns, and what is made of their numbers.
+"""Measures contenders in turns, and makes the table and the JSON file.
 
-Absolute speeds on a shared machine drift from minute to minute. So every contender waits, prepared, in a process of its
-own (its own compile caches, its own memory); they measure in turns, A B A B ..., after one round that is thrown away;
-and ratios are taken within a round, between numbers that are neighbours in time.
+Absolute speeds on a shared machine drift from minute to minute. So every contender prepares and waits in its own
+process, with its own compile caches and memory. They measure in turns, A B A B ..., and the first round is thrown away.
+Ratios are taken within a round, between numbers that are neighbours in time.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-# torch is imported only where it is needed: a process that only starts commands stays small, and so does the least
-# peak of memory that the system reports for its children
+# torch is imported only where it is needed. A process that only starts commands stays small without it, and so does
+# the peak of memory that the system reports for its children.
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -33,13 +33,13 @@ from rich.text import Text
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 PEER_PACKAGES = ("transformers", "litgpt", "x-transformers", "flash-linear-attention")
-WIDTH = 160  # of the table, at least: a narrower one would cut names and numbers
+WIDTH = 160  # smallest width of the table: a narrower one would cut names and numbers
 _SPAWN = multiprocessing.get_context("spawn")
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured; `unit` is one per second (`tokens/s`), where more is better, or `s`, where less is."""
+    """What is measured. In a unit per second (`tokens/s`) more is better, in `s` less is."""
 
     name: str
     unit: str = "tokens/s"
@@ -50,7 +50,11 @@ Measure = Callable[[Any], float]  # a Case -> the value in its unit
 
 @dataclass(frozen=True)
 class Contender:
-    """`prepare` runs once, in the contender's own process, so it must be picklable; `flags` says how it was run."""
+    """One side of a comparison.
+
+    prepare: runs once, in the contender's own process, so it must be picklable
+    flags:   how it runs, for the JSON file
+    """
 
     name: str
     prepare: Callable[[], Measure]
@@ -59,15 +63,15 @@ class Contender:
 
 @dataclass
 class Result:
-    """One contender in one case: the value of every round, in the case's unit; or why there is none."""
+    """One contender in one case: the value of every round in the case's unit, or the error."""
 
     case: Case
     contender: str
     flags: Mapping[str, Any]
     values: list[float]
-    peak_bytes: int = 0  # of the largest process of the contender so far; of the last round on a CUDA device
+    peak_bytes: int = 0  # the contender's largest process so far; on a CUDA device the last round
     error: str | None = None
-    roof_fraction: list[float] | None = None  # share of the machine's measured matrix product rate
+    roof_fraction: list[float] | None = None  # fraction of the machine's measured matrix product rate
 
 
 class Summary(NamedTuple):
@@ -81,15 +85,19 @@ def summarise(values: Sequence[float]) -> Summary:
 
 
 def speedups(ours: Sequence[float], theirs: Sequence[float], unit: str) -> list[float]:
-    """How many times as fast ours is, round by round. Raises ValueError for unequal numbers of rounds."""
+    """How many times as fast ours is, round by round.
+
+    Raises:
+        ValueError: for unequal numbers of rounds.
+    """
     quotients = [our / their for our, their in zip(ours, theirs, strict=True)]
     return [1 / quotient for quotient in quotients] if unit == "s" else quotients
 
 
 def measure_in_turns(contenders: Sequence[Contender], cases: Sequence[Case], repeats: int) -> list[Result]:
-    """All contenders in all cases, `repeats` rounds each after one that warms up.
+    """Measures all contenders in all cases, in `repeats` rounds after a warm-up round.
 
-    A contender that fails, or whose package is not installed, has `error` and no values from there on.
+    A contender that fails, or whose package is not installed, has an `error` and no values from then on.
     """
     workers = [_Worker(contender) for contender in contenders]
     results = []
@@ -114,7 +122,7 @@ def measure_in_turns(contenders: Sequence[Contender], cases: Sequence[Case], rep
 
 
 class _Worker:
-    """A contender's process, from this side."""
+    """A handle on a contender's process."""
 
     def __init__(self, contender: Contender):
         self.contender = contender
@@ -124,12 +132,12 @@ class _Worker:
         self.process = _SPAWN.Process(target=_serve, args=(contender.prepare, theirs), daemon=True)
         self.process.start()
         theirs.close()
-        self._receive()  # prepared: nothing else runs while it prepares
+        self._receive()  # waits until it is prepared, so that nothing else runs meanwhile
 
     def measure(self, case: Case) -> float | None:
         if self.error is not None:
             return None
-        with suppress(BrokenPipeError):  # it has ended, and nothing comes back either
+        with suppress(BrokenPipeError):  # the process has ended; _receive says so
             self.connection.send(case)
         return self._receive()
 
@@ -149,7 +157,7 @@ class _Worker:
 
 
 def _serve(prepare: Callable[[], Measure], connection: Connection) -> None:
-    """A contender's process, from inside: answers each case with (value, peak memory, error)."""
+    """Runs in a contender's process: answers each case with (value, peak memory, error)."""
     try:
         measure = prepare()
         connection.send((None, _peak_bytes(), None))
@@ -159,13 +167,15 @@ def _serve(prepare: Callable[[], Measure], connection: Connection) -> None:
             connection.send((value, _peak_bytes(), None))
     except ModuleNotFoundError as error:
         connection.send((None, 0, f"{error.name} is not installed"))
-    except Exception as error:  # one contender's failure is a line in the table
+    except Exception as error:  # a failing contender becomes a line in the table
         connection.send((None, 0, f"{type(error).__name__}: {error}"))
 
 
 def _peak_bytes() -> int:
-    """Peak memory of this process on its CUDA device, 0 for a contender that computes in a process of its own; without
-    a device peak resident memory of this process, or of the largest of its children that have ended."""
+    """Peak memory of this process on its CUDA device: 0 for a contender that computes in another process.
+
+    Without a device: peak resident memory of this process or of its largest child that has ended.
+    """
     if cuda := _cuda():
         return cuda.max_memory_allocated()
     largest = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
@@ -173,42 +183,46 @@ def _peak_bytes() -> int:
 
 
 def _forget_peak() -> None:
-    """On a CUDA device the peak is that of one round: the first ones also hold what compiling and tuning take."""
+    """Resets the peak on a CUDA device: the first rounds also hold memory for compiling and tuning."""
     if (cuda := _cuda()) and cuda.is_initialized():
         gc.collect()
         cuda.reset_peak_memory_stats()
 
 
 def _cuda() -> Any:
-    """torch.cuda where this process has imported torch and there is a device, else None."""
+    """torch.cuda if this process has imported torch and there is a device, else None."""
     torch = sys.modules.get("torch")
     return torch.cuda if torch is not None and torch.cuda.is_available() else None
 
 
 def run(command: Sequence[str]) -> None:
-    """Runs a command in the checkout. Raises RuntimeError with the end of what it said, should it fail."""
+    """Runs a command in the checkout.
+
+    Raises:
+        RuntimeError: if it fails, with the end of its output.
+    """
     result = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True)
     if result.returncode:
-        said = (result.stderr or result.stdout).strip()
-        raise RuntimeError(f"{' '.join(command)} ended with exit code {result.returncode}: {said[-500:]}")
+        output = (result.stderr or result.stdout).strip()
+        raise RuntimeError(f"{' '.join(command)} ended with exit code {result.returncode}: {output[-500:]}")
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """The options that all benchmarks share."""
     options = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     options.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of every contender")
-    options.add_argument("--repeats", type=int, default=5, help="rounds that count")
-    options.add_argument("--out", type=Path, help="JSON file for all that was measured")
+    options.add_argument("--repeats", type=int, default=5, help="rounds after the warm-up round")
+    options.add_argument("--out", type=Path, help="JSON file for all measurements")
     return options
 
 
 def use_threads(threads: int) -> None:
-    """Every process started from here on computes with this many threads."""
+    """Sets the threads of every process that starts from now on."""
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
 
 
 def finish(title: str, results: Sequence[Result], options: argparse.Namespace) -> int:
-    """Prints the table, writes the JSON file, and returns the exit code: 1 where a first contender, ours, failed."""
+    """Prints the table, writes the JSON file and returns the exit code: 1 if ours, a first contender, failed."""
     Console(width=max(Console().width, WIDTH)).print(table(title, results))
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -217,7 +231,7 @@ def finish(title: str, results: Sequence[Result], options: argparse.Namespace) -
 
 
 def table(title: str, results: Sequence[Result]) -> Table:
-    """A row a result; the first contender of every case is ours, which the others are compared with."""
+    """One row a result. The first contender of every case is ours, and the others are compared with it."""
     rows = Table(title=title, caption="median (min - max) of all rounds; ratios are taken round by round")
     for heading in ("case", "contender", "speed", "ours is ... times as fast", "of GEMM roof", "peak memory"):
         rows.add_column(heading, justify="left" if heading in ("case", "contender") else "right")
@@ -242,7 +256,7 @@ def table(title: str, results: Sequence[Result]) -> Table:
 
 
 def record(title: str, results: Sequence[Result], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that was measured and under what conditions, as plain data."""
+    """All measurements and their conditions, as plain data."""
     where = conditions()
     where["hardware"]["threads"] = options["threads"]
     rows = []
@@ -258,7 +272,7 @@ def record(title: str, results: Sequence[Result], options: Mapping[str, Any]) ->
 
 
 def conditions() -> dict[str, Any]:
-    """Where, and with which versions of ours and of the peers, something was measured; as plain data."""
+    """The machine, our version and the versions of the peers, as plain data."""
     from llmx.runs.provenance import provenance
 
     where = provenance()
@@ -281,7 +295,7 @@ def _span(values: Sequence[float]) -> str:
 
 
 def _number(value: float) -> str:
-    """Three significant digits, in full."""
+    """Three significant digits without an exponent."""
     return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
 
 

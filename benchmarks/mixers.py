@@ -1,9 +1,9 @@
-"""The collection side by side: training at three lengths, memory, decoding early and late, and what the state takes.
+"""The collection side by side: training at three lengths, memory, decoding early and late, bytes of the state.
 
-Every contender is the network of a config as it stands (dim 128, depth 4, about 0.80 M parameters), without its
-window, and with a `max_length` that all lengths fit into. Training goes through the loop of benchmarks.train with
-equally many tokens a step, so what rises with the length is what is not linear in it. Peers are transformers' PyTorch
-paths and, on a CUDA device, the kernels of flash-linear-attention, at the same dimensions.
+Every contender is the network of a config (dim 128, depth 4, about 0.80 M parameters) without its window, and with a
+`max_length` for all lengths. Training uses the loop of benchmarks.train with the same number of tokens a step, so time
+rises with the length only where cost is not linear in it. Peers are transformers' PyTorch paths and, on a CUDA device,
+the kernels of flash-linear-attention, at the same dimensions.
 
     python -m benchmarks.mixers                          # all configs that have a parallel form
     python -m benchmarks.mixers llama mamba gru --out docs/results/speed/mixers.json
@@ -34,23 +34,23 @@ from llmx.protocol import Network
 from llmx.training.hardware import fast_precision, keep_freed_memory
 
 LENGTHS = (256, 1024, 4096)
-EARLY, LATE, FAR = 100, 20_000, 100_000  # tokens before the ones that are timed; the state is only counted at FAR
-CHUNK = 500  # tokens of a prefill on the way there
-DECODED = 32  # tokens that are timed
+EARLY, LATE, FAR = 100, 20_000, 100_000  # tokens before the timed ones; at FAR only the state is counted
+CHUNK = 500  # tokens of each prefill before the timed tokens
+DECODED = 32  # timed tokens
 VOCABULARY = 65
 BASELINE = "llama"
-AT_ONCE = 4  # contenders beside it: each keeps a process and the memory of its longest text
+AT_ONCE = 4  # contenders beside the baseline: each keeps a process and the memory of its longest text
 
 
 def network_of(name: str) -> Callable[[Shape], Network]:
-    """The network of a config, as a function of the shape, of which it takes nothing but the vocabulary."""
+    """A function that builds the network of a config; it takes only the vocabulary size from the shape."""
     config = _in_full(read_config(CONFIGS / f"{name}.yaml")["model"]["network"], components_by_name())
     factory = from_config(config)
     return lambda shape: factory(shape.vocab_size)
 
 
 def _in_full(value: Any, known: dict[str, type]) -> Any:
-    """Short names of components as whole paths, a name alone as a class_path, room for the longest text."""
+    """The config with whole class paths, also for a name alone, and a max_length for the longest text."""
     if isinstance(value, dict):
         special = {"class_path": lambda item: _path(item, known), "max_length": lambda _: FAR}
         return {key: special[key](item) if key in special else _in_full(item, known) for key, item in value.items()}
@@ -64,7 +64,7 @@ def _path(name: str, known: dict[str, type]) -> str:
 
 
 def prepare(name: str, steps: int, tokens: int) -> Measure:
-    """Answers the cases `train N`, `decode N` and `state N`."""
+    """Prepares a function that answers the cases `train N`, `decode N` and `state N`."""
     keep_freed_memory()  # as `fit` does; peers run as their users run them
     build = network_of(name)
 
@@ -95,7 +95,7 @@ def state_bytes(network: Network, length: int) -> float:
 
 @torch.inference_mode()
 def seconds_a_token(network: Network, length: int) -> float:
-    """One row, eager, after `length` tokens: the median of DECODED steps."""
+    """The median of DECODED steps after `length` tokens, for one row, eager."""
     state = network.init_state(1, length + DECODED)
     for chunk in torch.zeros(1, length, dtype=torch.int64, device=DEVICE).split(CHUNK, 1):
         _, state = network.prefill(chunk, state)
@@ -109,7 +109,7 @@ def seconds_a_token(network: Network, length: int) -> float:
 
 
 def summary(groups: Sequence[Sequence[Result]]) -> Table:
-    """A row a contender; the baseline's is that of the first group, ratios are to that of the contender's own."""
+    """One row a contender. The baseline's row is from the first group; ratios use the baseline of the same group."""
     rows = Table(title="the collection side by side", caption="medians; decoding is eager, one row")
     headings = ["tokens/s at 256", "of attention's", "at 1,024", "at 4,096", "time 4,096 / 1,024", "memory"]
     headings += [f"ms a token after {EARLY}", f"{LATE:,}", f"state bytes at {EARLY}", f"{FAR:,}"]
@@ -152,7 +152,7 @@ def _cells(name: str, group: Sequence[Result]) -> list[str]:
 
 
 def measured(names: Sequence[str], options: argparse.Namespace) -> list[Result]:
-    """Training, decoding and state of a few contenders side by side."""
+    """Measures training, decoding and state of a few contenders side by side."""
     peers = [
         Contender(RECURRENT[name].name, partial(prepare_training, RECURRENT[name].build, options.steps, options.tokens))
         for name in names
@@ -173,7 +173,7 @@ def measured(names: Sequence[str], options: argparse.Namespace) -> list[Result]:
 
 def main() -> int:
     options = parser(__doc__)
-    options.add_argument("names", nargs="*", help="configs and peers; all of them if none is named")
+    options.add_argument("names", nargs="*", help="configs and peers (default: all)")
     options.add_argument("--steps", type=int, default=2, help="training steps a round")
     options.add_argument("--tokens", type=int, default=4096, help=f"a training step; a multiple of {LENGTHS[-1]}")
     options.add_argument("--train", action=argparse.BooleanOptionalAction, default=True, help="measure training")
@@ -184,7 +184,7 @@ def main() -> int:
         options.error(f"--tokens: {chosen.tokens} is not a multiple of {LENGTHS[-1]}")
     if unknown := [name for name in chosen.names if name not in configs and name not in RECURRENT]:
         options.error(f"names: there is no {unknown[0]!r}; choose from {', '.join([*configs, *RECURRENT])}")
-    beside = [BASELINE] if chosen.train else []  # what ratios are to
+    beside = [BASELINE] if chosen.train else []  # the baseline of ratios
     names = [name for name in chosen.names or [*configs, *RECURRENT] if name not in beside]
     use_threads(chosen.threads)
     turns = [names[i : i + AT_ONCE] for i in range(0, len(names), AT_ONCE)] or [[]]
@@ -192,7 +192,7 @@ def main() -> int:
     code = 0
     for few in turns:
         groups.append(measured([*beside, *few], chosen))
-        # written after every group, should a later one fail
+        # written after every group, in case a later one fails
         code = finish("mixers", [result for group in groups for result in group], chosen)
     Console(width=180).print(summary(groups))
     return code

@@ -1,6 +1,6 @@
-"""The networks that compete: ours, and the same dimensions in other libraries, tokens (B, T) -> logits (B, T, V).
+"""The competing networks: ours, and the same dimensions in other libraries; tokens (B, T) -> logits (B, T, V).
 
-A peer's package is imported when its network is built. Attention is what each library takes by default.
+A peer's package is imported when its network is built. Each library uses its default attention.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Peer:
 
 
 def ours(shape: Shape) -> Network:
-    """The network of configs/transformer.yaml in any dimensions."""
+    """The network of configs/transformer.yaml with other dimensions."""
     block = partial(
         PreNormBlock,
         mixer=partial(Attention, heads=shape.heads),
@@ -61,7 +61,7 @@ def ours(shape: Shape) -> Network:
 
 
 class _HuggingFace(nn.Module):
-    """Logits alone, and no cache, as in training."""
+    """Returns logits only and uses no cache, as in training."""
 
     def __init__(self, model: Any):
         super().__init__()
@@ -72,7 +72,7 @@ class _HuggingFace(nn.Module):
 
 
 def hf_llama(shape: Shape) -> Any:
-    """transformers' LlamaForCausalLM; layer by layer the same shapes as ours."""
+    """transformers' LlamaForCausalLM, with the same shapes as ours in every layer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -163,7 +163,7 @@ PEERS = {
 
 
 def _recurrent(kind: str, settings: dict[str, Any], shape: Shape, package: str = "transformers") -> nn.Module:
-    """A model of a recurrent kind; transformers' takes CUDA kernels of other packages where they are installed."""
+    """A recurrent model of another library; transformers uses CUDA kernels of other packages if they are installed."""
     library = import_module(package)
     special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     common = {"vocab_size": shape.vocab_size, "hidden_size": shape.dim, "num_hidden_layers": shape.depth}
@@ -171,7 +171,7 @@ def _recurrent(kind: str, settings: dict[str, Any], shape: Shape, package: str =
     return _HuggingFace(getattr(library, f"{kind}ForCausalLM")(config))
 
 
-# depth, width and parameters as the config of the same architecture has them, as near as their settings allow
+# depth, width and parameters are as near to our config of the same architecture as the settings allow
 _MAMBA = {"num_hidden_layers": 7, "state_size": 16, "time_step_rank": 8}
 _MAMBA2 = {"num_hidden_layers": 7, "state_size": 32, "num_heads": 8, "head_dim": 32, "n_groups": 1, "chunk_size": 64}
 _HEADS = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32}
@@ -198,14 +198,14 @@ RECURRENT = {
 
 
 def _fla(kind: str, settings: dict[str, Any], shape: Shape) -> nn.Module:
-    """A model of flash-linear-attention, whose kernels are written in Triton and run on a CUDA device alone."""
+    """A model of flash-linear-attention; its kernels are written in Triton and need a CUDA device."""
     if not torch.cuda.is_available():
         raise ModuleNotFoundError(name="a CUDA device")
-    # what comes out is logits: the loss is that of all contenders
+    # without fusion the model returns logits, and the loss is the same for all contenders
     return _recurrent(kind, {"fuse_cross_entropy": False, **settings}, shape, "fla.models")
 
 
-# RetNet's feed-forward is gated: two thirds of the width of ours
+# RetNet's feed-forward is gated, so it has two thirds of the width of ours
 _FLA_LINEAR = {"num_heads": 4, "feature_map": "elu", "norm_feature_map": True, "intermediate_size": 341}
 _FLA_RETNET = {"num_heads": 4, "intermediate_size": 171}
 _FLA_GLA = {"num_heads": 4, "intermediate_size": 331}
@@ -228,7 +228,7 @@ RECURRENT |= {
 
 
 def mean_loss(network: nn.Module, tokens: Tokens, targets: Tokens) -> Tensor:
-    """The training loss: the mean negative log-likelihood, in nats, the softmax in float32."""
+    """The training loss: the mean negative log-likelihood in nats, with the softmax in float32."""
     if isinstance(network, Network):
         losses, auxiliary = network.losses(tokens, targets)
         return losses.mean() + auxiliary

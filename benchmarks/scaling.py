@@ -1,7 +1,7 @@
 """How a training step grows: time and peak memory against window and width, at 4,096 tokens a step.
 
-At a constant number of tokens everything but attention costs the same at every window, so what rises with the window is
-attention's quadratic part. Against the width, the matrix products are quadratic.
+At a constant number of tokens only attention's quadratic part rises with the window. Against the width, the matrix
+products are quadratic.
 
     python -m benchmarks.scaling --out docs/results/speed/scaling.json --plot docs/results/speed/scaling.png
 """
@@ -18,7 +18,7 @@ from benchmarks.peers import Shape, ours
 from benchmarks.train import Mode, prepare_loop
 from llmx.training.hardware import fast_precision
 
-TOKENS = 4096  # a step
+TOKENS = 4096  # tokens a step
 WINDOWS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DIMS = (64, 128, 256, 512)
 
@@ -29,7 +29,7 @@ def shape(window: int, dim: int) -> Shape:
 
 
 def measure(key: str, shapes: dict[int, Shape], mode: Mode, steps: int, repeats: int) -> list[Result]:
-    """A contender, so a process and its memory, for every shape."""
+    """Every shape is a contender, so it has its own process and memory."""
     flags = {"precision": mode.precision, "compile": mode.compile, "tokens a step": TOKENS}
     contenders = [
         Contender(f"{key} {size}", partial(prepare_loop, ours, point, mode, steps), flags)

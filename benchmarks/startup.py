@@ -1,7 +1,7 @@
 """What a user waits for: imports, `--help`, the first optimizer step, the encoding of the corpus.
 
-Commands are timed as a whole, from start to exit. The first contender of each case is ours; what it is compared with is
-a floor (the import of what it stands on) or another way to the same end.
+Commands are timed from start to exit. The first contender of each case is ours. The others are a lower bound (the
+import of a library that ours needs) or another way to the same result.
 
     python -m benchmarks.startup --out docs/results/startup.json
 """
@@ -26,7 +26,7 @@ ONE_STEP = {
 
 
 def prepare_command(arguments: Sequence[str]) -> Measure:
-    """Seconds that Python takes with these arguments."""
+    """Measures the seconds of a Python command."""
     return partial(_seconds, arguments)
 
 
@@ -54,7 +54,7 @@ def _first_step(case: Case) -> float:
 
 
 def prepare_encode() -> Measure:
-    """Characters a second of our tokenizer, over the whole corpus."""
+    """Measures characters a second of our tokenizer over the whole corpus."""
     from llmx.data.tokenizers import CharacterTokenizer
 
     text = _corpus()
@@ -69,7 +69,7 @@ def prepare_encode() -> Measure:
 
 
 def prepare_dictionary() -> Measure:
-    """The same by a dictionary of characters, the usual way."""
+    """Measures the usual way: a dictionary of characters."""
     import numpy as np
 
     text = _corpus()

@@ -1,7 +1,7 @@
 """Training throughput: ours end to end (`main.py fit`), ours in a bare loop, and peers in the same loop.
 
-The quotient of the first two is what Lightning, the data and logging cost. The loop of all others is the same: one
-batch, fused AdamW (3e-3, weight decay 0.01 on matrices), gradients clipped to norm 1, the same loss.
+The ratio of the first two says what Lightning, the data and logging cost. The bare loop is the same for all: one batch,
+fused AdamW (3e-3, weight decay 0.01 on matrices), gradients clipped to norm 1, the same loss.
 
     python -m benchmarks.train --out docs/results/train.json
 """
@@ -38,14 +38,14 @@ from benchmarks.harness import (
 from benchmarks.peers import PEERS, SETTINGS, Peer, Shape, mean_loss, ours
 from llmx.training.hardware import fast_precision, keep_freed_memory
 
-UNTIMED_STEPS = 2  # at the start of every turn: the caches still hold the previous contender's data
-GEMM_SIZE, GEMMS = (8192, 10) if DEVICE.type == "cuda" else (2048, 1)  # products between two looks at the clock
+UNTIMED_STEPS = 2  # at the start of every turn, while the caches still hold the previous contender's data
+GEMM_SIZE, GEMMS = (8192, 10) if DEVICE.type == "cuda" else (2048, 1)  # products between two readings of the clock
 DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Mode:
-    precision: str  # as Lightning names it: 32-true or bf16-mixed
+    precision: str  # Lightning's name: 32-true or bf16-mixed
     compile: bool
 
     def __str__(self) -> str:
@@ -53,7 +53,7 @@ class Mode:
 
 
 def prepare_loop(build: Callable[[Shape], nn.Module], shape: Shape, mode: Mode, steps: int) -> Measure:
-    """A plain training loop; what it returns measures tokens per second over `steps` steps."""
+    """Prepares a plain training loop; the returned function measures tokens per second over `steps` steps."""
     if build is ours:
         keep_freed_memory()  # as `fit` does; peers run as their users run them
     torch.manual_seed(0)
@@ -88,7 +88,7 @@ def prepare_loop(build: Callable[[Shape], nn.Module], shape: Shape, mode: Mode, 
 
 
 def prepare_fit(shape: Shape, mode: Mode, steps: int) -> Measure:
-    """`main.py fit` with logging, clipping and audit as by default; its own scalars tell tokens per second."""
+    """`main.py fit` with the default logging, clipping and audit; its own scalars give tokens per second."""
     return partial(_fit, shape, mode, steps)
 
 
@@ -120,7 +120,7 @@ def _fit(shape: Shape, mode: Mode, steps: int, case: Case) -> float:
 
 
 def prepare_gemm(precision: str) -> Measure:
-    """Large square matrix products, FLOP/s: what the machine can do at best."""
+    """FLOP/s of large square matrix products: the most that the machine can do."""
     left, right = (torch.randn(GEMM_SIZE, GEMM_SIZE, device=DEVICE).to(DTYPES[precision]) for _ in range(2))
 
     def measure(case: Case) -> float:
@@ -136,23 +136,23 @@ def prepare_gemm(precision: str) -> Measure:
 
 
 def flops_per_token(build: Callable[[Shape], nn.Module], shape: Shape) -> float:
-    """Matrix product FLOPs of one forward and backward pass, on the CPU; attention counts over the full square."""
+    """Matrix product FLOPs of one forward and backward pass, on the CPU. Attention counts as the full square."""
     network = build(shape)
     tokens = torch.zeros(1, shape.window, dtype=torch.int64)
-    # the counter knows no attention kernel of the CPU; on the meta device transformers cannot look at its positions
+    # the counter does not count CPU attention kernels, and on the meta device transformers cannot read its positions
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         mean_loss(network, tokens, tokens).backward()
     return counter.get_total_flops() / tokens.numel()
 
 
 def modes(quick: bool) -> list[Mode]:
-    """How each peer runs: bf16 only where the machine multiplies it, for emulated it is many times slower."""
+    """The modes of each peer: bf16 only if the machine multiplies it, because emulated bf16 is many times slower."""
     precisions = dict.fromkeys(("32-true", fast_precision("auto")))
     return [Mode(precision, compile) for precision in precisions for compile in ((False,) if quick else (False, True))]
 
 
 def compare(setting: str, peers: list[Peer], mode: Mode, options: argparse.Namespace) -> list[Result]:
-    """One setting: ours first, then the loops; each with the share of the roof it reaches."""
+    """Measures one setting: ours first, then the loops, each with its fraction of the roof."""
     shape = SETTINGS[setting]
     steps = options.steps
     runs: list[tuple[Contender, Callable[[Shape], nn.Module]]] = []
@@ -172,7 +172,7 @@ def compare(setting: str, peers: list[Peer], mode: Mode, options: argparse.Names
     everyone = [*(contender for contender, _ in runs), *roofs]
     results = measure_in_turns(everyone, [Case(setting)], options.repeats)
     roof = {result.contender: result.values for result in results[len(runs) :]}
-    # counted last: what this process holds when it starts another one counts towards that one's peak memory
+    # counted last: memory that this process holds when it starts another one counts towards the other's peak
     for result, (contender, build) in zip(results[: len(runs)], runs, strict=True):
         if result.error is None:
             flops = flops_per_token(build, shape)
@@ -187,8 +187,8 @@ def main() -> int:
     options.add_argument("--settings", default="founding,large", help=f"some of {', '.join(SETTINGS)}")
     options.add_argument("--peers", default=",".join(PEERS), help=f"some of {', '.join(PEERS)}")
     options.add_argument("--steps", type=int, default=50, help="training steps a round")
-    options.add_argument("--precision", choices=DTYPES, help="of ours; by default what a plain fit takes")
-    options.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="ours")
+    options.add_argument("--precision", choices=DTYPES, help="precision of ours (default: that of a plain fit)")
+    options.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="compile ours")
     options.add_argument("--quick", action="store_true", help="leave out the compiled peers")
     chosen = options.parse_args()
     choices = {"settings": list(SETTINGS), "peers": list(PEERS)}

@@ -1,18 +1,18 @@
 """The league: every architecture of configs/ under one protocol, at its own best learning rate, over fresh seeds.
 
-nohup python -m benchmarks.league &              # all architectures, those that are done excepted
+nohup python -m benchmarks.league &              # all architectures that are not done
 nohup python -m benchmarks.league --long &       # the best and the classics again, for longer, with the rates found
-python -m benchmarks.league llama gru            # these alone
-python -m benchmarks.league --page               # docs/league.md and its figure, of what there is
+python -m benchmarks.league llama gru            # only these
+python -m benchmarks.league --page               # writes docs/league.md and its figure from all results
 
-For each architecture three learning rates, that of its config, a third and three times as much, are run with one seed,
-and where the best is the lowest or the highest of them, one rate more beyond it. The best rate is then run with fresh
-seeds, which are what is reported: the seed that chose the rate was lucky with it. Whatever does not fit in is listed
-apart, with the reason.
+Each architecture first runs with one seed at three learning rates: its config's, a third of it and three times it. If
+the best is the lowest or highest, one more rate beyond it runs. The best rate then runs with fresh seeds. Only these
+are reported, because the seed that chose the rate was lucky with it. Architectures that do not fit the protocol are
+listed apart, with the reason.
 
-Every run is a process of its own, of low priority, and becomes a line of docs/results/league/NAME.json as soon as it
-ends. So the command goes on where it was stopped; and it may be started as often as there are cores to use (or clones:
-files of one architecture each merge), for an architecture is locked by the instance that is at it.
+Every run is a process of low priority and becomes a line of docs/results/league/NAME.json as soon as it ends. So a
+stopped command continues where it stopped. It may also be started once for every free core, or in several clones (the
+files merge, one an architecture), because an instance locks the architecture that it runs.
 """
 
 from __future__ import annotations
@@ -54,17 +54,17 @@ from benchmarks.league.entries import (
 )
 from llmx.errors import UserError
 
-RUNS = CHECKOUT / "lightning_logs" / "league"  # what a run keeps while it goes on
+RUNS = CHECKOUT / "lightning_logs" / "league"  # folders of unfinished runs
 
 
 def run_architecture(name: str, stage: Stage) -> Entry | None:
-    """Runs what the stage still lacks of an architecture; None where another instance is at it.
+    """Runs the missing trials of an architecture in a stage; None if another instance is running it.
 
-    Runs of a config that has changed since are dropped.
+    Drops runs of an older version of the config.
 
     Raises:
         UserError: for an unknown architecture.
-        RuntimeError: where a run fails otherwise than by diverging.
+        RuntimeError: if a run fails other than by diverging.
     """
     with locked(RUNS / f"{name}.lock") as lock:
         if lock is None:
@@ -87,7 +87,7 @@ def run_architecture(name: str, stage: Stage) -> Entry | None:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[int | None]:
-    """The file of a lock, None where somebody holds it. Whoever dies lets go, once the run that it has begun ends."""
+    """The descriptor of a lock file, None if another process holds it. A dead process keeps it until its run ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         try:
@@ -99,15 +99,15 @@ def locked(path: Path) -> Iterator[int | None]:
 
 
 def folder(trial: Trial) -> Path:
-    """Of a run that goes on."""
+    """The folder of an unfinished run."""
     return RUNS / f"{trial.name}-{fingerprint(trial.name)}" / f"{trial.stage.name}-{trial.rate:g}-{trial.seed}"
 
 
 def run_fit(trial: Trial, lock: int) -> dict[str, Any]:
-    """`fit` in a process of its own, which goes on from a checkpoint where it has left one, and holds the lock, too.
+    """Runs `fit` in another process, which also holds the lock; resumes from the run's checkpoint if there is one.
 
     Raises:
-        RuntimeError: with the end of what it said, where it fails.
+        RuntimeError: if it fails, with the end of its output.
     """
     place = folder(trial)
     run = place / "lightning_logs" / "version_0"
@@ -123,8 +123,8 @@ def run_fit(trial: Trial, lock: int) -> dict[str, Any]:
             if "training has diverged" in result.stderr:
                 return {"loss": None} | _origin(run)
         else:
-            said = (result.stderr or result.stdout).strip()
-            raise RuntimeError(f"{' '.join(command)} ended with exit code {result.returncode}: {said[-500:]}")
+            output = (result.stderr or result.stdout).strip()
+            raise RuntimeError(f"{' '.join(command)} ended with exit code {result.returncode}: {output[-500:]}")
     return _kept(run, trial)
 
 
@@ -141,9 +141,11 @@ def fit_command(trial: Trial, place: Path) -> list[str]:
 
 
 def _kept(run: Path, trial: Trial) -> dict[str, Any]:
-    """A few hundred bytes of a finished run; of a long one, also what paired statistics over the text need."""
+    """A few hundred bytes of a finished run; of a long one also the block means for paired statistics over the text."""
     metrics = json.loads((run / "metrics.json").read_text())
-    seconds = metrics["seconds"] * metrics["step"] / metrics["steps_in_these_seconds"]  # of a resumed run, by the rest
+    seconds = (
+        metrics["seconds"] * metrics["step"] / metrics["steps_in_these_seconds"]
+    )  # a resumed run times only the rest
     kept = {"loss": round(metrics["val/loss"], 5), "seconds": round(seconds)} | _origin(run)
     if trial.stage.name == LONG.name:
         losses = np.load(run / "val_losses.npy").astype(np.float64)
@@ -153,7 +155,7 @@ def _kept(run: Path, trial: Trial) -> dict[str, Any]:
 
 
 def _origin(run: Path) -> dict[str, Any]:
-    """What the run was made with, as its folder tells: what all must share, what they may differ in, and where."""
+    """Reads from a run's folder what all runs must share (protocol), may differ in (recipe), and where it ran."""
     record = json.loads((run / "run.json").read_text())
     config = yaml.safe_load((run / "config.yaml").read_text())
     hardware = record["hardware"]
@@ -176,15 +178,15 @@ def _origin(run: Path) -> dict[str, Any]:
 
 
 def _changed() -> bool:
-    """Whether the code is no longer that of the commit; results may be."""
+    """Whether the code differs from the commit; results may differ."""
     command = ["git", "status", "--porcelain", "--untracked-files=no", "--", "llmx", "configs", "main.py"]
     return bool(subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True).stdout)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="architectures; if none is named all, or those that go on to --long")
-    parser.add_argument("--long", action="store_true", help=f"{LONG.steps:,} steps in place of {SHORT.steps:,}")
+    parser.add_argument("names", nargs="*", help="architectures (default: all, or with --long the finalists)")
+    parser.add_argument("--long", action="store_true", help=f"{LONG.steps:,} steps instead of {SHORT.steps:,}")
     parser.add_argument("--threads", type=int, default=1, help="threads of every run")
     parser.add_argument("--page", action="store_true", help="write the page and run nothing")
     options = parser.parse_args()
@@ -193,18 +195,18 @@ def main() -> int:
         return 0
     use_threads(options.threads)
     os.nice(10)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # takes the run that goes on with it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the current run too
     stage = LONG if options.long else SHORT
     failed = 0
     for name in options.names or (finalists(read_entries()) if options.long else names()):
         try:
             entry = run_architecture(name, stage)
-        except (RuntimeError, UserError) as error:  # the others go on
+        except (RuntimeError, UserError) as error:  # the others still run
             failed += 1
             print(f"{name}: FAILED: {error}", file=sys.stderr, flush=True)
             continue
         if entry is None:
-            print(f"{name}: another instance is at it", flush=True)
+            print(f"{name}: another instance is running it", flush=True)
         elif entry.apart is not None:
             print(f"{name}: apart: {entry.apart}", flush=True)
     return int(failed > 0)

@@ -1,4 +1,4 @@
-"""What the league asks for and what it knows: the protocol, its stages, and an architecture's file of runs."""
+"""The league's protocol, its stages, and the file of an architecture's runs."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from llmx.errors import UserError
 RESULTS = CHECKOUT / "docs" / "results" / "league"
 BASELINE = "transformer"
 CLASSICS = (BASELINE, "transformer_2017", "gpt2", "llama", "lstm", "gru", "mamba")
-BEST = 10  # go on to the long stage, with the classics
+BEST = 10  # architectures that continue to the long stage, beside the classics
 
 PARAMETERS = 800_000
 WITHIN = 0.05
-VOCABULARY = 65  # of the corpus
+VOCABULARY = 65  # vocabulary size of the corpus
 WINDOW = 128
-SPACING = 3.0  # from one learning rate to the next
+SPACING = 3.0  # ratio of neighbouring learning rates
 SELECTING = 1  # the seed that chooses the rate
-VALIDATE_EVERY = 1000  # steps; what is stopped goes on from there
-BLOCK = 500  # characters whose losses are kept as one mean
+VALIDATE_EVERY = 1000  # steps; a stopped run resumes from its last validation
+BLOCK = 500  # characters whose mean loss is kept as one number
 PROTOCOL = {
     "data.corpus": "tinyshakespeare",
     "data.offline_corpus": "null",
@@ -46,14 +46,14 @@ PROTOCOL = {
     "trainer.enable_progress_bar": "false",
     "model.compile": "false",
 }
-# why this precision, for the page
+# the page says why the precision is fp32
 PRECISION_NOTE = (
     "fp32, so that any processor can add rows: one without bf16 arithmetic is many times slower in mixed bf16. On one "
     "thread of an AMD EPYC with AVX512-BF16 mixed bf16 would be 1.8 times as fast for the transformer and minLSTM, 1.5 "
     "for GRU, 1.1 to 1.3 for GLA, Mamba and Titans, and no faster for RWKV-7."
 )
-# what the protocol has some configs say otherwise: of the window, and of the width of experts, so that those of a layer
-# together are as large as a feed-forward part (as `describe --match parameters` has it)
+# The protocol changes these keys of some configs: lengths that depend on the window, and the width of experts. All
+# experts of a layer together are as large as a feed-forward part (from `describe --match parameters`).
 ADAPTED = {
     "gpt2": {"model.network.embedding.max_length": str(WINDOW)},
     "hyena": {"model.network.block.mixer.max_length": str(WINDOW)},
@@ -64,13 +64,13 @@ ADAPTED = {
         for layer, hidden in enumerate(("97", "48", "97", "48"))
     },
 }
-# its optimizer and schedule are those of an experiment of its own; here it has the same as all others
+# its config has the optimizer and schedule of another experiment; here it has those of all others
 RETRAINED = (BASELINE,)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """How long, and over which seeds, none of which has chosen anything before."""
+    """A number of steps and fresh seeds: no seed has chosen a learning rate before."""
 
     name: str
     steps: int
@@ -83,7 +83,7 @@ STAGES = (SHORT, LONG)
 
 
 class Trial(NamedTuple):
-    """One run: of an architecture in a stage, at a learning rate, from a seed."""
+    """One run of an architecture."""
 
     name: str
     stage: Stage
@@ -95,11 +95,11 @@ class Trial(NamedTuple):
 class Entry:
     """An architecture's file.
 
-    config: what stands for the network and its recipe; the runs of another one are of no use
-    rate:   the learning rate of the config, the middle of those that are tried
-    counts: nothing is trained and nothing drawn, so that one run says all
-    apart:  why it has no place in the table, where that is known before any run
-    runs:   with stage, rate and seed; `loss` is None where training diverged
+    config: fingerprint of the network and its recipe; runs with another fingerprint are dropped
+    rate:   the learning rate of the config, the middle of the tried ones
+    counts: the network counts and is not trained, so one run is enough
+    apart:  why it has no place in the table, if that is known before any run
+    runs:   with stage, rate and seed; `loss` is None if training diverged
     """
 
     name: str
@@ -112,7 +112,7 @@ class Entry:
     runs: list[dict[str, Any]]
 
     def losses(self, stage: Stage, rate: float, seeds: tuple[int, ...]) -> dict[int, float]:
-        """By seed, infinite where training diverged; of the seeds that have been run."""
+        """seed -> loss of the runs so far, infinite if training diverged."""
         return {
             run["seed"]: math.inf if run["loss"] is None else run["loss"]
             for run in self.runs
@@ -120,19 +120,19 @@ class Entry:
         }
 
     def tried(self) -> dict[float, float]:
-        """The loss of each learning rate that was tried to choose one, from the lowest rate on."""
+        """learning rate -> loss with the selecting seed, from the lowest rate on."""
         found = {r: self.losses(SHORT, r, (SELECTING,)) for r in sorted({run["rate"] for run in self.runs})}
         return {rate: losses[SELECTING] for rate, losses in found.items() if losses}
 
     def best_rate(self) -> float | None:
-        """None as long as one is still to be tried, and where training diverged at all."""
+        """The rate with the lowest loss; None while a rate is missing, and if training diverged at all of them."""
         tried = self.tried()
         if self.counts or _rate_to_try(self.rate, tried) is not None or min(tried.values()) == math.inf:
             return None
         return min(tried, key=lambda rate: tried[rate])
 
     def at_edge(self) -> bool:
-        """Whether the best rate is the lowest or the highest that was tried: there may be a better one beyond."""
+        """Whether the best rate is the lowest or highest tried rate, so that a better one may lie beyond."""
         return self.best_rate() in (min(self.tried()), max(self.tried()))
 
     def reported(self, stage: Stage) -> list[dict[str, Any]]:
@@ -142,12 +142,12 @@ class Entry:
         return sorted((run for run in runs if run["seed"] in stage.seeds), key=lambda run: run["seed"])
 
     def complete(self, stage: Stage) -> bool:
-        """Whether the stage has a mean to report."""
+        """Whether all runs of a stage have a loss, so that there is a mean to report."""
         runs = self.reported(stage)
         return len(runs) == len(stage.seeds) and all(run["loss"] is not None for run in runs)
 
     def next_trial(self, stage: Stage) -> Trial | None:
-        """What is to be run next; None where nothing is left, or nothing can be."""
+        """The next run of a stage, None if there is none."""
         if self.apart is not None:
             return None
         if self.counts:
@@ -162,7 +162,7 @@ class Entry:
 
 
 def _rate_to_try(middle: float, tried: dict[float, float]) -> float | None:
-    """Three around the middle; then, where the best is at an edge of the three, one more beyond it."""
+    """The next of three rates around the middle; if the best is at an edge, one more beyond it."""
     first = [_rounded(middle * SPACING**power) for power in (0, -1, 1)]
     for rate in first:
         if rate not in tried:
@@ -177,30 +177,29 @@ def _rounded(rate: float) -> float:
     return float(f"{rate:.3g}")
 
 
-# ------------------------------------------------------------------------------------------------------------- entries
 def names() -> list[str]:
     """All architectures, the baseline first."""
     return [BASELINE, *collection()]
 
 
 def recipe(name: str) -> dict[str, Any]:
-    """Optimizer and schedule of a config, which are base.yaml's but for what belongs to a method."""
+    """Optimizer and schedule of a config: base.yaml's, except where a method has its own."""
     model = read_config(CONFIGS / f"{'base' if name in RETRAINED else name}.yaml")["model"]
     return {key: model[key] for key in ("optimizer", "schedule")}
 
 
 def fingerprint(name: str) -> str:
-    """Changes with whatever of a config, and of the protocol, has a say in the runs."""
+    """A hash of all parts of the config and the protocol that affect the runs."""
     network = read_config(CONFIGS / f"{name}.yaml")["model"]["network"]
-    said = json.dumps([network, recipe(name), ADAPTED.get(name), PROTOCOL], sort_keys=True)
-    return hashlib.sha256(said.encode()).hexdigest()[:12]
+    parts = json.dumps([network, recipe(name), ADAPTED.get(name), PROTOCOL], sort_keys=True)
+    return hashlib.sha256(parts.encode()).hexdigest()[:12]
 
 
 def new_entry(name: str) -> Entry:
-    """What is known of an architecture before any run.
+    """The entry of an architecture before any run.
 
     Raises:
-        UserError: where there is no such config.
+        UserError: if there is no such config.
     """
     path = CONFIGS / f"{name}.yaml"
     if not path.is_file():
@@ -208,14 +207,14 @@ def new_entry(name: str) -> Entry:
     optimizer = recipe(name)["optimizer"]
     entry = Entry(name, fingerprint(name), optimizer["init_args"]["lr"], None, None, False, None, [])
     arguments = ["--config", str(path), *flags_of({"data.window": str(WINDOW)} | ADAPTED.get(name, {}))]
-    said = io.StringIO()
+    output = io.StringIO()
     try:
-        with contextlib.redirect_stdout(said):
+        with contextlib.redirect_stdout(output):
             execute(Command.read(["describe", *arguments, "--format", "json", "--vocab_size", str(VOCABULARY)]))
     except UserError as error:
         entry.apart = str(error)
         return entry
-    network = json.loads(said.getvalue())
+    network = json.loads(output.getvalue())
     entry.parameters, entry.training_flops_per_token = network["parameters"], network["training_flops_per_token"]
     entry.counts = entry.parameters == 0
     if read_config(path)["model"].get("audit") == "warn":
@@ -232,12 +231,12 @@ def read_entry(path: Path) -> Entry:
 
 
 def read_entries() -> list[Entry]:
-    """All that have been begun, by name."""
+    """All architectures with a file, by name."""
     return [read_entry(path) for path in sorted(RESULTS.glob("*.json"))]
 
 
 def write_entry(entry: Entry) -> None:
-    """Whole or not at all; a line a run."""
+    """Writes the file atomically, one line a run."""
     head = json.dumps(asdict(entry) | {"runs": []}, indent=1)
     runs = ",\n".join(f"  {json.dumps(run)}" for run in entry.runs)
     text = head.replace('"runs": []', f'"runs": [\n{runs}\n ]') if runs else head
@@ -248,7 +247,7 @@ def write_entry(entry: Entry) -> None:
 
 
 def finalists(entries: list[Entry]) -> list[str]:
-    """The best of the short stage, and the classics, as far as they are through with it."""
+    """The architectures of the long stage: the best of the short stage, and the classics that have finished it."""
     done = [entry for entry in entries if entry.apart is None and entry.complete(SHORT)]
     ranked = sorted(done, key=lambda entry: float(np.mean([run["loss"] for run in entry.reported(SHORT)])))
     chosen = [entry.name for entry in ranked[:BEST]]

@@ -1,6 +1,6 @@
-"""docs/league.md and docs/images/league.png, made of docs/results/league/*.json: `python -m benchmarks.league --page`.
+"""Writes docs/league.md and docs/images/league.png from docs/results/league/*.json.
 
-What was learned is written by hand, into docs/results/league/learned.md, and stands at the page's beginning.
+The page begins with docs/results/league/learned.md, which is written by hand.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from llmx.errors import UserError
 
 PAGE = CHECKOUT / "docs" / "league.md"
 FIGURE = CHECKOUT / "docs" / "images" / "league.png"
-LEARNED = "learned.md"  # among the results
+LEARNED = "learned.md"  # lies beside the results
 INTRODUCTION = """# The league table
 
 Made by `python -m benchmarks.league --page` from [results/league/](results/league/), to which
@@ -58,9 +58,9 @@ class Row:
     """An architecture in a stage.
 
     loss:        nats per character, over fresh seeds
-    difference:  loss minus that of the baseline; None for the baseline itself, and without one
-    adjusted_p:  of the difference, after Holm over all rows
-    over_text:   the same difference over blocks of the validation text; where blocks were kept
+    difference:  loss minus the baseline's loss; None for the baseline itself, and without a baseline
+    adjusted_p:  p of the difference after Holm's correction over all rows
+    over_text:   the difference over blocks of the validation text, if block means were kept
     """
 
     entry: Entry
@@ -74,7 +74,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """All rows of a stage, best first, and the spread that they share."""
+    """All rows of a stage, best first, and their pooled spread."""
 
     stage: Stage
     rows: list[Row]
@@ -83,10 +83,10 @@ class Table:
 
 
 def table(entries: Sequence[Entry], stage: Stage) -> Table | None:
-    """The architectures that are through with a stage; None where there are none.
+    """The table of the architectures that have finished a stage; None if there are none.
 
     Raises:
-        UserError: where runs have not shared the protocol.
+        UserError: if the runs have different protocols.
     """
     runs = {entry.name: entry.reported(stage) for entry in entries if entry.apart is None and entry.complete(stage)}
     if not runs:
@@ -121,15 +121,17 @@ def _shared_protocol(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
                 here, there = run["protocol"].get(key), first.get(key)
                 if here != there:
                     raise UserError(
-                        f"{name}: {key} is {here} in its run of seed {run['seed']}, and {there} in others: these may "
-                        f"not stand in one table. Delete its file in {RESULTS.relative_to(CHECKOUT)}, and run it again"
+                        f"{name}: {key} is {here} in its run of seed {run['seed']}, but {there} in others, so they do "
+                        f"not belong in one table. Delete its file in {RESULTS.relative_to(CHECKOUT)} and run it again"
                     )
     return first
 
 
 def _over_text(runs: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> Estimate | None:
-    """The difference of two architectures that read the same text, each averaged over its seeds: Student's over
-    blocks, beyond which losses are not related."""
+    """The difference of two architectures on the same text, averaged over seeds: Student's t over blocks.
+
+    Losses in different blocks are not correlated.
+    """
     if any("block_means" not in run for run in (*runs, *baseline)):
         return None
     here, there = (np.mean([run["block_means"] for run in found], axis=0) for found in (runs, baseline))
@@ -138,7 +140,7 @@ def _over_text(runs: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> Es
 
 # ------------------------------------------------------------------------------------------------------------ the page
 def render(entries: Sequence[Entry], learned: str = "") -> str:
-    """The page as Markdown; `learned` is what people say of it."""
+    """The page as Markdown; `learned` is its handwritten part."""
     tables = _tables(entries)
     parts = [INTRODUCTION]
     if learned:
@@ -181,7 +183,7 @@ torch {_listed(sorted({run["torch"] for run in runs}))}; seconds are of one run,
 
 
 def _adapted() -> str:
-    """What the protocol has configs say otherwise."""
+    """The config keys that the protocol changes."""
     keys = {name: dict.fromkeys(key.rsplit(".", 1)[-1] for key in said) for name, said in ADAPTED.items()}
     return "; ".join(f"{name} with {_listed(keys[name])} {_listed(said.values())}" for name, said in ADAPTED.items())
 
@@ -266,7 +268,7 @@ def _why_apart(entry: Entry) -> str:
 
 
 def _rates(entries: Iterable[Entry]) -> str:
-    """What each learning rate gave the seed that chose among them."""
+    """The loss of each learning rate with the selecting seed."""
     lines = []
     for entry in entries:
         best = entry.best_rate()
@@ -300,7 +302,7 @@ def _listed(values: Iterable[Any]) -> str:
 
 # ---------------------------------------------------------------------------------------------------------- the figure
 def figure(tables: Sequence[Table]) -> Figure:
-    """The losses with their intervals, best at the top, a panel a stage."""
+    """The losses with their intervals, best at the top, one panel a stage."""
     most = max(len(found.rows) for found in tables)
     drawn = Figure(figsize=(7 * len(tables), 1.5 + 0.22 * most), layout="constrained")
     for axes, found in zip(drawn.subplots(1, len(tables), squeeze=False)[0], tables, strict=True):
@@ -321,13 +323,13 @@ def _draw(axes: Axes, found: Table) -> None:
 
 
 def page() -> str:
-    """What docs/league.md has to say now."""
+    """The text of docs/league.md from the current results."""
     learned = RESULTS / LEARNED
     return render(read_entries(), learned.read_text(encoding="utf-8") if learned.is_file() else "")
 
 
 def write_page() -> None:
-    """The page, and the figure where there is something to draw."""
+    """Writes the page, and the figure if there are results to draw."""
     PAGE.write_text(page(), encoding="utf-8")
     if tables := _tables(read_entries()):
         FIGURE.parent.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
-"""Two machines on one: training over two network namespaces, a machine that dies, a cable that is pulled, and going on
-with another number of processes.
+"""Two nodes on one machine: training over two network namespaces, a node that dies, a cable that is pulled.
 
-Each namespace has its own address and network stack, and reaches the other through a veth pair alone; the folder of the
-runs is shared, as a cluster's is. Both times the training that goes on has to end where one that was never interrupted
-does. Linux, as root, with iproute2; three to six minutes. All that it makes is removed, whatever happens.
+Both times the run resumes on one node, with one or two processes, and has to end where an uninterrupted run ends. Each
+namespace has its own address and network stack, and reaches the other only through a veth pair. They share the folder
+of the runs, as a cluster does. It needs Linux, root and iproute2, and takes three to six minutes. It always removes the
+namespaces and the cable.
 
     python -m benchmarks.robustness.two_nodes --out docs/results/two_nodes.json
 """
@@ -29,10 +29,10 @@ from benchmarks.harness import CHECKOUT
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 PORT = 29400
 STEPS, CHECKPOINT = 400, 100
-SILENCE = 30  # seconds after which a process that hears nothing gives up
-BOUND = 60  # seconds within which a node has to stop when the other is lost
-PATIENCE = 240  # seconds for anything else
-TOLERANCE = 1e-4  # of losses, which fp32 sums over one and two processes in different orders, after 400 steps
+SILENCE = 30  # seconds after which a process that receives nothing gives up
+BOUND = 60  # seconds within which a node has to stop after the other is lost
+PATIENCE = 240  # seconds for everything else
+TOLERANCE = 1e-4  # of losses after 400 steps: one and two processes sum fp32 in different orders
 
 CONFIG = {
     "seed_everything": 3,
@@ -67,14 +67,14 @@ DDP = ["--trainer.strategy=DDPStrategy", f"--trainer.strategy.timeout=0:00:{SILE
 
 @dataclass(frozen=True)
 class Node:
-    """A machine: a network namespace, its end of the cable, and its address."""
+    """A network namespace, its end of the cable, and its address."""
 
     namespace: str
     cable: str
     address: str
 
     def start(self, folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
-        """Starts a process on it."""
+        """Starts a process on the node."""
         environment = {**os.environ, "GLOO_SOCKET_IFNAME": self.cable, "OMP_NUM_THREADS": "1"}
         environment |= {"PYTHONPATH": str(CHECKOUT)}
         with (folder / f"{self.cable}.log").open("ab") as log:
@@ -82,7 +82,7 @@ class Node:
             return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
 
     def kill(self) -> None:
-        """All of its processes, at once."""
+        """Kills all processes of the node at once."""
         for pid in ip("netns", "pids", self.namespace).split():
             os.kill(int(pid), signal.SIGKILL)
 
@@ -93,7 +93,7 @@ def ip(*arguments: str) -> str:
 
 @contextmanager
 def two_nodes() -> Iterator[tuple[Node, Node]]:
-    """Two namespaces joined by a cable; they, and whatever runs in them, are gone at the end."""
+    """Two namespaces joined by a cable. At the end they are deleted and their processes killed."""
     name = f"llmx{os.getpid()}"
     a, b = (Node(name + end, f"veth{end}{os.getpid()}", ip4) for end, ip4 in zip("ab", ADDRESSES, strict=True))
     made = []
@@ -114,11 +114,11 @@ def two_nodes() -> Iterator[tuple[Node, Node]]:
 
 
 def finished(process: subprocess.Popen[bytes], seconds: float) -> int:
-    """Its exit code, which must come within so many seconds."""
+    """The exit code of a process that must end within so many seconds."""
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired as error:
-        raise SystemExit(f"after {seconds:.0f} seconds there still ran {error.cmd}") from None
+        raise SystemExit(f"after {seconds:.0f} seconds {error.cmd} is still running") from None
 
 
 def fit(folder: Path, *options: str) -> list[str]:
@@ -126,9 +126,9 @@ def fit(folder: Path, *options: str) -> list[str]:
 
 
 def interrupted(nodes: tuple[Node, Node], folder: Path, how: str) -> dict[str, float]:
-    """Trains on both nodes until there is a checkpoint, and loses one of them.
+    """Trains on both nodes until there is a checkpoint, then loses one node.
 
-    Returns the seconds in which the nodes that were left stopped, by address.
+    Returns address -> seconds until the remaining node stopped.
     """
     a, b = nodes
     options = ["--config=config.yaml", "--trainer.num_nodes=2", "--trainer.devices=1", *DDP]
@@ -143,7 +143,7 @@ def interrupted(nodes: tuple[Node, Node], folder: Path, how: str) -> dict[str, f
         if time.monotonic() > deadline or any(process.poll() is not None for process in started.values()):
             raise SystemExit("no checkpoint was written")
         time.sleep(0.05)
-    # the training itself; torchrun, cut off from its rendezvous, may outlive it by minutes
+    # wait for the training processes: torchrun, cut off from its rendezvous, may outlive them by minutes
     workers = {node: children(process.pid) for node, process in started.items()}
     lost = time.monotonic()
     if how == "killed":
@@ -171,7 +171,7 @@ def children(pid: int) -> list[str]:
 
 
 def running(pid: str) -> bool:
-    """Whether a process is there and has not ended: one that nobody has waited for is a zombie."""
+    """Whether a process is still running; an ended process that nobody waited for is a zombie."""
     try:
         return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -179,14 +179,14 @@ def running(pid: str) -> bool:
 
 
 def resumed(node: Node, folder: Path, processes: int) -> None:
-    """Goes on from the last checkpoint, on one node."""
+    """Resumes from the last checkpoint on one node."""
     options = ["--ckpt_path=last", "--trainer.num_nodes=1", f"--trainer.devices={processes}", *DDP]
     if finished(node.start(folder, sys.executable, *fit(folder, *options)), PATIENCE):
         raise SystemExit("resuming failed")
 
 
 def losses(folder: Path) -> dict[str, dict[int, float]]:
-    """The curves of the newest run."""
+    """tag -> step -> value in the run's curves."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     (run,) = folder.glob("lightning_logs/version_*")
@@ -195,7 +195,7 @@ def losses(folder: Path) -> dict[str, dict[int, float]]:
     return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in ("train/loss", "val/loss")}
 
 
-def apart(a: dict[int, float], b: dict[int, float]) -> float:
+def largest_difference(a: dict[int, float], b: dict[int, float]) -> float:
     """The largest difference of two curves, which must have the same steps."""
     if a.keys() != b.keys():
         raise SystemExit(f"{len(a.keys() ^ b.keys())} steps are in one curve alone")
@@ -232,7 +232,7 @@ def main() -> int:
             curves[how] = losses(folder)
             if how == "never":
                 continue
-            difference = {tag: apart(curves[how][tag], curves["never"][tag]) for tag in curves["never"]}
+            difference = {tag: largest_difference(curves[how][tag], curves["never"][tag]) for tag in curves["never"]}
             holds &= max(difference.values()) <= TOLERANCE
             result[how] = {"stopped_after_seconds": stopped, "resumed_on_processes": processes, "apart": difference}
             print(how, json.dumps(result[how]), flush=True)
