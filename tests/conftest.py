@@ -30,5 +30,5 @@ def console(monkeypatch):
 @pytest.fixture
 def laboratory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Laboratory]:
     """A working directory with a corpus and a tiny config."""
-    with working_in(tmp_path, monkeypatch) as made:
-        yield made
+    with working_in(tmp_path, monkeypatch):
+        yield Laboratory(tmp_path)

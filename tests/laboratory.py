@@ -75,16 +75,16 @@ class Laboratory:
 
 
 @contextmanager
-def working_in(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[Laboratory]:
-    """A laboratory in a folder that becomes the working directory, with a cache of its own.
+def working_in(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Makes a folder the working directory, with a cache of its own.
 
-    At the end the modules that were imported from the folder are forgotten: another test has others of these names.
+    Forgets the modules that were imported from it at the end: another test may have other modules of the same names.
     """
     patch.chdir(folder)
     patch.setenv("LLMX_CACHE", str(folder / "cache"))
     patch.setattr(sys, "path", list(sys.path))
     before = set(sys.modules)
-    yield Laboratory(folder)
+    yield
     for name in set(sys.modules) - before:
         if (folder / f"{name}.py").exists():
             del sys.modules[name]
@@ -95,19 +95,19 @@ def newest_run() -> Path:
     return max(Path("lightning_logs").glob("version_*"), key=lambda path: int(path.name.removeprefix("version_")))
 
 
-def metrics(run: Path) -> dict[str, Any]:
+def metrics_of(run: Path) -> dict[str, Any]:
     return json.loads((run / "metrics.json").read_text())
 
 
-def record(run: Path) -> dict[str, Any]:
+def record_of(run: Path) -> dict[str, Any]:
     return json.loads((run / "run.json").read_text())
 
 
-def weights(run: Path) -> dict[str, torch.Tensor]:
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
     return torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
 
 
-def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
+def curves_of(run: Path) -> dict[str, list[tuple[int, float]]]:
     """(step, value) of each scalar, by tag."""
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
     events.Reload()

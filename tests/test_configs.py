@@ -32,18 +32,16 @@ RUNS = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in NAME
 LEAKING = ("expert_choice", "seed/transformer", "seed/differential")
 
 
-def write_corpus(folder: Path) -> None:
+def corpus_text() -> str:
     alphabet = np.array(list(string.ascii_letters + string.digits + " .\n"))
     assert len(alphabet) == 65
     draws = np.random.default_rng(0).integers(len(alphabet), size=3000)
-    (folder / "corpus.txt").write_text("".join(alphabet) + "".join(alphabet[draws]))
+    return "".join(alphabet) + "".join(alphabet[draws])
 
 
 @pytest.fixture
-def corpus(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LLMX_CACHE", str(tmp_path / "cache"))
-    write_corpus(tmp_path)
+def corpus(laboratory):
+    laboratory.write_corpus(corpus_text())
     return "corpus.txt"
 
 
@@ -55,7 +53,7 @@ def run(tmp_path_factory):
     def fit(name: str) -> Path:
         if name not in made:
             folder = tmp_path_factory.mktemp(name.replace("/", "-"))
-            write_corpus(folder)
+            (folder / "corpus.txt").write_text(corpus_text())
             arguments = ["--data.corpus", str(folder / "corpus.txt"), "--trainer.default_root_dir", str(folder)]
             arguments += ["--trainer.max_steps", "2", "--trainer.limit_val_batches", "2"]
             with pytest.MonkeyPatch.context() as patch:

@@ -1,17 +1,15 @@
 """What people see of finished runs: the real TensorBoard, and report.html, in a headless Chromium."""
 
-import json
 import re
 import subprocess
 import sys
 import time
 
 import pytest
-import yaml
 
-from llmx.cli import main
 from testbed.tiny import network
 from tests.browser import CHROMIUM, Browser
+from tests.laboratory import Laboratory, metrics_of, working_in
 
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed to look with"),
@@ -25,29 +23,24 @@ MIXERS = ("Attention", "GRU")
 def runs(tmp_path_factory):
     """A folder of two finished runs with different mixers and batches."""
     folder = tmp_path_factory.mktemp("runs")
-    (folder / "corpus.txt").write_text(TEXT)
-    trainer = {"max_steps": 6, "val_check_interval": 3, "log_every_n_steps": 2, "enable_progress_bar": False}
     maps = {"class_path": "MixerMaps", "init_args": {"sentence": "12: fox"}}
-    config = {
-        "trainer": {**trainer, "default_root_dir": str(folder), "callbacks": ["NormsByLayer", maps]},
-        "data": {"corpus": str(folder / "corpus.txt"), "window": 8, "batch_size": 4},
-        "model": {"network": network(depth=2)},
-    }
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LLMX_CACHE", str(folder / "cache"))
-        patch.chdir(folder)
-        assert main(["fit", "--config", "tiny.yaml"]) == 0
-        assert (
-            main(["fit", "--config", "tiny.yaml", "--model.network.block.mixer", "GRU", "--data.batch_size", "2"]) == 0
+    with pytest.MonkeyPatch.context() as patch, working_in(folder, patch):
+        laboratory = Laboratory(folder)
+        laboratory.write_corpus(TEXT)
+        trainer = {"max_steps": 6, "val_check_interval": 3, "log_every_n_steps": 2}
+        trainer |= {"default_root_dir": str(folder), "callbacks": ["NormsByLayer", maps]}
+        laboratory.configure(
+            trainer=trainer, data={"corpus": str(folder / "corpus.txt")}, model={"network": network(2)}
         )
-        assert main(["compare", "lightning_logs", "--unranked"]) == 0
+        laboratory.fit()
+        laboratory.fit("--model.network.block.mixer", "GRU", "--data.batch_size", 2)
+        laboratory.run("compare", "lightning_logs", "--unranked")
     return folder
 
 
 @pytest.fixture(scope="module")
 def metrics(runs):
-    return [json.loads((runs / f"lightning_logs/version_{i}/metrics.json").read_text()) for i in range(len(MIXERS))]
+    return [metrics_of(runs / f"lightning_logs/version_{i}") for i in range(len(MIXERS))]
 
 
 @pytest.fixture(scope="module")

@@ -9,29 +9,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from lightning.pytorch.callbacks import Callback
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from llmx.cli import main
 from testbed.forked import forked_ranks
 from testbed.tiny import TEXT, network
-from tests.laboratory import newest_run
+from tests.laboratory import Laboratory, curves_of, newest_run, working_in
 
 pytestmark = pytest.mark.xdist_group("processes")  # the fixture's runs once, whatever the number of workers
 
 CHECKOUT = Path(__file__).parent.parent
 # 118 training windows, so step 15 ends an epoch with 6 of 8; 42 validation windows, so the last batch has 2 of 8
 DATA = {"corpus": "corpus.txt", "window": 16, "batch_size": 8, "split": [0.03, 0.15, 0.82]}
-TRAINER = {
-    "max_steps": 20,
-    "val_check_interval": 10,
-    "log_every_n_steps": 1,
-    "enable_progress_bar": False,
-    "gradient_clip_val": 1.0,
-    "accelerator": "cpu",
-    "precision": "32-true",
-}
+TRAINER = {"max_steps": 20, "val_check_interval": 10, "gradient_clip_val": 1.0, "accelerator": "cpu"}
 SHARDED = ["--trainer.strategy=ModelParallelStrategy", "--trainer.strategy.save_distributed_checkpoint=false"]
 # "ddp" starts Python anew for every rank, as a user's command does; a fork has imported everything already
 WAYS = {
@@ -49,22 +39,21 @@ WAYS = {
 
 
 def ranks(command):
-    """The exit codes of two processes that are started from outside, as torchrun does, and that nobody watches over;
-    and what the first one said."""
+    """Starts two processes from outside, as torchrun does. Returns their exit codes and the output of rank 0."""
     started = forked_ranks(Path.cwd(), command, {})
     return [process.wait(60) for process in started], started[0].output
 
 
+def configure(laboratory):
+    laboratory.configure(trainer=TRAINER, data=DATA, model={"network": network(2)})
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The folders of the same fit, in all ways."""
+    """The folders of one fit in all ways."""
     folder = tmp_path_factory.mktemp("processes")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("LLMX_CACHE", str(folder / "cache"))
-        Path("corpus.txt").write_text(TEXT)
-        config = {"seed_everything": 3, "trainer": TRAINER, "model": {"network": network(2)}, "data": DATA}
-        Path("tiny.yaml").write_text(yaml.safe_dump(config))
+    with pytest.MonkeyPatch.context() as patch, working_in(folder, patch):
+        configure(Laboratory(folder))
         found = {}
         for name, options in WAYS.items():
             command = ["fit", "--config", "tiny.yaml", *options]
@@ -79,9 +68,7 @@ def runs(tmp_path_factory):
 
 
 def curve(folder, tag):
-    events = EventAccumulator(str(folder))
-    events.Reload()
-    return {event.step: event.value for event in events.Scalars(tag)}
+    return dict(curves_of(folder)[tag])
 
 
 @pytest.mark.parametrize("name", list(WAYS)[1:])
@@ -155,11 +142,9 @@ def test_a_process_that_finds_a_fault_is_quoted(runs, capsys, monkeypatch):
     assert "training has diverged" in error.splitlines()[-1]
 
 
-def test_what_cannot_be_shared_is_refused_before_anything_is_started(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    Path("corpus.txt").write_text(TEXT)
-    config = {"trainer": TRAINER | {"devices": 2}, "model": {"network": network(2)}, "data": DATA}
-    Path("tiny.yaml").write_text(yaml.safe_dump(config))
+def test_what_cannot_be_shared_is_refused_before_anything_is_started(laboratory, capsys):
+    configure(laboratory)
+    laboratory.configure(trainer={"devices": 2})
     scalars = "--model.network.init_args.block=ReZeroBlock"
     average = ["--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.decay=0.9"]
     for options, said in ([scalars], "mixer_gain has no dimensions"), (average, "trainer.callbacks: "):

@@ -37,7 +37,7 @@ def valley(bottom: float, height: float = 1.6):
 
 
 def run_out(of: Entry, loss, stage: Stage = SHORT) -> list[tuple[float, int]]:
-    """Runs all that is asked for; (rate, seed) of each."""
+    """Runs all trials of a stage; returns their (rate, seed)."""
     asked = []
     while (trial := of.next_trial(stage)) is not None:
         of.runs.append(made_up(trial, loss(trial)))
@@ -104,11 +104,11 @@ def test_a_network_that_counts_is_run_once_and_one_that_stands_apart_never():
 
 
 def test_the_best_and_the_classics_go_on():
-    entries = [entry(name) for name in [BASELINE, *(f"n{i:02d}" for i in range(12))]]
-    for number, found in enumerate(entries):
+    everyone = [entry(name) for name in [BASELINE, *(f"n{i:02d}" for i in range(12))]]
+    for number, found in enumerate(everyone):
         run_out(found, valley(3e-3, 2 - number / 100))
-    entries.append(entry("unfinished"))
-    assert entries.finalists(entries) == [f"n{i:02d}" for i in range(11, 1, -1)] + [BASELINE]
+    everyone.append(entry("unfinished"))
+    assert entries.finalists(everyone) == [f"n{i:02d}" for i in range(11, 1, -1)] + [BASELINE]
 
 
 def test_of_the_collection_what_leaks_or_has_another_size_stands_apart_and_all_others_take_the_window(monkeypatch):
@@ -258,7 +258,7 @@ def test_differences_over_the_text_need_blocks_of_both():
 def test_runs_of_another_protocol_are_refused():
     entries = some_entries()
     entries[1].reported(SHORT)[0]["protocol"]["precision"] = "bf16-mixed"
-    with pytest.raises(UserError, match=r"near: precision is bf16-mixed .* and 32-true"):
+    with pytest.raises(UserError, match=r"near: precision is bf16-mixed .* but 32-true"):
         render(entries)
 
 
@@ -277,4 +277,4 @@ def test_a_recipe_of_its_own_is_said():
     for run in entries[2].runs:
         run["recipe"] = RECIPE | {"weight_decay": 0.0}
     assert "far differs, as its method asks for: weight decay 0.0." in render(entries)
-    assert page.table([], SHORT) is None
+    assert table([], SHORT) is None

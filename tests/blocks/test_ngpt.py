@@ -211,9 +211,8 @@ def test_a_first_step_moves_the_stream_by_the_rate():
     assert_close(y, unit_norm(0.95 * x + 0.05 * turned_to))
 
 
-def test_lengths_are_1_after_real_optimizer_steps_and_the_loss_falls(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "corpus.txt").write_text(string.ascii_lowercase * 60)
+def test_lengths_are_1_after_real_optimizer_steps_and_the_loss_falls(laboratory):
+    laboratory.write_corpus(string.ascii_lowercase * 60)
     data = TextDataModule(corpus="corpus.txt", window=8, batch_size=8)
     optimizer = partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.0)
     torch.manual_seed(0)

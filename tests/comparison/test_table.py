@@ -396,15 +396,11 @@ def test_bad_input_is_one_message(here, capsys, arguments, said):
     assert said in error
 
 
-def test_runs_that_were_trained_compare(here, monkeypatch):
+def test_runs_that_were_trained_compare(laboratory, monkeypatch):
     """From fit to report: the breakdown by kind needs the corpus, the costs what a fit keeps."""
-    monkeypatch.setenv("LLMX_CACHE", str(here / "cache"))
-    Path("corpus.txt").write_text("ALL:\nthe quick brown fox, jumps.\n\n" * 60)
-    network = {"class_path": "Decoder", "init_args": {"dim": 8, "depth": 1, "block": {"class_path": "PreNormBlock"}}}
-    network["init_args"]["block"]["init_args"] = {"mixer": "GRU", "feed_forward": "SwiGLU"}
-    trainer = {"max_steps": 3, "enable_progress_bar": False, "log_every_n_steps": 1}
-    data = {"corpus": "corpus.txt", "window": 8, "batch_size": 4}
-    Path("tiny.yaml").write_text(yaml.safe_dump({"trainer": trainer, "data": data, "model": {"network": network}}))
+    laboratory.write_corpus("ALL:\nthe quick brown fox, jumps.\n\n" * 60)
+    laboratory.config["model"]["network"]["init_args"]["block"]["init_args"]["mixer"] = "GRU"
+    laboratory.configure(trainer={"max_steps": 3})
     for seed in (1, 2):
         command = ["fit", "--config", "tiny.yaml", "--seed_everything", str(seed)]
         monkeypatch.setattr("sys.orig_argv", ["python", "main.py", *command])

@@ -224,10 +224,9 @@ def test_a_network_without_blocks_or_numbers_is_described_as_far_as_it_goes():
 
 # ------------------------------------------------------------------------------------------------------------- the verb
 @pytest.fixture
-def config(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def config(laboratory):
     content = {"vocab_size": V, "model": {"network": tiny.network(2)}, "data": {"window": 8, "batch_size": 32}}
-    Path("plain.yaml").write_text(json.dumps(content))
+    laboratory.write_config(content, "plain.yaml")
     return ["describe", "--config", "plain.yaml"]
 
 

@@ -220,10 +220,8 @@ def test_a_line_is_a_layer_at_80_columns_even_of_the_longest_numbers(width):
 
 # ------------------------------------------------------------------------------------------------------------- the verb
 @pytest.fixture
-def corpus(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LLMX_CACHE", str(tmp_path / "cache"))
-    Path("corpus.txt").write_text("".join(map(chr, range(33, 98))) * 20)
+def corpus(laboratory):
+    laboratory.write_corpus("".join(map(chr, range(33, 98))) * 20)
     return "corpus.txt"
 
 
@@ -423,7 +421,7 @@ def test_fit_and_audit_say_the_same_and_write_nothing(corpus, capsys):
         assert main([verb, "--config", path]) == 2
         expected = "error: model.network.block.blocks.1.mixer.heads: 3 heads must divide dim 32 into even parts\n"
         assert capsys.readouterr().err == expected
-    assert {item.name for item in Path().iterdir()} == {"bad.yaml", "cache", corpus}
+    assert {item.name for item in Path().iterdir()} == {"bad.yaml", "tiny.yaml", "cache", corpus}
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,8 @@ GROWN = "model.network.block.blocks"
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LLMX_CACHE", str(tmp_path / "cache"))
-    Path("corpus.txt").write_text("".join(map(chr, range(33, 98))) * 20)
+def corpus(laboratory):
+    laboratory.write_corpus("".join(map(chr, range(33, 98))) * 20)
 
 
 def write(path, *hidden, network=(), batch_size=4, window=8, max_steps=100, mixers=None):

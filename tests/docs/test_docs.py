@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from llmx.cli import main
+from tests.laboratory import working_in
 
 ROOT = Path(__file__).parents[2]
 
@@ -18,14 +19,8 @@ ROOT = Path(__file__).parents[2]
 def checkout(tmp_path, monkeypatch):
     (tmp_path / "main.py").symlink_to(ROOT / "main.py")
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LLMX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    before = set(sys.modules)
-    yield tmp_path
-    for name in set(sys.modules) - before:
-        if (tmp_path / f"{name}.py").exists():
-            del sys.modules[name]
+    with working_in(tmp_path, monkeypatch):
+        yield tmp_path
 
 
 def follow(page: str, capsys) -> tuple[list[str], list[tuple[str, int, str]]]:

@@ -18,7 +18,6 @@ import llmx.sweep.study
 from llmx.cli import main
 from llmx.sweep.report import Report
 from llmx.sweep.space import Range, Space, Values, flags, read_space
-from testbed.tiny import network
 
 CHECKOUT = Path(__file__).parents[2]
 RATE = "model.optimizer.init_args.lr"
@@ -36,26 +35,12 @@ class Hang(Callback):
 """
 
 
-def write_lab():
-    """A corpus and a configuration whose run takes a second."""
-    Path("corpus.txt").write_text("".join(f"{i * i % 97:02d} the quick brown fox;\n" for i in range(60)))
-    trainer = {"max_steps": 2, "enable_progress_bar": False, "enable_checkpointing": False, "precision": "32-true"}
-    config = {
-        "seed_everything": 3,
-        "trainer": trainer | {"limit_val_batches": 2},
-        "data": {"corpus": "corpus.txt", "window": 8, "batch_size": 4},
-        "model": {"network": network(depth=1)},
-    }
-    Path("tiny.yaml").write_text(yaml.safe_dump(config))
-    return config
-
-
 @pytest.fixture
-def lab(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LLMX_CACHE", str(tmp_path / "cache"))
+def laboratory(laboratory, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    return write_lab()
+    laboratory.write_corpus("".join(f"{i * i % 97:02d} the quick brown fox;\n" for i in range(60)))
+    laboratory.configure(trainer={"enable_checkpointing": False, "limit_val_batches": 2})
+    return laboratory
 
 
 def write_space(space, **settings):
@@ -94,7 +79,7 @@ def study(name="tiny-space"):
 
 
 # --------------------------------------------------------------------------------------------------------------- runs
-def test_a_space_of_configs_leaves_the_last_word_to_flags_and_its_runs_tell_their_own_command(lab, capsys):
+def test_a_space_of_configs_leaves_the_last_word_to_flags_and_its_runs_tell_their_own_command(laboratory, capsys):
     Path("wide.yaml").write_text("base: tiny.yaml\ntrainer: {max_steps: 9}\nmodel: {network: {init_args: {dim: 16}}}\n")
     inline = json.dumps({"model": {"network": {"init_args": {"dim": 24}}}})
     write_space({"config": {"values": ["wide.yaml", json.loads(inline)]}})
@@ -112,7 +97,7 @@ def test_a_space_of_configs_leaves_the_last_word_to_flags_and_its_runs_tell_thei
     assert main(shlex.split(result["best"]["command"])[2:]) == 0
 
 
-def test_a_grid_is_run_whole_once_and_its_best_trial_is_the_run_that_its_command_makes(lab, capsys, monkeypatch):
+def test_a_grid_is_run_whole_once_and_its_best_trial_is_the_run_that_its_command_makes(laboratory, capsys, monkeypatch):
     write_space({RATE: {"values": [0.1, 0.0]}})
     result = sweep(capsys, "--sweep", "space.yaml")
     assert [trial["parameters"] for trial in result["trials"]] == [{RATE: 0.1}, {RATE: 0.0}]  # by loss
@@ -146,11 +131,11 @@ def test_a_grid_is_run_whole_once_and_its_best_trial_is_the_run_that_its_command
     assert len(folders()) == 3
 
 
-def test_a_sampler_keeps_to_the_ranges_reaches_into_lists_and_goes_on_to_the_number_of_trials(lab, capsys):
-    network = lab["model"]["network"]["init_args"]
+def test_a_sampler_keeps_to_the_ranges_reaches_into_lists_and_goes_on_to_the_number_of_trials(laboratory, capsys):
+    network = laboratory.config["model"]["network"]["init_args"]
     network["block"] = {"class_path": "Cycle", "init_args": {"blocks": [network["block"], network["block"]]}}
     network["depth"] = 2
-    Path("tiny.yaml").write_text(yaml.safe_dump(lab))
+    laboratory.configure()
     key = "model.network.block.blocks.1.mixer.heads"
     write_space({key: {"low": 1, "high": 2}, RATE: {"low": 1e-5, "high": 1e-2, "log": True}}, trials=1)
     assert len(sweep(capsys, "--sweep", "space.yaml")["trials"]) == 1
@@ -174,7 +159,7 @@ def interrupted_at_seed_2(execute, arguments, callback, fit=llmx.sweep.study._fi
     return fit(execute, arguments, callback)
 
 
-def test_seeds_alone_are_runs_with_their_mean_and_beside_a_space_the_mean_is_the_value(lab, capsys, monkeypatch):
+def test_seeds_alone_are_runs_with_their_mean_and_beside_a_space_the_mean_is_the_value(laboratory, capsys, monkeypatch):
     alone = sweep(capsys, "--seeds", 2)
     losses = [trial["val/loss"] for trial in alone["trials"]]
     assert sorted(trial["parameters"]["seed_everything"] for trial in alone["trials"]) == [1, 2]
@@ -191,7 +176,7 @@ def test_seeds_alone_are_runs_with_their_mean_and_beside_a_space_the_mean_is_the
     assert len(folders()) == 4
 
 
-def test_a_run_that_is_worse_than_the_others_so_far_is_pruned_and_its_folder_stays(lab, capsys, monkeypatch):
+def test_a_run_that_is_worse_than_the_others_so_far_is_pruned_and_its_folder_stays(laboratory, capsys, monkeypatch):
     monkeypatch.setattr("optuna.pruners.MedianPruner", partial(optuna.pruners.MedianPruner, n_startup_trials=1))
     write_space({RATE: {"values": [0.1, 0.0]}}, prune=True)
     good, bad = sweep(capsys, "--sweep", "space.yaml", "--trainer.val_check_interval", 1)["trials"]
@@ -204,7 +189,7 @@ def test_a_run_that_is_worse_than_the_others_so_far_is_pruned_and_its_folder_sta
     assert "at step 1, pruned" in capsys.readouterr().out
 
 
-def test_a_failing_trial_is_shown_with_its_message_and_tried_again_by_the_next_command(lab, capsys):
+def test_a_failing_trial_is_shown_with_its_message_and_tried_again_by_the_next_command(laboratory, capsys):
     write_space({HEADS: {"values": [3, 2]}})
     done, failed = sweep(capsys, "--sweep", "space.yaml")["trials"]
     assert done["parameters"] == {HEADS: 2}
@@ -277,7 +262,7 @@ def start(*arguments, **environment):
     )
 
 
-def test_two_processes_that_start_at_once_share_a_study_and_run_each_point_once(lab):
+def test_two_processes_that_start_at_once_share_a_study_and_run_each_point_once(laboratory):
     rates = [0.1, 0.03, 0.01]
     write_space({RATE: {"values": rates}})
     workers = [start("--sweep", "space.yaml", "--format", "json") for _ in range(2)]
@@ -290,7 +275,7 @@ def test_two_processes_that_start_at_once_share_a_study_and_run_each_point_once(
     assert len(folders()) == len(rates)
 
 
-def test_the_point_of_a_killed_process_is_run_by_the_next(lab, capsys, monkeypatch):
+def test_the_point_of_a_killed_process_is_run_by_the_next(laboratory, capsys, monkeypatch):
     Path("hang.py").write_text(HANG)
     write_space({RATE: {"values": [0.1, 0.03]}})
     arguments = ["--sweep", "space.yaml", "--trainer.callbacks", "hang.Hang"]
@@ -385,7 +370,7 @@ def test_the_learning_rates_of_the_collection_are_a_grid_of_three():
         ("space: {ckpt_path: {values: [last]}}", "ckpt_path: a sweep's runs are new ones"),
     ],
 )
-def test_a_mistake_in_the_space_is_one_message_and_leaves_no_study(lab, capsys, space, expected):
+def test_a_mistake_in_the_space_is_one_message_and_leaves_no_study(laboratory, capsys, space, expected):
     Path("space.yaml").write_text(space)
     assert expected in fails(capsys, "--sweep", "space.yaml")
     assert not Path("lightning_logs").exists()
@@ -409,19 +394,19 @@ def test_a_mistake_in_the_space_is_one_message_and_leaves_no_study(lab, capsys, 
         (["--seeds", 2, "--storage", "x.db"], "storage: x.db cannot be opened"),
     ],
 )
-def test_a_mistake_on_the_command_line_is_one_message(lab, capsys, arguments, expected):
+def test_a_mistake_on_the_command_line_is_one_message(laboratory, capsys, arguments, expected):
     write_space({RATE: {"values": [0.1]}})
     assert expected in fails(capsys, *arguments)
     assert not Path("lightning_logs").exists()
 
 
-def test_without_optuna_the_message_says_how_to_get_it(lab, capsys, monkeypatch):
+def test_without_optuna_the_message_says_how_to_get_it(laboratory, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     monkeypatch.delitem(sys.modules, "llmx.sweep.study", raising=False)
     assert "pip install -e '.[sweep]'" in fails(capsys, "--seeds", 2)
 
 
-def test_a_study_that_sweep_did_not_make_is_refused(lab, capsys, monkeypatch):
+def test_a_study_that_sweep_did_not_make_is_refused(laboratory, capsys, monkeypatch):
     monkeypatch.setattr("llmx.sweep.study.CREATION", 0.1)
     optuna.create_study(study_name="theirs", storage="sqlite:///theirs.db")
     message = fails(capsys, "--seeds", 2, "--storage", "sqlite:///theirs.db", "--study", "theirs")

@@ -17,33 +17,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from llmx import LanguageModel, TextDataModule
 from llmx.cli import main
 from llmx.errors import UserError
 from llmx.runs.archive import read_checkpoint
-from testbed.tiny import TEXT, network
-from tests.laboratory import newest_run
+from tests.laboratory import curves_of, newest_run
 
 CHECKOUT = Path(__file__).parents[2]
-SETTINGS = {
-    "seed_everything": 3,
-    "trainer": {
-        "max_steps": 12,
-        "val_check_interval": 4,
-        "log_every_n_steps": 1,
-        "enable_progress_bar": False,
-        "precision": "32-true",
-        "accelerator": "cpu",
-    },
-    "data": {"corpus": "corpus.txt", "window": 8, "batch_size": 4},
-    "model": {
-        "network": network(depth=1),
-        "audit": "off",
-    },
-}
 STRANGER = """
 from pathlib import Path
 from llmx.mixers.attention import Attention
@@ -94,23 +75,13 @@ class Killed(Callback):
 
 
 @pytest.fixture
-def lab(tmp_path, monkeypatch):
-    """A working directory with a corpus, a tiny configuration, and modules that nobody has imported."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setenv("LLMX_CACHE", str(tmp_path / "cache"))
-    Path("corpus.txt").write_text(TEXT)
-    Path("tiny.yaml").write_text(yaml.safe_dump(SETTINGS))
+def laboratory(laboratory):
+    """With modules that nobody has imported."""
+    trainer = {"max_steps": 12, "val_check_interval": 4, "accelerator": "cpu"}
+    laboratory.configure(trainer=trainer, model={"audit": "off"})
     Path("stranger.py").write_text(STRANGER)
     Path("happens.py").write_text(HAPPENS)
-    yield tmp_path
-    for module in ("stranger", "happens"):
-        sys.modules.pop(module, None)
-
-
-def fit(*arguments):
-    assert main(["fit", "--config", "tiny.yaml", *map(str, arguments)]) == 0
-    return newest_run()
+    return laboratory
 
 
 def stopped(number, step, validating=False):
@@ -138,9 +109,7 @@ def last(folder):
 
 
 def scalars(folder):
-    events = EventAccumulator(str(folder))
-    events.Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in ("train/loss", "val/loss", "lr")}
+    return {tag: curves_of(folder)[tag] for tag in ("train/loss", "val/loss", "lr")}
 
 
 # ------------------------------------------------------------------------------------------------- nothing executes
@@ -157,8 +126,8 @@ def exploits(checkpoint):
     return ("archive.ckpt", "bare.ckpt", "legacy.ckpt")
 
 
-def test_a_file_with_code_is_refused_at_every_door(lab, capsys):
-    for name in exploits(read_checkpoint(last(fit("--trainer.max_steps", 1)))):
+def test_a_file_with_code_is_refused_at_every_door(laboratory, capsys):
+    for name in exploits(read_checkpoint(last(laboratory.fit("--trainer.max_steps", 1)))):
         for verb in ("fit", "validate", "test", "predict", "audit", "describe"):
             assert "refused without executing it" in refused(capsys, verb, "--ckpt_path", name), verb
         start = ("fit", "--config", "tiny.yaml", "--model.warm_start", name)
@@ -170,14 +139,14 @@ def test_a_file_with_code_is_refused_at_every_door(lab, capsys):
         assert not Path("executed").exists()
 
 
-def test_the_exploit_is_real(lab):
+def test_the_exploit_is_real(laboratory):
     torch.load(exploits({})[0], weights_only=False)
     assert Path("executed").exists()
 
 
-def test_an_archive_that_unpacks_to_more_than_its_size_is_refused(lab, capsys):
+def test_an_archive_that_unpacks_to_more_than_its_size_is_refused(laboratory, capsys):
     """A megabyte that would fill a gigabyte, before torch reads a byte of it."""
-    path = last(fit("--trainer.max_steps", 1))
+    path = last(laboratory.fit("--trainer.max_steps", 1))
     assert LanguageModel.load_from_checkpoint(path).window == 8
     held = zipfile.ZipFile(path)
     with zipfile.ZipFile("bomb.ckpt", "w") as bomb:
@@ -194,16 +163,16 @@ def test_an_archive_that_unpacks_to_more_than_its_size_is_refused(lab, capsys):
         LanguageModel.load_from_checkpoint("bomb.ckpt")
 
 
-def test_an_archive_with_a_path_that_leaves_it_is_refused(lab, capsys):
-    shutil.copy(last(fit("--trainer.max_steps", 1)), "outside.ckpt")
+def test_an_archive_with_a_path_that_leaves_it_is_refused(laboratory, capsys):
+    shutil.copy(last(laboratory.fit("--trainer.max_steps", 1)), "outside.ckpt")
     with zipfile.ZipFile("outside.ckpt", "a") as archive:
         archive.writestr("archive/../../executed", "")
     assert "outside its own folder" in refused(capsys, "validate", "--ckpt_path", "outside.ckpt")
 
 
 @pytest.mark.parametrize("place", ["flipped", "pickle"])
-def test_damage_anywhere_is_one_message(lab, capsys, place):
-    content = bytearray(last(fit("--trainer.max_steps", 1)).read_bytes())
+def test_damage_anywhere_is_one_message(laboratory, capsys, place):
+    content = bytearray(last(laboratory.fit("--trainer.max_steps", 1)).read_bytes())
     random = np.random.default_rng(0)
     size = 4000 if place == "pickle" else len(content)  # the pickle stands first
     for _ in range(40):
@@ -216,8 +185,8 @@ def test_damage_anywhere_is_one_message(lab, capsys, place):
     assert not Path("executed").exists()
 
 
-def test_a_bit_that_changed_in_a_weight_is_noticed(lab, capsys):
-    path = last(fit("--trainer.max_steps", 1))
+def test_a_bit_that_changed_in_a_weight_is_noticed(laboratory, capsys):
+    path = last(laboratory.fit("--trainer.max_steps", 1))
     content = bytearray(path.read_bytes())
     with zipfile.ZipFile(path) as archive:
         weight = archive.read(next(name for name in archive.namelist() if name.endswith("/data/0")))
@@ -227,9 +196,9 @@ def test_a_bit_that_changed_in_a_weight_is_noticed(lab, capsys):
         assert "does not have the checksum it was written with" in refused(capsys, verb, "--ckpt_path", "flipped.ckpt")
 
 
-def test_a_resumed_run_deletes_nothing_outside_its_folder(lab):
+def test_a_resumed_run_deletes_nothing_outside_its_folder(laboratory):
     """The checkpoint itself says which file the next one replaces."""
-    folder = fit("--trainer.max_steps", 4)
+    folder = laboratory.fit("--trainer.max_steps", 4)
     checkpoint = torch.load(last(folder), weights_only=True)
     for state in checkpoint["callbacks"].values():
         if "dirpath" in state:
@@ -262,8 +231,8 @@ def with_mixer(checkpoint, mixer):
         {"class_path": "Attention", "init_args": {"heads": "stranger.Mine"}},
     ],
 )
-def test_a_checkpoint_that_names_a_class_elsewhere_imports_nothing(lab, capsys, mixer):
-    with_mixer(read_checkpoint(last(fit("--trainer.max_steps", 1))), mixer)
+def test_a_checkpoint_that_names_a_class_elsewhere_imports_nothing(laboratory, capsys, mixer):
+    with_mixer(read_checkpoint(last(laboratory.fit("--trainer.max_steps", 1))), mixer)
     for verb in ("fit", "validate", "predict", "describe"):
         error = refused(capsys, verb, "--ckpt_path", "foreign.ckpt")
         assert "--trust stranger" in error or "more than plain text" in error
@@ -272,9 +241,9 @@ def test_a_checkpoint_that_names_a_class_elsewhere_imports_nothing(lab, capsys, 
     assert "stranger" not in sys.modules
 
 
-def test_a_module_that_the_user_trusts_or_imports_is_used(lab, capsys):
+def test_a_module_that_the_user_trusts_or_imports_is_used(laboratory, capsys):
     mine = '{"class_path": "stranger.Mine", "init_args": {"heads": 2}}'
-    folder = fit("--trainer.max_steps", 1, "--model.network.block.mixer", mine)
+    folder = laboratory.fit("--trainer.max_steps", 1, "--model.network.block.mixer", mine)
 
     def forget():
         Path("executed").unlink()
@@ -298,8 +267,8 @@ def test_a_module_that_the_user_trusts_or_imports_is_used(lab, capsys):
     assert type(LanguageModel.load_from_checkpoint(last(folder)).network.blocks[0].mixer).__name__ == "Mine"
 
 
-def test_what_is_imported_and_no_component_is_not_built(lab):
-    checkpoint = read_checkpoint(last(fit("--trainer.max_steps", 1)))
+def test_what_is_imported_and_no_component_is_not_built(laboratory):
+    checkpoint = read_checkpoint(last(laboratory.fit("--trainer.max_steps", 1)))
     with_mixer(checkpoint, {"class_path": "subprocess.Popen", "init_args": {"executable": "/bin/sh"}})
     with pytest.raises(UserError, match="is no component"):
         LanguageModel.load_from_checkpoint("foreign.ckpt")
@@ -326,7 +295,7 @@ def saved(array):
 
 
 @pytest.mark.parametrize("kind", ["pickle", "bare pickle", "long header", "other ids", "other type"])
-def test_a_planted_cache_executes_nothing_and_is_built_again(lab, kind):
+def test_a_planted_cache_executes_nothing_and_is_built_again(laboratory, kind):
     def tokens():
         return TextDataModule(corpus="corpus.txt", window=8).tokens("train")
 
@@ -338,22 +307,25 @@ def test_a_planted_cache_executes_nothing_and_is_built_again(lab, kind):
         "other ids": lambda: saved(np.full(9, 200, np.uint8)),
         "other type": lambda: saved(np.zeros(9)),
     }[kind]()
-    planted(content, lab / "cache" / "tokens")
+    planted(content, laboratory.folder / "cache" / "tokens")
     assert (tokens() == expected).all()
     assert not Path("executed").exists()
 
 
-def test_planted_losses_are_refused(lab, capsys):
-    folders = [fit("--trainer.max_steps", 1), fit("--trainer.max_steps", 1, "--model.weight_decay_on", "all")]
+def test_planted_losses_are_refused(laboratory, capsys):
+    folders = [
+        laboratory.fit("--trainer.max_steps", 1),
+        laboratory.fit("--trainer.max_steps", 1, "--model.weight_decay_on", "all"),
+    ]
     for content in (saved(np.array([Exploit()], dtype=object)), long_header()):
         (folders[0] / "val_losses.npy").write_bytes(content)
         assert "val_losses.npy: cannot be read" in refused(capsys, "compare", *folders)
 
 
 # ------------------------------------------------------------------------------------------------------ whole or not
-def test_a_full_disk_leaves_the_checkpoint_before(lab, capsys):
+def test_a_full_disk_leaves_the_checkpoint_before(laboratory, capsys):
     """A limit on the size of a file stands for the disk: the second network does not fit, the logs do."""
-    folder = fit("--trainer.max_steps", 4)
+    folder = laboratory.fit("--trainer.max_steps", 4)
     size = last(folder).stat().st_size
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     capsys.readouterr()
@@ -372,7 +344,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(lab, capsys):
     assert read_checkpoint(last(folder))["global_step"] == 8
 
 
-def test_a_kill_during_the_write_leaves_the_checkpoint_before(lab):
+def test_a_kill_during_the_write_leaves_the_checkpoint_before(laboratory):
     command = [sys.executable, str(CHECKOUT / "main.py"), "fit", "--config", "tiny.yaml"]
     ended = subprocess.run([*command, "--trainer.callbacks", "happens.Killed"], capture_output=True)
     assert ended.returncode == 9
@@ -383,7 +355,7 @@ def test_a_kill_during_the_write_leaves_the_checkpoint_before(lab):
     assert {path.name for path in last(folder).parent.iterdir()} == {"last.ckpt", "best.ckpt", "step=12.ckpt"}
 
 
-def test_last_leads_to_a_whole_checkpoint_at_every_moment(lab, monkeypatch):
+def test_last_leads_to_a_whole_checkpoint_at_every_moment(laboratory, monkeypatch):
     """Looked at around every change of an entry in a folder."""
     seen = []
 
@@ -402,7 +374,7 @@ def test_last_leads_to_a_whole_checkpoint_at_every_moment(lab, monkeypatch):
 
     for name in ("replace", "remove", "unlink", "symlink"):
         watched(name)
-    fit()
+    laboratory.fit()
     assert set(seen) == {"step=0.ckpt", "step=4.ckpt", "step=8.ckpt", "step=12.ckpt"}
 
 
@@ -419,9 +391,9 @@ def test_last_leads_to_a_whole_checkpoint_at_every_moment(lab, monkeypatch):
     ],
 )
 def test_a_signalled_run_is_saved_at_that_step_and_goes_on_as_if_nothing_had_been(
-    lab, capsys, number, step, validating
+    laboratory, capsys, number, step, validating
 ):
-    whole = fit()
+    whole = laboratory.fit()
     handlers = [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)]
     assert stopped(number, step, validating) == 128 + number
     assert [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)] == handlers
@@ -436,7 +408,7 @@ def test_a_signalled_run_is_saved_at_that_step_and_goes_on_as_if_nothing_had_bee
     assert {path.name for path in last(part).parent.iterdir()} == {"last.ckpt", "best.ckpt", "step=12.ckpt"}
 
 
-def test_what_a_signal_breaks_within_a_step_is_no_error_of_the_run(lab, capsys):
+def test_what_a_signal_breaks_within_a_step_is_no_error_of_the_run(laboratory, capsys):
     handlers = [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(SystemExit) as left:
         main(["fit", "--config", "tiny.yaml", "--trainer.callbacks", "happens.Interrupted"])
@@ -446,18 +418,17 @@ def test_what_a_signal_breaks_within_a_step_is_no_error_of_the_run(lab, capsys):
     assert read_checkpoint(last(newest_run()))["global_step"] == 4  # the one before
 
 
-def test_a_signal_outside_a_fit_is_an_orderly_exit(lab, monkeypatch):
-    folder = fit("--trainer.max_steps", 1)
+def test_a_signal_outside_a_fit_is_an_orderly_exit(laboratory, monkeypatch):
+    folder = laboratory.fit("--trainer.max_steps", 1)
     monkeypatch.setattr(LanguageModel, "validation_step", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(SystemExit) as left:
         main(["validate", "--ckpt_path", str(last(folder))])
     assert left.value.code == 130
 
 
-def test_last_is_the_newest_run_below_the_root_that_the_config_gives(lab, capsys):
-    settings = json.loads(json.dumps(SETTINGS))
-    settings["trainer"] |= {"default_root_dir": "elsewhere", "max_steps": 1}
-    Path("elsewhere.yaml").write_text(yaml.safe_dump(settings))
+def test_last_is_the_newest_run_below_the_root_that_the_config_gives(laboratory, capsys):
+    trainer = laboratory.config["trainer"] | {"default_root_dir": "elsewhere", "max_steps": 1}
+    laboratory.write_config({**laboratory.config, "trainer": trainer}, "elsewhere.yaml")
     assert "'last' found no run" in refused(capsys, "validate", "--config", "elsewhere.yaml", "--ckpt_path", "last")
     for _ in range(2):
         assert main(["fit", "--config", "elsewhere.yaml"]) == 0
@@ -470,8 +441,8 @@ def test_last_is_the_newest_run_below_the_root_that_the_config_gives(lab, capsys
     assert not Path("lightning_logs").exists()
 
 
-def test_resuming_from_the_best_checkpoint_moves_last(lab):
-    folder = fit("--trainer.max_steps", 4)
+def test_resuming_from_the_best_checkpoint_moves_last(laboratory):
+    folder = laboratory.fit("--trainer.max_steps", 4)
     assert main(["fit", "--ckpt_path", str(folder / "checkpoints/best.ckpt"), "--trainer.max_steps", "8"]) == 0
     assert read_checkpoint(last(folder))["global_step"] == 8
     assert {path.name for path in last(folder).parent.iterdir()} >= {"last.ckpt", "best.ckpt", "step=8.ckpt"}

@@ -7,10 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 
 from llmx import LanguageModel
-from llmx.cli import main
 from llmx.data.datamodule import TextDataModule
 from llmx.networks.ngram import NGram
 from llmx.training.trainer import Trainer
@@ -20,29 +18,25 @@ QUIET = ["--trainer.enable_progress_bar", "false"]
 
 
 @pytest.fixture
-def lab(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LLMX_CACHE", str(tmp_path / "cache"))
-    Path("corpus.txt").write_text(" ".join(np.random.default_rng(0).choice(WORDS, 900)))
-    config = {
+def laboratory(laboratory):
+    laboratory.write_corpus(" ".join(np.random.default_rng(0).choice(WORDS, 900)))
+    laboratory.config |= {
         "trainer": {"max_steps": 1, "gradient_clip_val": 1.0, "enable_progress_bar": False},
         "data": {"corpus": "corpus.txt", "window": 12, "batch_size": 4},
         "model": {"network": {"class_path": "NGram", "init_args": {"order": 4}}, "sampling": {"max_new_tokens": 12}},
     }
-    Path("ngram.yaml").write_text(yaml.safe_dump(config))
-
-
-def run(*arguments) -> int:
-    return main([str(argument) for argument in arguments])
+    del laboratory.config["seed_everything"]
+    laboratory.configure()
+    return laboratory
 
 
 def metrics() -> dict:
     return json.loads(Path("lightning_logs/version_0/metrics.json").read_text())
 
 
-def test_fit_counts_the_training_split_once_and_measures_the_whole_validation_split(lab, capsys, recwarn):
+def test_fit_counts_the_training_split_once_and_measures_the_whole_validation_split(laboratory, capsys, recwarn):
     # more steps and a log at every one change nothing
-    assert run("fit", "--config", "ngram.yaml", "--trainer.max_steps", 3, "--trainer.log_every_n_steps", 1) == 0
+    laboratory.run("fit", "--config", "tiny.yaml", "--trainer.max_steps", 3, "--trainer.log_every_n_steps", 1)
     assert metrics()["step"] == 1
     assert f"val loss {metrics()['val/loss']:.4f}" in capsys.readouterr().out.splitlines()[-1]
     assert not [warning for warning in recwarn if "optimizer" in str(warning.message) or "clip" in str(warning.message)]
@@ -57,43 +51,45 @@ def test_fit_counts_the_training_split_once_and_measures_the_whole_validation_sp
     assert (record["steps"], record["parameters"], record["leaking"]) == (1, 0, False)
 
 
-def test_every_verb_takes_its_checkpoint(lab, capsys):
-    assert run("fit", "--config", "ngram.yaml") == 0
+def test_every_verb_takes_its_checkpoint(laboratory, capsys):
+    laboratory.run("fit", "--config", "tiny.yaml")
     loss = f"val loss {metrics()['val/loss']:.4f}"
     capsys.readouterr()
-    assert run("validate", "--ckpt_path", "last", *QUIET) == 0
+    laboratory.run("validate", "--ckpt_path", "last", *QUIET)
     assert loss in capsys.readouterr().out
-    assert run("audit", "--ckpt_path", "last", *QUIET) == 0
+    laboratory.run("audit", "--ckpt_path", "last", *QUIET)
     assert "no leak" in capsys.readouterr().out
-    assert run("predict", "--ckpt_path", "last", "--data.prompts", "the ", *QUIET) == 0
+    laboratory.run("predict", "--ckpt_path", "last", "--data.prompts", "the ", *QUIET)
     record = json.loads(Path("lightning_logs/version_0/predictions/0.jsonl").read_text())
     assert len(record["completion"]) == 12
-    assert run("fit", "--ckpt_path", "last", *QUIET) == 0  # a finished run: nothing is left to do
+    laboratory.run("fit", "--ckpt_path", "last", *QUIET)  # a finished run: nothing is left to do
     assert metrics()["step"] == 1
-    assert run("fit", "--ckpt_path", "last", "--trainer.max_steps", 2, *QUIET) == 0
+    laboratory.run("fit", "--ckpt_path", "last", "--trainer.max_steps", 2, *QUIET)
     assert loss in capsys.readouterr().out
-    assert run("validate", "--ckpt_path", "last", "--config", "ngram.yaml", "--model.network.order", 3, *QUIET) == 2
+    laboratory.run(
+        "validate", "--ckpt_path", "last", "--config", "tiny.yaml", "--model.network.order", 3, *QUIET, code=2
+    )
     assert "network.predicting.2.keys has shape" in capsys.readouterr().err
 
 
-def test_the_audit_sees_the_network_that_has_counted(lab, monkeypatch):
+def test_the_audit_sees_the_network_that_has_counted(laboratory, monkeypatch):
     audited = []
     monkeypatch.setattr(
         "llmx.training.trainer.audit_causality", lambda network, window, text: audited.append(network.learned)
     )
     with pytest.raises(AttributeError):  # there is no report
-        run("audit", "--config", "ngram.yaml")
+        laboratory.run("audit", "--config", "tiny.yaml")
     assert audited == [True]
 
 
-def test_more_processes_than_one_are_refused_in_a_sentence(lab, capsys):
+def test_more_processes_than_one_are_refused_in_a_sentence(laboratory, capsys):
     arguments = ["--trainer.accelerator", "cpu", "--trainer.devices", 2]
-    assert run("fit", "--config", "ngram.yaml", *arguments) == 2
+    laboratory.run("fit", "--config", "tiny.yaml", *arguments, code=2)
     assert "error: trainer.devices: " in capsys.readouterr().err
     assert not Path("lightning_logs").exists()
 
 
-def test_it_counts_in_a_notebook_too(lab):
+def test_it_counts_in_a_notebook_too(laboratory):
     data = TextDataModule(corpus="corpus.txt", window=12, batch_size=4)
     model = LanguageModel(partial(NGram, order=4), data.tokenizer, window=12)
     trainer = Trainer(max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, devices=1)

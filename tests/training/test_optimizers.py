@@ -1,12 +1,10 @@
 """Hybrids of two optimizers, Muon in batches, optimizers and callbacks that average: alone, and through `fit`."""
 
-import json
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from torch import nn
 from torch.optim import AdamW
 
@@ -17,8 +15,7 @@ from llmx.feedforward.mlp import MLP
 from llmx.mixers.mamba import Mamba
 from llmx.training import optimizers
 from llmx.training.optimizers import BatchedMuon, Hybrid, orthogonalized, parameter_groups
-from testbed.tiny import TEXT, network
-from tests.laboratory import newest_run
+from tests.laboratory import metrics_of, newest_run, weights_of
 
 MUON = partial(BatchedMuon, lr=0.02)
 CHOICES = {
@@ -146,59 +143,42 @@ def test_newton_schulz_keeps_directions_and_evens_out_their_sizes(shape):
 
 # ----------------------------------------------------------------------------------------------------------- in a run
 @pytest.fixture
-def lab(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("corpus.txt").write_text(TEXT)
+def configure(laboratory):
+    """A function that configures a choice of optimizer."""
     Path("interrupted.py").write_text(POWER_CUT)
 
-    def write(choice: str) -> None:
-        trainer = {"max_steps": 6, "val_check_interval": 3, "enable_progress_bar": False, "precision": "32-true"}
-        config = {
-            "seed_everything": 3,
-            "trainer": trainer | {"callbacks": CALLBACKS.get(choice, [])},
-            "data": {"corpus": "corpus.txt", "window": 8, "batch_size": 4},
-            "model": {
-                "network": network(depth=1),
-                "optimizer": CHOICES[choice],
-                "schedule": {"class_path": "WarmupStableDecay", "init_args": {"warmup_steps": 2}},
-                "audit": "off",
-            },
-        }
-        Path("tiny.yaml").write_text(yaml.safe_dump(config))
+    def configure(choice):
+        schedule = {"class_path": "WarmupStableDecay", "init_args": {"warmup_steps": 2}}
+        trainer = {"max_steps": 6, "val_check_interval": 3, "callbacks": CALLBACKS.get(choice, [])}
+        laboratory.configure(
+            trainer=trainer, model={"optimizer": CHOICES[choice], "schedule": schedule, "audit": "off"}
+        )
 
-    return write
-
-
-def run(*arguments):
-    assert main([str(argument) for argument in arguments]) == 0
+    return configure
 
 
 def final(folder):
-    return json.loads((folder / "metrics.json").read_text())["val/loss"]
-
-
-def state(folder):
-    return torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    return metrics_of(folder)["val/loss"]
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-def test_a_resumed_run_is_the_uninterrupted_one(lab, choice):
-    lab(choice)
-    run("fit", "--config", "tiny.yaml")
+def test_a_resumed_run_is_the_uninterrupted_one(laboratory, configure, choice):
+    configure(choice)
+    laboratory.run("fit", "--config", "tiny.yaml")
     whole = newest_run()
     with pytest.raises(RuntimeError, match="power cut"):
         main(["fit", "--config", "tiny.yaml", "--trainer.callbacks+=interrupted.AtStepFive"])
-    run("fit", "--config", "tiny.yaml", "--ckpt_path", "last")
-    for name, value in state(newest_run()).items():
-        assert torch.equal(value, state(whole)[name]), name
+    laboratory.run("fit", "--config", "tiny.yaml", "--ckpt_path", "last")
+    for name, value in weights_of(newest_run()).items():
+        assert torch.equal(value, weights_of(whole)[name]), name
     assert final(newest_run()) == final(whole)
 
 
 @pytest.mark.parametrize("choice", AVERAGING)
-def test_what_is_saved_is_the_average_that_was_validated(lab, choice, capsys):
-    lab(choice)
-    run("fit", "--config", "tiny.yaml")
-    run("validate", "--ckpt_path", "last")
+def test_what_is_saved_is_the_average_that_was_validated(laboratory, configure, choice, capsys):
+    configure(choice)
+    laboratory.run("fit", "--config", "tiny.yaml")
+    laboratory.run("validate", "--ckpt_path", "last")
     said = f"val loss {final(newest_run()):.4f}"
     assert capsys.readouterr().out.count(said) == 2
     saved = torch.load(newest_run() / "checkpoints/last.ckpt", weights_only=True)
@@ -209,15 +189,15 @@ def test_what_is_saved_is_the_average_that_was_validated(lab, choice, capsys):
         assert not any(group["train_mode"] for group in saved["optimizer_states"][0]["param_groups"])
 
 
-def test_a_signal_saves_the_average(lab):
-    lab("schedule-free")
-    run("fit", "--config", "tiny.yaml")
+def test_a_signal_saves_the_average(laboratory, configure):
+    configure("schedule-free")
+    laboratory.run("fit", "--config", "tiny.yaml")
     whole = newest_run()
     with pytest.raises(SystemExit, match="143"):
         main(["fit", "--config", "tiny.yaml", "--trainer.callbacks+=interrupted.Signal"])
     saved = torch.load(newest_run() / "checkpoints/last.ckpt", weights_only=True)
     assert saved["global_step"] == 4
     assert not any(group["train_mode"] for group in saved["optimizer_states"][0]["param_groups"])
-    run("fit", "--config", "tiny.yaml", "--ckpt_path", "last")
+    laboratory.run("fit", "--config", "tiny.yaml", "--ckpt_path", "last")
     # to the average and back is a rounding more than the uninterrupted run had
     assert final(newest_run()) == pytest.approx(final(whole), abs=1e-5)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import EMAWeightAveraging
 
@@ -22,8 +21,8 @@ from llmx.errors import UserError
 from llmx.feedforward.swiglu import SwiGLU
 from llmx.mixers.attention import Attention
 from llmx.runs.provenance import code, file_hash
-from testbed.tiny import TEXT, network
-from tests.laboratory import newest_run
+from testbed.tiny import TEXT
+from tests.laboratory import metrics_of, newest_run, record_of
 
 MINE = """
 from llmx.mixers.attention import Attention
@@ -42,26 +41,13 @@ class Breaks(Callback):
 
 
 @pytest.fixture
-def lab(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setenv("LLMX_CACHE", str(tmp_path / "cache"))
+def laboratory(laboratory, monkeypatch):
+    monkeypatch.syspath_prepend(str(laboratory.folder))
     monkeypatch.setattr(sys, "orig_argv", ["python", "main.py"])  # names of runs come from it
-    trainer = {"max_steps": 2, "val_check_interval": 2, "enable_progress_bar": False, "precision": "32-true"}
-    settings = {
-        "seed_everything": 3,
-        "trainer": trainer | {"accelerator": "cpu", "log_every_n_steps": 1},
-        "data": {"corpus": "corpus.txt", "window": 8, "batch_size": 4},
-        "model": {"network": network(depth=1), "sampling": {"max_new_tokens": 4}},
-    }
-    Path("corpus.txt").write_text(TEXT)
-    Path("other.txt").write_text(TEXT[::-1])
-    Path("tiny.yaml").write_text(yaml.safe_dump(settings))
-
-
-def fit(*arguments):
-    assert main(["fit", "--config", "tiny.yaml", *(str(argument) for argument in arguments)]) == 0
-    return newest_run()
+    trainer = {"val_check_interval": 2, "accelerator": "cpu"}
+    laboratory.configure(trainer=trainer, model={"sampling": {"max_new_tokens": 4}})
+    laboratory.write_corpus(TEXT[::-1], "other.txt")
+    return laboratory
 
 
 def go_on(*arguments):
@@ -70,10 +56,6 @@ def go_on(*arguments):
 
 def kept(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-
-
-def metrics(folder):
-    return json.loads((folder / "metrics.json").read_text())
 
 
 @pytest.mark.parametrize(
@@ -87,8 +69,8 @@ def metrics(folder):
         ("sampling", "random"),
     ],
 )
-def test_a_run_does_not_go_on_with_other_data_than_it_began_with(lab, capsys, key, value):
-    folder = fit()
+def test_a_run_does_not_go_on_with_other_data_than_it_began_with(laboratory, capsys, key, value):
+    folder = laboratory.fit()
     before = kept(folder)
     capsys.readouterr()
     assert go_on("--trainer.max_steps", 4, f"--data.{key}", value) == 2
@@ -98,8 +80,8 @@ def test_a_run_does_not_go_on_with_other_data_than_it_began_with(lab, capsys, ke
     assert kept(folder) == before
 
 
-def test_a_damaged_record_is_named(lab, capsys):
-    folder = fit()
+def test_a_damaged_record_is_named(laboratory, capsys):
+    folder = laboratory.fit()
     for content in ("{", "[]", '{"continued": {"x": {}}}', '{"data": 5}'):
         (folder / "run.json").write_text(content)
         capsys.readouterr()
@@ -107,28 +89,28 @@ def test_a_damaged_record_is_named(lab, capsys):
         assert "version_0/run.json: is damaged" in capsys.readouterr().err
 
 
-def test_the_same_text_may_lie_elsewhere_and_a_plain_continuation_is_no_other_run(lab):
-    whole = fit("--trainer.max_steps", 8)
+def test_the_same_text_may_lie_elsewhere_and_a_plain_continuation_is_no_other_run(laboratory):
+    whole = laboratory.fit("--trainer.max_steps", 8)
     Path("breaks.py").write_text(BREAKS)
     with pytest.raises(RuntimeError, match="power cut"):
         main(["fit", "--config", "tiny.yaml", "--trainer.max_steps", "8", "--trainer.callbacks", "breaks.Breaks"])
     folder = newest_run()
     (folder / "config.yaml").write_text((whole / "config.yaml").read_text())
-    record = json.loads((folder / "run.json").read_text())
+    record = record_of(folder)
     (folder / "run.json").write_text(json.dumps(record | {"sources": {}}))
     assert go_on() == 0
-    assert json.loads((folder / "run.json").read_text())["continued"] == {}
+    assert record_of(folder)["continued"] == {}
     Path("moved.txt").write_text(TEXT)
     assert go_on("--trainer.max_steps", 10, "--data.corpus", "moved.txt") == 0
-    assert metrics(folder)["tokens"] == 10 * 4 * 8
+    assert metrics_of(folder)["tokens"] == 10 * 4 * 8
 
 
-def test_a_run_that_is_continued_with_other_settings_is_shown_apart(lab):
-    fit("--seed_everything", 1, "--trainer.max_steps", 4)
-    fit("--seed_everything", 2)
+def test_a_run_that_is_continued_with_other_settings_is_shown_apart(laboratory):
+    laboratory.fit("--seed_everything", 1, "--trainer.max_steps", 4)
+    laboratory.fit("--seed_everything", 2)
     assert go_on("--trainer.max_steps", 4) == 0
     assert go_on("--trainer.max_steps", 4) == 0  # nothing is left to do
-    fit("--seed_everything", 4, "--trainer.max_steps", 4)
+    laboratory.fit("--seed_everything", 4, "--trainer.max_steps", 4)
     names = [(group.name, len(group.runs)) for group in grouped(find_runs(["lightning_logs"]))]
     assert names == [
         ("Decoder (max_steps=4)", 2),
@@ -136,20 +118,20 @@ def test_a_run_that_is_continued_with_other_settings_is_shown_apart(lab):
     ]
 
 
-def test_where_a_run_went_on_from_an_earlier_step_what_came_after_it_is_forgotten(lab):
-    folder = fit()
+def test_where_a_run_went_on_from_an_earlier_step_what_came_after_it_is_forgotten(laboratory):
+    folder = laboratory.fit()
     shutil.copytree(folder / "checkpoints", "early", symlinks=True)
     assert go_on("--trainer.max_steps", 6, "--model.optimizer.lr", 0.5) == 0
-    assert list(json.loads((folder / "run.json").read_text())["continued"]) == ["2"]
+    assert list(record_of(folder)["continued"]) == ["2"]
     shutil.rmtree(folder / "checkpoints")
     shutil.move("early", folder / "checkpoints")
     assert go_on("--trainer.max_steps", 4, "--trainer.precision", "bf16-mixed") == 0
-    continued = json.loads((folder / "run.json").read_text())["continued"]
+    continued = record_of(folder)["continued"]
     assert [(step, leg["precision"]) for step, leg in continued.items()] == [("2", "bf16-mixed")]
 
 
-def test_a_continued_run_has_not_ended_until_it_has(lab, capsys):
-    folder = fit("--trainer.max_steps", 4)
+def test_a_continued_run_has_not_ended_until_it_has(laboratory, capsys):
+    folder = laboratory.fit("--trainer.max_steps", 4)
     Path("breaks.py").write_text(BREAKS)
     with pytest.raises(RuntimeError, match="power cut"):
         go_on("--trainer.max_steps", 8, "--trainer.callbacks", "breaks.Breaks")
@@ -161,36 +143,36 @@ def test_a_continued_run_has_not_ended_until_it_has(lab, capsys):
     assert run.seconds is None
 
 
-def test_what_a_run_was_warm_started_from_is_compared(lab):
-    first = fit("--trainer.max_steps", 4)
+def test_what_a_run_was_warm_started_from_is_compared(laboratory):
+    first = laboratory.fit("--trainer.max_steps", 4)
     checkpoint = first / "checkpoints/last.ckpt"
-    warm = fit("--model.warm_start", checkpoint, "--trainer.max_steps", 4)
+    warm = laboratory.fit("--model.warm_start", checkpoint, "--trainer.max_steps", 4)
     groups = grouped(find_runs(["lightning_logs"]))
     with pytest.raises(UserError, match=rf"warm start is none in .*, {checkpoint} \(sha256 [0-9a-f]{{12}}\) in"):
         compare(groups)
     # another file under the same name
     Path(checkpoint).unlink()
     shutil.copy(newest_run() / "checkpoints/last.ckpt", checkpoint)
-    fit("--model.warm_start", checkpoint, "--trainer.max_steps", 4, "--seed_everything", 5)
+    laboratory.fit("--model.warm_start", checkpoint, "--trainer.max_steps", 4, "--seed_everything", 5)
     assert len(grouped(find_runs([str(warm), str(newest_run())]))) == 2
     # of a version that did not keep it
-    record = json.loads((warm / "run.json").read_text())
+    record = record_of(warm)
     del record["warm_start"]
     (warm / "run.json").write_text(json.dumps(record))
     with pytest.raises(UserError, match="warm start is none in"):
         compare(grouped(find_runs([str(first), str(warm)])))
 
 
-def test_seeds_of_other_averaging_precision_or_sources_are_no_seeds_of_one_network(lab, monkeypatch):
+def test_seeds_of_other_averaging_precision_or_sources_are_no_seeds_of_one_network(laboratory, monkeypatch):
     Path("mine.py").write_text(MINE)
     mine = ["--model.network.init_args.block.init_args.mixer", '{"class_path": "mine.Mine", "init_args": {"heads": 2}}']
-    fit("--seed_everything", 1, *mine)
-    fit("--seed_everything", 2, *mine, "--trainer.callbacks+=NormsByLayer")  # looks on
+    laboratory.fit("--seed_everything", 1, *mine)
+    laboratory.fit("--seed_everything", 2, *mine, "--trainer.callbacks+=NormsByLayer")  # looks on
     assert [len(group.runs) for group in grouped(find_runs(["lightning_logs"]))] == [2]
     Path("mine.py").write_text(MINE + "    # another\n")
-    fit("--seed_everything", 3, *mine)
-    fit("--seed_everything", 4, *mine, "--trainer.precision", "bf16-mixed")
-    fit("--seed_everything", 5, *mine, "--trainer.callbacks+=EMAWeightAveraging")
+    laboratory.fit("--seed_everything", 3, *mine)
+    laboratory.fit("--seed_everything", 4, *mine, "--trainer.precision", "bf16-mixed")
+    laboratory.fit("--seed_everything", 5, *mine, "--trainer.callbacks+=EMAWeightAveraging")
     groups = grouped(find_runs(["lightning_logs"]))
     assert [[run.seed for run in group.runs] for group in groups] == [[1, 2], [3], [4], [5]]
     assert len({group.name for group in groups}) == 4
@@ -198,25 +180,25 @@ def test_seeds_of_other_averaging_precision_or_sources_are_no_seeds_of_one_netwo
     assert "precision=bf16-mixed" in groups[2].name
 
 
-def test_what_a_file_of_ones_own_imports_is_part_of_it(lab, monkeypatch):
+def test_what_a_file_of_ones_own_imports_is_part_of_it(laboratory, monkeypatch):
     Path("halves.py").write_text("def half(x):\n    return x / 2\n")
     Path("halved.py").write_text("from halves import half\n" + MINE)  # modules that no other test imports
     mixer = '{"class_path": "halved.Mine", "init_args": {"heads": 2}}'
     mine = ["--model.network.init_args.block.init_args.mixer", mixer]
-    first = fit("--seed_everything", 1, *mine)
-    kept = json.loads((first / "run.json").read_text())["sources"]
+    first = laboratory.fit("--seed_everything", 1, *mine)
+    kept = record_of(first)["sources"]
     assert kept == {name: file_hash(f"{name}.py") for name in ("halved", "halves")}
     Path("halves.py").write_text("def half(x):\n    return x / 3\n")
-    fit("--seed_everything", 2, *mine)
+    laboratory.fit("--seed_everything", 2, *mine)
     assert ["source of halves=" in group.name for group in grouped(find_runs(["lightning_logs"]))] == [True, True]
 
 
-def test_rows_of_other_states_of_llmx_are_told_apart_below_the_table(lab, monkeypatch):
-    fit("--seed_everything", 1)
-    fit("--seed_everything", 2)
+def test_rows_of_other_states_of_llmx_are_told_apart_below_the_table(laboratory, monkeypatch):
+    laboratory.fit("--seed_everything", 1)
+    laboratory.fit("--seed_everything", 2)
     assert "sources of llmx" not in caption(compare(grouped(find_runs(["lightning_logs"]))))
     monkeypatch.setattr("llmx.training.record.code", lambda: "0123456789")
-    fit("--seed_everything", 3)
+    laboratory.fit("--seed_everything", 3)
     own = code()[:8]
     said = caption(compare(grouped(find_runs(["lightning_logs"]))))
     assert "same sources of llmx (run.json: code): " in said
@@ -236,7 +218,7 @@ def fit_in_a_notebook(seed, warm_start=None, **trainer):
     return newest_run()
 
 
-def test_runs_of_a_notebook_are_compared_and_continued_like_others(lab):
+def test_runs_of_a_notebook_are_compared_and_continued_like_others(laboratory):
     first = fit_in_a_notebook(1)
     fit_in_a_notebook(2)
     fit_in_a_notebook(3, gradient_clip_val=0.5)
@@ -250,13 +232,13 @@ def test_runs_of_a_notebook_are_compared_and_continued_like_others(lab):
         compare(grouped(find_runs(["lightning_logs"])))
     checkpoint = str(first / "checkpoints/last.ckpt")
     assert main(["fit", "--ckpt_path", checkpoint, "--trainer.max_steps", "4"]) == 0
-    assert metrics(first)["step"] == 4
-    assert list(json.loads((first / "run.json").read_text())["continued"]) == ["2"]
+    assert metrics_of(first)["step"] == 4
+    assert list(record_of(first)["continued"]) == ["2"]
 
 
-def test_a_run_of_a_version_that_kept_less_is_read(lab):
-    folder = fit()
-    record = json.loads((folder / "run.json").read_text())
+def test_a_run_of_a_version_that_kept_less_is_read(laboratory):
+    folder = laboratory.fit()
+    record = record_of(folder)
     for key in ("sources", "warm_start", "continued", "audit", "leaking", "precision", "code"):
         record.pop(key, None)
     (folder / "run.json").write_text(json.dumps(record))
