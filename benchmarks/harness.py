@@ -12,7 +12,6 @@ import gc
 import json
 import multiprocessing
 import os
-import resource
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +29,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
+
+from llmx.runs.memory import peak_bytes, peak_bytes_of_children
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 PEER_PACKAGES = ("transformers", "litgpt", "x-transformers", "flash-linear-attention")
@@ -178,8 +179,7 @@ def _peak_bytes() -> int:
     """
     if cuda := _cuda():
         return cuda.max_memory_allocated()
-    largest = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return largest if sys.platform == "darwin" else largest * 1024
+    return max(peak_bytes() or 0, peak_bytes_of_children())
 
 
 def _forget_peak() -> None:

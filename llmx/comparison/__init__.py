@@ -1,1 +1,1 @@
-"""Runs beside each other: what may be compared, how sure the difference is, and the table that says so."""
+"""Compares finished runs: groups over seeds, confidence intervals, tables, figures and a report."""

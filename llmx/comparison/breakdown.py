@@ -1,4 +1,4 @@
-"""Where a loss comes from: by the place in the window, and by the kind of the character that is predicted."""
+"""Splits a loss by the place in the window and by the kind of the predicted character."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ KINDS = ("speaker's name", "start of a word", "inside a word", "space", "new lin
 
 
 def positions(count: int, window: int, stride: int | None) -> np.ndarray:
-    """(count,): how many characters of context precede the prediction beyond the first one, 0 to window - 1, where
-    each character is predicted once: a whole window, then the last `stride` of each that follows."""
+    """(count,): the place in its window, 0 to window - 1, of each prediction. Each character is predicted once: all of
+    the first window, then the last `stride` of each following window."""
     stride = window if stride is None else stride
     index = np.arange(count)
     return np.where(index < window, index, window - stride + (index - window) % stride)
 
 
 def by_position(losses: np.ndarray, window: int, stride: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """losses (N,) -> the places that occur and the mean loss at each."""
+    """losses (N,) -> the places that occur, and the mean loss at each."""
     place = positions(len(losses), window, stride)
     count = np.bincount(place, minlength=window)
     total = np.bincount(place, losses, minlength=window)
@@ -31,10 +31,10 @@ def by_position(losses: np.ndarray, window: int, stride: int | None) -> tuple[np
     return occurring, total[occurring] / count[occurring]
 
 
-@lru_cache(maxsize=4)  # the same text for every network of a comparison
+@lru_cache(maxsize=4)  # all networks of a comparison share a text
 def kinds(text: str) -> np.ndarray:
-    """(len(text),): an index into KINDS for each character. A speaker's name is what stands before a colon alone on a
-    line that follows an empty one."""
+    """(len(text),): an index into KINDS for each character. A speaker's name is a line that ends with its only colon
+    and follows an empty line."""
     letters = np.array([character.isalnum() or character == "'" for character in text], dtype=bool)
     before = np.concatenate(([False], letters[:-1]))
     kind = np.full(len(text), KINDS.index("punctuation"))
@@ -48,13 +48,13 @@ def kinds(text: str) -> np.ndarray:
 
 
 def by_kind(losses: np.ndarray, text: str) -> dict[str, float]:
-    """losses (N,) of the characters of text[1:] -> the mean loss of each kind that occurs."""
+    """losses (N,) of text[1:] -> the mean loss of each kind that occurs."""
     kind = kinds(text)[1:]
     return {name: float(losses[kind == index].mean()) for index, name in enumerate(KINDS) if (kind == index).any()}
 
 
 def validation_text(data: dict[str, Any]) -> str | None:
-    """The validation split of a run's data settings; None where it cannot be had any more, or is not characters."""
+    """The validation split of a run's data settings; None if it is gone, or its tokens are not characters."""
     try:
         module = TextDataModule(**data)
         text = module.tokenizer.decode(np.asarray(module.tokens("val")))

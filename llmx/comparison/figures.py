@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import textwrap
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -14,17 +15,20 @@ from llmx.comparison.groups import Group, mark
 from llmx.comparison.ranking import Comparison, Row
 from llmx.runs.record import Run
 
+LOSS = "validation loss, nats per character"
+
 
 def figures(comparison: Comparison, groups: Sequence[Group]) -> dict[str, Figure]:
     """The figures by name, without those that have nothing to draw."""
     by_name = {group.name: group for group in groups}
     ordered = [by_name[row.name] for row in comparison.rows]
-    made = {"loss": loss_figure(comparison), "curves": curves_figure(ordered)}
-    if (position := position_figure(ordered)) is not None:
-        made["position"] = position
-    if (kind := kind_figure(ordered)) is not None:
-        made["kind"] = kind
-    return made
+    drawn = {
+        "loss": loss_figure(comparison),
+        "curves": curves_figure(ordered),
+        "position": position_figure(ordered),
+        "kind": kind_figure(ordered),
+    }
+    return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
 def loss_figure(comparison: Comparison) -> Figure:
@@ -42,7 +46,7 @@ def loss_figure(comparison: Comparison) -> Figure:
     axes.set_yticks(range(len(rows)), labels)
     axes.invert_yaxis()
     colors = "blue over seeds, gray over the text;\nred: LEAKING or UNAUDITED"
-    axes.set(xlabel=f"validation loss, nats per character\n95 %: {colors}")
+    axes.set(xlabel=f"{LOSS}\n95 %: {colors}")
     axes.grid(axis="x", alpha=0.3)
     return figure
 
@@ -59,16 +63,12 @@ def curves_figure(groups: Sequence[Group]) -> Figure:
         for index, group in enumerate(groups):
             for number, run in enumerate(group.runs):
                 factor = a_step(run)
-                if factor is None or "val/loss" not in run.curves:
-                    continue
-                steps, values = zip(*run.curves["val/loss"], strict=True)
-                label = _label(group) if number == 0 else None
-                style = "--" if mark(group) else "-"
-                x = (np.array(steps) + 1) * factor
-                axes.plot(x, values, style, marker=".", color=f"C{index % 10}", linewidth=1, label=label)
+                if factor is not None and "val/loss" in run.curves:
+                    steps, values = zip(*run.curves["val/loss"], strict=True)
+                    axes.plot((np.array(steps) + 1) * factor, values, **_style(group, index, labelled=number == 0))
         axes.set(xlabel=title)
         axes.grid(alpha=0.3)
-    figure.axes[0].set(ylabel="validation loss, nats per character")
+    figure.axes[0].set(ylabel=LOSS)
     figure.axes[0].legend(fontsize=7)
     return figure
 
@@ -81,12 +81,9 @@ def position_figure(groups: Sequence[Group]) -> Figure | None:
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     for index, group in enumerate(alike):
-        protocol = group.protocol
-        place, loss = by_position(group.losses, protocol["window"], protocol["val_stride"])
-        style = "--" if mark(group) else "-"
-        label = _label(group)
-        axes.plot(place + 1, loss, style, marker=".", color=f"C{index % 10}", linewidth=1, label=label)
-    axes.set(xlabel="characters of context", ylabel="validation loss, nats per character")
+        place, loss = by_position(group.losses, group.protocol["window"], group.protocol["val_stride"])
+        axes.plot(place + 1, loss, **_style(group, index))
+    axes.set(xlabel="characters of context", ylabel=LOSS)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
     return figure
@@ -106,10 +103,10 @@ def kind_figure(groups: Sequence[Group]) -> Figure | None:
     for index, (group, text) in enumerate(known):
         loss = by_kind(group.losses, text)
         x = np.array([KINDS.index(name) for name in loss]) + (index - (len(known) - 1) / 2) * width
-        label = _label(group)
-        axes.bar(x, list(loss.values()), width, color=f"C{index % 10}", label=label, hatch="//" * bool(mark(group)))
+        color, hatch = f"C{index % 10}", "//" * bool(mark(group))
+        axes.bar(x, list(loss.values()), width, color=color, label=_label(group), hatch=hatch)
     axes.set_xticks(range(len(KINDS)), KINDS)
-    axes.set(ylabel="validation loss, nats per character")
+    axes.set(ylabel=LOSS)
     axes.grid(axis="y", alpha=0.3)
     axes.legend(fontsize=7)
     return figure
@@ -117,6 +114,11 @@ def kind_figure(groups: Sequence[Group]) -> Figure | None:
 
 def _flops_per_step(run: Run) -> float | None:
     return None if run.training_flops is None else run.training_flops / max(1, run.metrics["step"])
+
+
+def _style(group: Group, index: int, labelled: bool = True) -> dict[str, Any]:
+    style = {"linestyle": "--" if mark(group) else "-", "marker": ".", "color": f"C{index % 10}", "linewidth": 1}
+    return style | {"label": _label(group) if labelled else None}
 
 
 def _label(of: Group | Row) -> str:

@@ -11,22 +11,11 @@ SEEN = "tokens seen"
 # settings that change where and how fast a run goes, but not its result
 IGNORED = {"seed_everything", "ckpt_path", "weights_only", "trust"}
 IGNORED_OF_TRAINER = {"default_root_dir", "enable_progress_bar", "logger", "log_every_n_steps", "profiler"}
+_MONITORS = ("DeviceStatsMonitor", "LearningRateMonitor", "ThroughputMonitor", "ModelCheckpoint")
+_DISPLAYS = ("ModelSummary", "RichModelSummary", "RichProgressBar", "TQDMProgressBar")
 OBSERVERS = {  # callbacks that change nothing
-    "llmx.training.maps.MixerMaps",
-    "llmx.training.norms.NormsByLayer",
-    *(
-        f"lightning.pytorch.callbacks.{name}"
-        for name in (
-            "DeviceStatsMonitor",
-            "LearningRateMonitor",
-            "ModelCheckpoint",
-            "ModelSummary",
-            "RichModelSummary",
-            "RichProgressBar",
-            "ThroughputMonitor",
-            "TQDMProgressBar",
-        )
-    ),
+    *("llmx.training.maps.MixerMaps", "llmx.training.norms.NormsByLayer"),
+    *(f"lightning.pytorch.callbacks.{name}" for name in (*_MONITORS, *_DISPLAYS)),
 }
 LENGTH = 100  # characters of a value that are shown
 NOTHING: tuple[Any, ...] = (None, [], {})

@@ -1,15 +1,16 @@
-"""How sure a mean, and a difference of two, is.
+"""Confidence intervals of mean losses and of their differences.
 
-Over seeds: Student's t for a mean. For a difference Student's over pairs where both networks have the same seeds, since
-runs of one seed read the same windows (and begin from the same weights, where those are alike); else Welch's. Where a
-network was run once, nothing is known about the spread over seeds, and what can be said is how much the validation
-text itself decides: a bootstrap over blocks of it (circular, Politis and Romano 1992), paired, for both networks read
-the same characters. Blocks, because neighbouring losses go together; single characters drawn by themselves would make
-intervals too narrow. Many comparisons are corrected after Holm (1979): the chance of one false finding among all of
-them stays at the level of a single one.
+Over seeds, a mean has Student's t interval. A difference has Student's paired one if both networks have the same seeds:
+runs of one seed read the same windows, and networks of one shape begin with the same weights. Otherwise it has Welch's.
 
-A few seeds tell little about the spread of one network. Where many networks have a few seeds each, and spread alike,
-their deviations from their own means are pooled: one standard deviation, with the degrees of freedom of all of them.
+One run tells nothing about the spread over seeds, only how much depends on the validation text. Its interval is a
+bootstrap over blocks of the text (circular, Politis and Romano 1992). A difference is paired, since both networks read
+the same characters. Neighbouring losses are related, so drawing single characters would make intervals too narrow.
+
+Holm (1979) corrects many comparisons: the chance of one false finding among all stays that of a single comparison.
+
+A few seeds tell little about the spread of one network. If many networks have a few seeds each and spread alike, their
+deviations from their own means are pooled: one standard deviation, with the degrees of freedom of all of them.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ import numpy as np
 from scipy.special import stdtr, stdtrit
 
 LEVEL = 0.95
-BLOCK = 500  # characters, about a speech: the losses of neighbours are no longer related beyond it
-FEWEST = 20  # blocks: of 10 the interval misses twice as often as it says, one covers nothing
+BLOCK = 500  # characters, about a speech: losses further apart are unrelated
+FEWEST = 20  # blocks: with 10 the interval misses twice as often as it says, with 1 it covers nothing
 DRAWS = 2000
 
 Basis = Literal["seeds", "pairs", "text"]
@@ -32,10 +33,10 @@ Basis = Literal["seeds", "pairs", "text"]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its interval, which is (-inf, inf) where nothing is known.
+    """A number with its interval, (-inf, inf) if that is unknown.
 
-    basis: what the interval is over: `seeds`, `pairs` of runs of one seed, or the validation `text`
-    p:     two-sided, of the hypothesis that the number is 0; for differences
+    basis: the interval is over `seeds`, `pairs` of runs of one seed, or the validation `text`
+    p:     two-sided, of the hypothesis that the number is 0; None for a mean
     """
 
     value: float
@@ -46,12 +47,11 @@ class Estimate:
 
     @property
     def half(self) -> float:
-        """Of the interval."""
+        """Half the width of the interval."""
         return (self.high - self.low) / 2
 
     @property
     def known(self) -> bool:
-        """Whether there is an interval."""
         return math.isfinite(self.half)
 
 
@@ -61,7 +61,7 @@ def mean_over_seeds(values: np.ndarray, level: float = LEVEL) -> Estimate:
 
 
 def difference_over_seeds(values: np.ndarray, baseline: np.ndarray, level: float = LEVEL) -> Estimate:
-    """values (K,) minus baseline (J,), both of two at least: Welch's interval and test."""
+    """values (K,) minus baseline (J,), K and J >= 2: Welch's interval and test."""
     parts = [x.var(ddof=1) / len(x) for x in (values, baseline)]
     weights = sum(v**2 / (len(x) - 1) for v, x in zip(parts, (values, baseline), strict=True))
     freedom = sum(parts) ** 2 / weights if weights else math.inf
@@ -69,7 +69,7 @@ def difference_over_seeds(values: np.ndarray, baseline: np.ndarray, level: float
 
 
 def difference_of_pairs(values: np.ndarray, baseline: np.ndarray, level: float = LEVEL) -> Estimate:
-    """values (K,) minus baseline (K,), both by seed, K >= 2: the interval and test of Student's paired t."""
+    """values (K,) minus baseline (K,), in the same order of seeds, K >= 2: Student's paired interval and test."""
     differences = values - baseline
     error = float(differences.std(ddof=1)) / math.sqrt(len(differences))
     return replace(_student(float(differences.mean()), error, len(differences) - 1, level), basis="pairs")
@@ -77,34 +77,34 @@ def difference_of_pairs(values: np.ndarray, baseline: np.ndarray, level: float =
 
 @dataclass(frozen=True)
 class Spread:
-    """A standard deviation, and the degrees of freedom that it is known with."""
+    """A standard deviation and its degrees of freedom."""
 
     deviation: float
     freedom: int
 
 
 def pooled(groups: Iterable[np.ndarray]) -> Spread:
-    """The one standard deviation of values (K,), K >= 1, around the mean of their own group.
+    """One standard deviation for groups of values (K,), K >= 1, around the mean of each group.
 
     Raises:
-        ValueError: where no group has two values.
+        ValueError: if no group has two values.
     """
     groups = list(groups)
     freedom = sum(len(values) - 1 for values in groups)
     if freedom == 0:
-        raise ValueError("groups: none has two values, so nothing is known of their spread")
+        raise ValueError("groups: none has two values, so their spread is unknown")
     squares = sum(float(((values - values.mean()) ** 2).sum()) for values in groups)
     return Spread(math.sqrt(squares / freedom), freedom)
 
 
 def mean_under_spread(values: np.ndarray, spread: Spread, level: float = LEVEL) -> Estimate:
-    """values (K,), K >= 1, of a known spread: mean and Student's interval."""
+    """values (K,), K >= 1: mean and Student's interval under a known spread."""
     half = stdtrit(spread.freedom, (1 + level) / 2) * spread.deviation / math.sqrt(len(values))
     return Estimate(float(values.mean()), float(values.mean() - half), float(values.mean() + half), "seeds")
 
 
 def difference_under_spread(values: np.ndarray, baseline: np.ndarray, spread: Spread, level: float = LEVEL) -> Estimate:
-    """values (K,) minus baseline (J,), both of one spread: Student's interval and test."""
+    """values (K,) minus baseline (J,): Student's interval and test under one spread of both."""
     error = spread.deviation * math.sqrt(1 / len(values) + 1 / len(baseline))
     return _student(float(values.mean() - baseline.mean()), error, spread.freedom, level)
 
@@ -119,8 +119,8 @@ def _student(difference: float, error: float, freedom: float, level: float) -> E
 
 
 def mean_over_text(losses: np.ndarray, level: float = LEVEL, seed: int = 0) -> Estimate:
-    """losses (N,) of consecutive characters, or differences of such: their mean, its bootstrap interval and the
-    two-sided p of a mean of 0, which DRAWS bound below. Of fewer than FEWEST blocks nothing is known."""
+    """losses (N,) of consecutive characters, or their differences: mean, bootstrap interval and two-sided p of a mean
+    of 0, at least 2 / (DRAWS + 1). With fewer than FEWEST blocks the interval is unknown."""
     if len(losses) < FEWEST * BLOCK:
         return Estimate(float(losses.mean()), -math.inf, math.inf, "text", 1.0)
     means = block_means(losses, seed)
@@ -139,17 +139,17 @@ def difference_over_text(losses: np.ndarray, baseline: np.ndarray, level: float 
 
 
 def block_means(values: np.ndarray, seed: int) -> np.ndarray:
-    """(N,) -> (DRAWS,) means of as many blocks, drawn with replacement, as make up the length; the end of the text
-    goes on at its beginning."""
+    """(N,) -> (DRAWS,) means of ceil(N / BLOCK) blocks, drawn with replacement. The text is a circle: its end continues at its
+    beginning."""
     length, block = len(values), min(BLOCK, len(values))
     sums = np.concatenate(([0.0], np.concatenate((values, values[: block - 1])).cumsum()))
-    of_block = (sums[block:] - sums[:-block]) / block  # (N,), by where they start
+    of_block = (sums[block:] - sums[:-block]) / block  # (N,), by their start
     starts = np.random.default_rng(seed).integers(length, size=(DRAWS, -(-length // block)))
     return of_block[starts].mean(1)
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """Adjusted p values, in the order of those given."""
+    """Adjusted p values, in the given order."""
     adjusted, largest = [0.0] * len(ps), 0.0
     for rank, index in enumerate(np.argsort(ps, kind="stable")):
         largest = max(largest, min(1.0, (len(ps) - rank) * ps[index]))

@@ -1,4 +1,4 @@
-"""Where a run comes from: commit, versions, hardware, sources of its own."""
+"""Where a run comes from: commit, versions, hardware, hashes of sources."""
 
 import hashlib
 import platform
@@ -19,7 +19,7 @@ _VERSIONED = ("llmx", "torch", "lightning", "torchmetrics")
 
 
 def provenance() -> dict[str, Any]:
-    """Plain data: commit of the checkout that llmx runs from, with `dirty` where it has changes, versions, hardware."""
+    """Commit of llmx's checkout (`dirty` if files changed since), versions and hardware, as plain data."""
     return {
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
@@ -36,8 +36,8 @@ def provenance() -> dict[str, Any]:
 
 
 def sources(classes: Iterable[type]) -> dict[str, str]:
-    """Module -> hash of its file, for the modules of classes, of what they inherit from, and of what these modules
-    import, as far as no version tells of them: not llmx, torch, lightning, nor imports from installed packages."""
+    """Module -> hash of its file, for the modules of classes, their base classes and all that these modules import.
+    Leaves out modules that a version identifies: llmx, torch, lightning and imports from installed packages."""
     waiting = {base.__module__ for cls in classes for base in cls.__mro__}
     found: dict[str, str] = {}
     while waiting:
@@ -57,7 +57,7 @@ def sources(classes: Iterable[type]) -> dict[str, str]:
 
 
 def code() -> str:
-    """Hash of llmx's own sources."""
+    """Hash of all sources of llmx."""
     package = Path(llmx.__file__).parent
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):

@@ -147,7 +147,6 @@ class Run:
         return None if per_token is None or tokens is None else per_token * tokens
 
 
-# -------------------------------------------------------------------------------------------------------------- reading
 def read_run(folder: str | Path) -> Run:
     """A run that has ended or not.
 
@@ -230,7 +229,6 @@ def _values_at(content: Any, keys: Sequence[str]) -> Iterator[Any]:
         yield from _values_at(content[keys[0]], keys[1:])
 
 
-# -------------------------------------------------------------------------------------------------------------- writing
 def begin_run(folder: Path, config: str, record: dict[str, Any]) -> None:
     """Writes the configuration (YAML) and the record of a new run."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -239,50 +237,38 @@ def begin_run(folder: Path, config: str, record: dict[str, Any]) -> None:
     write_json(folder / RECORD, record)
 
 
-def continue_run(
-    folder: Path,
-    step: int,
-    steps: int,
-    config: str,
-    used: dict[str, Any],
-    data: dict[str, Any],
-    audit: dict[str, Any] | None,
-    leaking: bool,
-) -> None:
-    """Notes in the record from which step, and with which other settings, a run continues.
+def continue_run(folder: Path, config: str, record: dict[str, Any], step: int) -> None:
+    """Notes in the record from which step, and with which other settings, a run continues. Deletes its final numbers
+    unless that step is its last.
 
     Args:
-        folder: of the run; without record or configuration, nothing is noted.
-        step: that it continues from. If it is below `steps`, the final numbers of the run are deleted.
-        steps: of the whole run.
+        folder: of the run; nothing is noted if it has no record or configuration.
         config: as YAML.
-        used: precision, code and sources.
-        data: the data's protocol.
-        audit: the report; None if this process audited nothing.
-        leaking: whether the network leaks.
+        record: as `begin_run` would get it.
+        step: optimizer steps done.
 
     Raises:
         UserError: for other data than the run began with.
     """
-    check_same_data(folder, data)
-    if step < steps:
+    check_same_data(folder, record["data"])
+    if step < record["steps"]:
         (folder / METRICS).unlink(missing_ok=True)
     if not (folder / RECORD).is_file() or not (folder / CONFIG).is_file():
         return
-    record = _read_record(folder)
-    now = {**used, "config": _settings(config)}
-    continued = {at: part for at, part in record.get("continued", {}).items() if int(at) < step}
-    began = {"config": _settings((folder / CONFIG).read_text()), **record}
+    held = _read_record(folder)
+    now = {**{key: record[key] for key in ("precision", "code", "sources")}, "config": _settings(config)}
+    continued = {at: part for at, part in held.get("continued", {}).items() if int(at) < step}
+    began = {"config": _settings((folder / CONFIG).read_text()), **held}
     before = list(continued.values())[-1] if continued else {key: began[key] for key in now.keys() & began.keys()}
     if now != now | before:
         continued[str(step)] = now
-    record["continued"] = continued
-    if audit is not None:
-        record["audit"] = record.get("audit") or audit
+    held["continued"] = continued
+    if record["audit"] is not None:
+        held["audit"] = held.get("audit") or record["audit"]
     elif now["sources"] != before.get("sources", now["sources"]):
-        record["audit"] = None  # it audited other code
-    record["leaking"] = record.get("leaking", False) or leaking
-    write_json(folder / RECORD, record)
+        held["audit"] = None  # it audited other code
+    held["leaking"] = held.get("leaking", False) or record["leaking"]
+    write_json(folder / RECORD, held)
 
 
 def end_run(folder: Path, metrics: dict[str, Any]) -> None:

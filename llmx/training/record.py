@@ -86,19 +86,13 @@ class RunRecord(Callback):
         if folder is None:
             return
         config = self.config or _config_of_objects(trainer, pl_module)
+        record = self._record(trainer, pl_module)
         if trainer.global_step:
-            continue_run(
-                folder,
-                trainer.global_step,
-                pl_module.total_steps,
-                config,
-                _used(trainer, pl_module),
-                _data(trainer).protocol,
-                _audit(pl_module),
-                pl_module.leaking,
-            )
+            continue_run(folder, config, record, trainer.global_step)
             return
-        begin_run(folder, config, self._record(trainer, pl_module))
+        warm_start = pl_module.warm_start
+        record["warm_start"] = warm_start and {"file": warm_start, "sha256": file_hash(warm_start)}
+        begin_run(folder, config, record)
         board = tensorboard(trainer)
         if board is not None:
             _show(board, trainer, pl_module)
@@ -151,21 +145,26 @@ class RunRecord(Callback):
             board._get_file_writer().add_summary(end)
 
     def _record(self, trainer: pl.Trainer, pl_module: LanguageModel) -> dict[str, Any]:
+        """All but the warm start, whose file may be gone when a run continues."""
         assert pl_module.description is not None
-        warm_start = pl_module.warm_start
+        parts = [*pl_module.network.modules(), *trainer.optimizers, *trainer.callbacks]  # type: ignore[attr-defined]
+        for scheduler in trainer.lr_scheduler_configs:
+            parts += getattr(scheduler.scheduler, "lr_lambdas", [])
+        report = pl_module.causality
         return {
             **provenance(),
             **({} if self.command is None else {"command": self.command}),
             "data": _data(trainer).protocol,
             "parameters": count_parameters(pl_module.network),
             "network": {key: value for key, value in pl_module.description.to_dict().items() if key != "layers"},
-            **_used(trainer, pl_module),
+            "precision": str(trainer.precision),
+            "code": code(),
+            "sources": sources({type(part) for part in parts}),
             "compiled": pl_module.compiled,
             "devices": trainer.world_size,
             "steps": pl_module.total_steps,
-            "audit": _audit(pl_module),
+            "audit": None if report is None else report.to_dict(),
             "leaking": pl_module.leaking,
-            "warm_start": warm_start and {"file": warm_start, "sha256": file_hash(warm_start)},
         }
 
 
@@ -186,22 +185,6 @@ def _show(board: Any, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
     board._get_file_writer().add_summary(start)
     if pl_module.causality is not None and pl_module.causality.influence is not None:
         board.add_figure("audit/influence", influence_figure(pl_module.causality), 0)
-
-
-def _audit(pl_module: LanguageModel) -> dict[str, Any] | None:
-    return None if pl_module.causality is None else pl_module.causality.to_dict()
-
-
-def _used(trainer: pl.Trainer, pl_module: LanguageModel) -> dict[str, Any]:
-    """Facts the config does not fix: precision, code hash, user sources."""
-    parts = [*pl_module.network.modules(), *trainer.optimizers, *trainer.callbacks]  # type: ignore[attr-defined]
-    for config in trainer.lr_scheduler_configs:
-        parts += getattr(config.scheduler, "lr_lambdas", [])
-    return {
-        "precision": str(trainer.precision),
-        "code": code(),
-        "sources": sources({type(part) for part in parts}),
-    }
 
 
 def _config_of_objects(trainer: pl.Trainer, pl_module: LanguageModel) -> str:
