@@ -139,8 +139,8 @@ def difference_over_text(losses: np.ndarray, baseline: np.ndarray, level: float 
 
 
 def block_means(values: np.ndarray, seed: int) -> np.ndarray:
-    """(N,) -> (DRAWS,) means of ceil(N / BLOCK) blocks, drawn with replacement. The text is a circle: its end continues at its
-    beginning."""
+    """(N,) -> (DRAWS,) means of ceil(N / BLOCK) blocks, drawn with replacement. The text is a circle: its
+    end continues at its beginning."""
     length, block = len(values), min(BLOCK, len(values))
     sums = np.concatenate(([0.0], np.concatenate((values, values[: block - 1])).cumsum()))
     of_block = (sums[block:] - sums[:-block]) / block  # (N,), by their start
