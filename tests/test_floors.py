@@ -95,3 +95,57 @@ def test_lightning_appears_where_runs_are_made_only(module: str):
     if not below(module, LIGHTNING):
         lightning = [name for name in imports_of(module) if below(name, ("lightning", "pytorch_lightning"))]
         assert lightning == []
+
+
+# -------------------------------------------------------------------------------------------------------------- sizes
+ROOT = LLMX.parent
+LOOSE = {"__init__", "protocol", "errors", "generation", "display"}  # modules at the top of llmx/, each a floor
+
+
+def lines(path: Path) -> int:
+    return len(path.read_text(encoding="utf-8").splitlines())
+
+
+@pytest.mark.parametrize("package", ["llmx", "benchmarks", "testbed"])
+def test_no_module_has_more_than_350_lines(package: str):
+    sizes = {str(path.relative_to(ROOT)): lines(path) for path in (ROOT / package).rglob("*.py")}
+    assert {name: size for name, size in sizes.items() if size > 350} == {}
+
+
+def test_no_class_has_more_than_300_lines():
+    nodes = [(m, node) for m, path in MODULES.items() for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+    sizes = {f"{m}.{n.name}": n.end_lineno - n.lineno + 1 for m, n in nodes if isinstance(n, ast.ClassDef)}
+    assert {name: size for name, size in sizes.items() if size > 300} == {}
+
+
+def test_no_test_file_has_more_than_500_lines():
+    sizes = {str(path.relative_to(ROOT)): lines(path) for path in (ROOT / "tests").rglob("*.py")}
+    assert {name: size for name, size in sizes.items() if size > 500} == {}
+
+
+def test_at_most_20_lines_ignore_a_type():
+    found = [
+        f"{module}:{number}"
+        for module, path in MODULES.items()
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if "type: ignore" in line
+    ]
+    assert len(found) <= 20, found
+
+
+def test_only_floors_stand_alone_at_the_top():
+    assert {path.stem for path in LLMX.glob("*.py")} - {"__main__"} == LOOSE
+
+
+def test_tests_and_benchmarks_do_not_import_each_other():
+    """They share testbed/. Only the tests of the benchmarks import them."""
+    for package, others in (
+        ("tests", ("benchmarks",)),
+        ("benchmarks", ("tests",)),
+        ("testbed", ("tests", "benchmarks")),
+    ):
+        for path in (ROOT / package).rglob("*.py"):
+            place = path.relative_to(ROOT)
+            if place.parts[:2] != ("tests", "benchmarks"):
+                names = imports(path.read_text(encoding="utf-8"), ".".join(place.parent.parts))
+                assert [name for name in names if below(name, others)] == [], place
