@@ -1,4 +1,4 @@
-"""What a run shows: progress, speed, learning rate, samples."""
+"""The callbacks that show a run: progress, learning rate, throughput, samples."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 
-from llmx.data.datamodule import TextDataModule
 from llmx.errors import UserError
-from llmx.training.logger import tensorboard
-from llmx.training.module import LanguageModel
+from llmx.training.logger import validated_board
+from llmx.training.typed import attributes, language_model, logs_this_step
 
 
 class ProgressBar(RichProgressBar):
     """Lightning's bar for runs that count in steps: no epoch number, no version number."""
 
     def __init__(self) -> None:
-        super().__init__(refresh_rate=20, leave=False)  # drawing it at every step takes a tenth of a short step
+        super().__init__(refresh_rate=20, leave=False)  # at every step it takes a tenth of a short step
 
     def _get_train_description(self, current_epoch: int) -> str:
         return "fit"
@@ -32,23 +31,22 @@ class LearningRate(Callback):
     """`lr`, the rate of the first parameter group."""
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        groups = trainer.optimizers[0].param_groups  # none where a network counts
-        if groups and every and (trainer.global_step + 1) % every == 0:  # what reaches the logger: the rest is dropped
+        groups = trainer.optimizers[0].param_groups  # empty if the network counts
+        if groups and logs_this_step(trainer):
             pl_module.log("lr", groups[0]["lr"], rank_zero_only=True)
 
 
 class TokensPerSecond(Callback):
-    """`train/tokens_per_second` over the steps since the last log, validation left out."""
+    """`train/tokens_per_second` over the steps since the last log, without validation."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._restart(trainer)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         steps = trainer.global_step - self.step
-        if steps < trainer.log_every_n_steps:  # type: ignore[attr-defined]
+        if steps < attributes(trainer).log_every_n_steps:
             return
-        data: TextDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        data = attributes(trainer).datamodule
         rate = steps * data.batch_size * data.window / (time.perf_counter() - self.time)
         pl_module.log("train/tokens_per_second", rate, rank_zero_only=True)
         self._restart(trainer)
@@ -62,9 +60,9 @@ class TokensPerSecond(Callback):
 
 
 class Samples(Callback):
-    """A sample as text at every validation, from draws of its own: training's random state is untouched.
+    """A sample as text at every validation. It leaves training's random state untouched.
 
-    tokens_per_second: of the last one, a single row; None before it
+    tokens_per_second: how fast the last sample was generated, as a single row; None before the first
     """
 
     def __init__(self, prompt: str = "\n", max_new_tokens: int = 200):
@@ -73,16 +71,16 @@ class Samples(Callback):
         self.max_new_tokens = max_new_tokens
 
     @rank_zero_only
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
-        board = tensorboard(trainer)
-        if board is None or trainer.sanity_checking or trainer.state.fn != "fit" or pl_module.device_mesh is not None:
-            return  # a sharded network is run by all processes or none
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        board, model = validated_board(trainer), language_model(pl_module)
+        if board is None or model.device_mesh is not None:
+            return  # all processes run a sharded network, or none
         try:
-            pl_module.tokenizer.encode(prompt := self.prompt)
+            model.tokenizer.encode(prompt := self.prompt)
         except UserError:
-            prompt = pl_module.tokenizer.decode([0])
+            prompt = model.tokenizer.decode([0])
         started = time.perf_counter()
-        text = pl_module.generate(prompt, max_new_tokens=self.max_new_tokens)
+        text = model.generate(prompt, max_new_tokens=self.max_new_tokens)
         self.tokens_per_second = self.max_new_tokens / (time.perf_counter() - started)
         indented = "\n".join("    " + line for line in text.splitlines())  # markdown's verbatim form
         board.add_text("samples", indented, trainer.global_step - 1)  # where val/loss is

@@ -1,10 +1,12 @@
-"""Checkpoints: Lightning's Trainer writes them atomically and reads them without executing anything. A network starts
-from the weights of one."""
+"""Checkpoints: how Lightning's Trainer writes and reads them (atomically, and executing nothing), the entry of llmx in
+them, and how a network starts from one."""
+
+from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
@@ -12,6 +14,10 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from llmx.errors import UserError
 from llmx.protocol import Network
 from llmx.runs.archive import read_archive, read_checkpoint
+from llmx.training.typed import text_data
+
+if TYPE_CHECKING:
+    from llmx.training.module import LanguageModel
 
 PARTIAL = "checkpoint.partial"  # one name: the next write replaces what a killed process left behind
 
@@ -40,6 +46,36 @@ def load_network(network: Network, path: str | Path) -> dict[str, float]:
 
 def shortened(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
+
+
+def entry(model: LanguageModel) -> dict[str, Any]:
+    """What a checkpoint holds under `llmx`."""
+    trained_on, data = dict(model.trained_on), text_data(model.trainer)
+    if data is not None:
+        text = data.source.sha256
+        trained_on[text] = max(data.split[0], trained_on.get(text, 0.0))
+    return {
+        "leaking": model.leaking,
+        "trained_on": trained_on,
+        "accumulate": model.trainer.accumulate_grad_batches,
+        "precision": str(model.trainer.precision),
+    }
+
+
+def restore_entry(model: LanguageModel, held: dict[str, Any]) -> None:
+    """Takes from an `entry` what the model has to know.
+
+    Raises:
+        UserError: for a fit with another accumulation of gradients than that of its run.
+    """
+    model.leaking = model.leaking or held.get("leaking", False)
+    model.trained_on = held.get("trained_on", {})
+    if model._trainer is not None and model.trainer.state.fn == "fit":
+        accumulate = model.trainer.accumulate_grad_batches
+        if held.get("accumulate", accumulate) != accumulate:  # Lightning counts the epoch's batches, not its steps
+            raise UserError(
+                f"trainer.accumulate_grad_batches: {accumulate} cannot continue a run that has {held['accumulate']}"
+            )
 
 
 class CheckpointFiles(TorchCheckpointIO):

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from llmx.runs.events import read_events
 from llmx.runs.folder import EVENTS, claim_version
+from llmx.training.typed import attributes
 
 BY_TOKENS = {"train/loss": "loss_by_tokens/train", "val/loss": "loss_by_tokens/val"}
 # the charts of the tab Custom Scalars: category, title, kind with patterns of tags
@@ -79,8 +80,8 @@ class RunLogger(TensorBoardLogger):
             self.experiment.add_scalar(BY_TOKENS[tag], metrics[tag], self._tokens(step))
 
     def _wait_for_a_later_name(self) -> None:
-        """TensorBoard reads a run's files in the order of their names, which begin with the second they are opened in,
-        and process and count after it sort as text: 10 before 9."""
+        """Waits until the next file's name sorts last, for TensorBoard reads a run's files in the order of their names.
+        A name holds the second it was opened in. What follows, process and count, sorts as text: 10 before 9."""
         while any(Path(self.log_dir).glob(f"{EVENTS}.{int(time.time()):010d}.*")):
             time.sleep(0.05)
 
@@ -97,18 +98,23 @@ class RunLogger(TensorBoardLogger):
 
     def _get_next_version(self) -> int:
         version = super()._get_next_version()
-        first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+        first = rank_zero_only.rank == 0  # type: ignore[attr-defined]  # which Lightning sets on the function
         return claim_version(Path(self.root_dir), version) if first else version
 
 
 def tensorboard(trainer: pl.Trainer) -> Any:
     """The SummaryWriter of the run, if it has one."""
     loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-    return loggers[0].experiment if loggers and not trainer.fast_dev_run else None  # type: ignore[attr-defined]
+    return loggers[0].experiment if loggers and not attributes(trainer).fast_dev_run else None
+
+
+def validated_board(trainer: pl.Trainer) -> Any:
+    """The run's SummaryWriter after a validation of a fit; None after any other one, which shows nothing."""
+    return None if trainer.sanity_checking or trainer.state.fn != "fit" else tensorboard(trainer)
 
 
 def run_folder(trainer: pl.Trainer) -> Path | None:
     """The folder of the run, if it keeps one."""
     # not trainer.log_dir: that is a broadcast, which hangs where one rank alone asks
     folder = trainer.logger.log_dir if trainer.logger is not None else None
-    return Path(folder) if folder and not trainer.fast_dev_run else None  # type: ignore[attr-defined]
+    return Path(folder) if folder and not attributes(trainer).fast_dev_run else None

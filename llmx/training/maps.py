@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from llmx.audits.copies import copy_network, preserve_rng_state
 from llmx.errors import UserError
 from llmx.protocol import Network
-from llmx.training.logger import tensorboard
-from llmx.training.module import LanguageModel
+from llmx.training.logger import validated_board
+from llmx.training.typed import attributes, language_model
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from llmx.training.module import LanguageModel
 
 LENGTH = 32  # tokens of the sentence, where none is given
 DRAWS = 8
@@ -51,8 +53,8 @@ class MixerMaps(Callback):
     def __init__(self, sentence: str = ""):
         self.sentence = sentence
 
-    def setup(self, trainer: pl.Trainer, pl_module: LanguageModel, stage: str) -> None:  # type: ignore[override]
-        self.check(pl_module)
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.check(language_model(pl_module))
 
     def check(self, model: LanguageModel) -> None:
         """Whether there will be something to draw; see `Raises` above."""
@@ -69,17 +71,17 @@ class MixerMaps(Callback):
             raise UserError(f"trainer.callbacks.sentence: {length} tokens, and the window has {model.window}")
 
     @rank_zero_only
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
-        board = tensorboard(trainer)
-        if board is None or trainer.sanity_checking or trainer.state.fn != "fit":
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        board, model = validated_board(trainer), language_model(pl_module)
+        if board is None:
             return
-        if not self.sentence:
-            data = trainer.datamodule.tokens("val")  # type: ignore[attr-defined]
-            tokens = torch.from_numpy(np.array(data[: min(LENGTH, pl_module.window)])).long()
+        if self.sentence:
+            text = model.tokenizer.encode(self.sentence)
         else:
-            tokens = torch.from_numpy(pl_module.tokenizer.encode(self.sentence)).long()
-        maps = mixer_maps(pl_module.network, tokens.to(pl_module.device))
-        labels = [_label(pl_module.tokenizer.decode([token])) for token in tokens.tolist()]
+            text = np.array(attributes(trainer).datamodule.tokens("val")[: min(LENGTH, model.window)])
+        tokens = torch.from_numpy(text).long()
+        maps = mixer_maps(model.network, tokens.to(model.device))
+        labels = [_label(model.tokenizer.decode([token])) for token in tokens.tolist()]
         board.add_figure("maps/mixers", maps_figure(maps, labels), trainer.global_step - 1)  # where val/loss is
 
 

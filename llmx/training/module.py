@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
@@ -29,17 +28,17 @@ from llmx.generation import Sampling
 from llmx.protocol import Network, Schedule
 from llmx.runs.archive import read_checkpoint
 from llmx.training.auditing import CausalityAudit
-from llmx.training.checkpoints import load_network, shortened
+from llmx.training.checkpoints import entry, load_network, restore_entry, shortened
 from llmx.training.compilation import COMPILE_FROM, can_compile
 from llmx.training.hardware import keep_freed_memory
-from llmx.training.learning import learning_of
+from llmx.training.learning import learning_of, seed_step
 from llmx.training.metrics import TokenLoss, bits, perplexity
 from llmx.training.optimizers import set_mode
-from llmx.training.sampling import changed, check_speculation, continue_prompts, sampling_from
+from llmx.training.sampling import check_speculation, continued, predictions, sampling_from
 from llmx.training.schedules import Cosine
 from llmx.training.sharding import sharded
-from llmx.training.stopping import stop_diverged
-from llmx.training.typed import attributes, text_data
+from llmx.training.stopping import check_finite, stop_diverged
+from llmx.training.typed import attributes
 
 Config = dict[str, Any]
 
@@ -174,20 +173,14 @@ class LanguageModel(pl.LightningModule):
         self.learning.before_fit(self.trainer)
 
     def on_train_start(self) -> None:
-        self._seed = torch.initial_seed()
+        self.seed = torch.initial_seed()
         self.learning.before_first_step(self)
         self.set_optimizer_mode(training=True)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # the x axis of every curve; after resuming a finished run Lightning's own count is one behind
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
-        # seed, step and slot alone decide what dropout draws, as they decide the windows: nothing has to be saved and
-        # restored, and no two processes draw the same
-        slot = batch_idx % self.trainer.accumulate_grad_batches * self.trainer.world_size + self.trainer.global_rank
-        entropy = np.random.SeedSequence((self._seed, self.trainer.global_step, slot))
-        seed = int(entropy.generate_state(1, np.uint64)[0] >> np.uint64(1))
-        # without a GPU in use, torch.manual_seed would keep a formatted stack for GPUs to come
-        (torch.default_generator if self.device.type == "cpu" else torch).manual_seed(seed)
+        seed_step(self, batch_idx)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         losses, auxiliary = self.losses(batch.inputs, batch.targets)
@@ -236,7 +229,7 @@ class LanguageModel(pl.LightningModule):
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps in the whole run; 1 for a network that counts."""
+        """Optimizer steps in the whole run."""
         return self.learning.total_steps(self.trainer)
 
     # -------------------------------------------------------------------------------------------------- evaluation
@@ -267,13 +260,7 @@ class LanguageModel(pl.LightningModule):
 
     # -------------------------------------------------------------------------------------------------- generation
     def predict_step(self, batch: Prompts, batch_idx: int) -> list[dict[str, Any]]:
-        """Makes one record a row: index of the prompt, prompt, completion, text (prompt and completion)."""
-        tokens = continue_prompts(self, batch.tokens, self.sampling)
-        completions = [self.tokenizer.decode(row) for row in tokens.tolist()]
-        return [
-            {"prompt_index": index, "prompt": prompt, "completion": completion, "text": prompt + completion}
-            for index, prompt, completion in zip(batch.indices, batch.texts, completions, strict=True)
-        ]
+        return predictions(self, batch)
 
     def generate(self, prompt: str, **sampling: Any) -> str:
         """Returns the prompt and its continuation.
@@ -286,39 +273,16 @@ class LanguageModel(pl.LightningModule):
             UserError: for an empty prompt, a character outside the vocabulary, or a sampling value out of range or
                 beyond the network.
         """
-        if not prompt:
-            raise UserError("prompt: give at least one character")
-        how = changed(self, sampling)
-        tokens = torch.tensor(self.tokenizer.encode(prompt), dtype=torch.int64, device=self.device)[None]
-        return prompt + self.tokenizer.decode(continue_prompts(self, tokens, how)[0].tolist())
+        return continued(self, prompt, sampling)
 
     # ------------------------------------------------------------------------------------------------- checkpoints
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.trainer.training or self.trainer.validating:
-            for name, parameter in self.network.named_parameters():
-                if not parameter.isfinite().all():  # this checkpoint would replace the last good one
-                    stop_diverged(self.trainer, f"{name} holds a number that is not finite")
-        trained_on, data = dict(self.trained_on), text_data(self.trainer)
-        if data is not None:
-            text = data.source.sha256
-            trained_on[text] = max(data.split[0], trained_on.get(text, 0.0))
-        checkpoint["llmx"] = {
-            "leaking": self.leaking,
-            "trained_on": trained_on,
-            "accumulate": self.trainer.accumulate_grad_batches,
-            "precision": str(self.trainer.precision),
-        }
+            check_finite(self.trainer, self.network)  # this checkpoint would replace the last good one
+        checkpoint["llmx"] = entry(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        held = checkpoint.get("llmx", {})
-        self.leaking = self.leaking or held.get("leaking", False)
-        self.trained_on = held.get("trained_on", {})
-        if self._trainer is not None and self.trainer.state.fn == "fit":
-            accumulate = self.trainer.accumulate_grad_batches
-            if held.get("accumulate", accumulate) != accumulate:  # Lightning counts batches, not steps
-                raise UserError(
-                    f"trainer.accumulate_grad_batches: {accumulate} cannot continue a run that has {held['accumulate']}"
-                )
+        restore_entry(self, checkpoint.get("llmx", {}))
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]

@@ -1,4 +1,4 @@
-"""Gradient and weight norms by layer, for whoever looks for the layer where training goes wrong."""
+"""Gradient and weight norms by layer, to find the layer where training goes wrong."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn import Parameter
 from torch.nn.utils import get_total_norm
 
 from llmx.protocol import Network
-from llmx.training.module import LanguageModel
+from llmx.training.typed import language_model, logs_this_step
 
 NORMS_LAYOUT = {
     "norms by layer": {
@@ -21,16 +21,15 @@ NORMS_LAYOUT = {
 
 
 class NormsByLayer(Callback):
-    """`gradient_norm/` and `weight_norm/` at every log: a curve for each layer, and for each part beside the layers
-    (embedding, norm, head). Euclidean norms over all numbers of a part; gradients of the whole batch, before clipping.
-    """
+    """`gradient_norm/` and `weight_norm/` at every log: a curve for each layer, and for each part outside the layers
+    (embedding, norm, head). Each is the Euclidean norm over all numbers of a part. Gradients are of the whole batch,
+    before clipping."""
 
-    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: LanguageModel, *_: Any) -> None:  # type: ignore[override]
-        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if not every or (trainer.global_step + 1) % every:  # what would not reach the logger
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        if not logs_this_step(trainer):
             return
         norms = {}
-        for name, parameters in parts(pl_module.network).items():
+        for name, parameters in parts(language_model(pl_module).network).items():
             gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
             norms[f"gradient_norm/{name}"] = get_total_norm(gradients)
             norms[f"weight_norm/{name}"] = get_total_norm([parameter.detach() for parameter in parameters])

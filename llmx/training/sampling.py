@@ -1,13 +1,14 @@
-"""From sampling settings to text: checks the settings, with messages that name their keys, and decides whether
-decoding is compiled."""
+"""From sampling settings to text: checks the settings, with messages that name their keys, and generates."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 
+from llmx.data.prompts import Prompts
 from llmx.errors import UserError
 from llmx.generation import Sampling, check_drafts, generate
 from llmx.protocol import Network, Tokens
@@ -47,22 +48,7 @@ def check_speculation(network: Network, sampling: Sampling, key: str = KEY) -> N
         raise UserError(f"{key}{error}") from error
 
 
-def changed(model: LanguageModel, changes: dict[str, Any]) -> Sampling:
-    """The model's sampling settings with some of them changed, checked.
-
-    Raises:
-        UserError: for an unknown name, a value out of range or one that the network does not support.
-    """
-    own = asdict(model.sampling)
-    unknown = changes.keys() - own.keys()
-    if unknown:
-        raise UserError(f"{unknown.pop()}: not a sampling option; there are {', '.join(own)}")
-    sampling = sampling_from({**own, **changes}, key="")
-    check_speculation(model.network, sampling, key="")
-    return sampling
-
-
-def continue_prompts(model: LanguageModel, prompts: Tokens, sampling: Sampling) -> Tokens:
+def _generated(model: LanguageModel, prompts: Tokens, sampling: Sampling) -> Tokens:
     """(B, T) -> (B, max_new_tokens). Compiles the step of a long generation, if that makes it faster."""
     long = sampling.max_new_tokens >= COMPILE_DECODING_FROM and not sampling.speculate
     faster = long and model.network.stateful and model.learning.compiles_decoding
@@ -70,3 +56,27 @@ def continue_prompts(model: LanguageModel, prompts: Tokens, sampling: Sampling) 
         return generate(model.network, prompts, model.window, sampling)
     rank_zero_info("A long generation: its step is compiled first, in half a minute, or seconds if it was before.")
     return generate(model.network, prompts, model.window, sampling, compiled_decode())
+
+
+def continued(model: LanguageModel, prompt: str, changes: dict[str, Any]) -> str:
+    """A prompt and its continuation; see `LanguageModel.generate`."""
+    if not prompt:
+        raise UserError("prompt: give at least one character")
+    own = asdict(model.sampling)
+    unknown = changes.keys() - own.keys()
+    if unknown:
+        raise UserError(f"{unknown.pop()}: not a sampling option; there are {', '.join(own)}")
+    sampling = sampling_from({**own, **changes}, key="")
+    check_speculation(model.network, sampling, key="")
+    tokens = torch.tensor(model.tokenizer.encode(prompt), dtype=torch.int64, device=model.device)[None]
+    return prompt + model.tokenizer.decode(_generated(model, tokens, sampling)[0].tolist())
+
+
+def predictions(model: LanguageModel, batch: Prompts) -> list[dict[str, Any]]:
+    """One record a row: index of the prompt, prompt, completion, text (prompt and completion)."""
+    tokens = _generated(model, batch.tokens, model.sampling)
+    completions = [model.tokenizer.decode(row) for row in tokens.tolist()]
+    return [
+        {"prompt_index": index, "prompt": prompt, "completion": completion, "text": prompt + completion}
+        for index, prompt, completion in zip(batch.indices, batch.texts, completions, strict=True)
+    ]

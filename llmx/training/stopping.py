@@ -16,6 +16,7 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import Callback
 
 from llmx.errors import UserError
+from llmx.protocol import Network
 from llmx.training.saving import LastCheckpoint
 from llmx.training.typed import attributes, language_model
 
@@ -43,6 +44,13 @@ def stop_diverged(trainer: pl.Trainer, what: str) -> NoReturn:
     advice = "A lower model.optimizer lr or trainer.gradient_clip_val may help."
     error = f"{what} at step {trainer.global_step}: training has diverged. {advice} {good}"
     stop_together(trainer, UserError(error))
+
+
+def check_finite(trainer: pl.Trainer, network: Network) -> None:
+    """Ends a run whose weights are no longer finite."""
+    for name, parameter in network.named_parameters():
+        if not parameter.isfinite().all():
+            stop_diverged(trainer, f"{name} holds a number that is not finite")
 
 
 class EndWithValidation(Callback):

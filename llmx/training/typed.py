@@ -36,3 +36,9 @@ def text_data(trainer: pl.Trainer) -> TextDataModule | None:
     """The trainer's data module; None where a notebook gave a loader of its own."""
     data = getattr(trainer, "datamodule", None)
     return data if isinstance(data, TextDataModule) else None
+
+
+def logs_this_step(trainer: pl.Trainer) -> bool:
+    """Whether the logger keeps what a callback logs now; Lightning drops it at other steps."""
+    every = attributes(trainer).log_every_n_steps
+    return bool(every) and (trainer.global_step + 1) % every == 0
