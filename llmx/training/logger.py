@@ -1,4 +1,4 @@
-"""TensorBoard's logger in a run folder that no other process takes too, with the losses against tokens as well."""
+"""TensorBoard's logger that claims its run folder atomically, and draws the losses against tokens too."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ LAYOUT = {
 
 
 class RunLogger(TensorBoardLogger):
-    """Makes its `version_N` the moment it chooses the number: of two runs that start at once each has its own.
+    """Makes its `version_N` as it chooses the number, so that two runs that start at once get one each.
 
-    Whenever a loss is logged it goes to `loss_by_tokens/` too, where the step is the number of tokens seen: there the
-    curves of runs with different batches can be compared.
+    It logs each loss to `loss_by_tokens/` too, where the step is the number of tokens seen. There the curves of runs
+    with different batches can be compared.
 
     Args:
-        save_dir: where the folder of all runs is.
-        name: of the folder of all runs.
-        version: of the run to continue; a new one if not given.
-        purge_step: the curves of a run that is continued are kept up to this step.
-        tokens_per_step: over all devices; None where steps do not count what a network sees.
+        save_dir: the parent of the folder of all runs.
+        name: name of the folder of all runs.
+        version: the run to continue; a new one if not given.
+        purge_step: a continued run keeps its curves up to this step.
+        tokens_per_step: over all devices; None if steps do not count what the network has seen.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class RunLogger(TensorBoardLogger):
         purge_step: int | None = None,
         tokens_per_step: int | None = None,
     ):
-        # a new run marks its beginning too, for TensorBoard takes the first mark as that, and cuts curves at the others
+        # a new run marks its beginning too: TensorBoard takes the first mark for that, and cuts curves at later ones
         super().__init__(save_dir, name, version, default_hp_metric=False, purge_step=purge_step or 0)
         self.purge_step = purge_step
         self.tokens_per_step = tokens_per_step
@@ -61,7 +61,7 @@ class RunLogger(TensorBoardLogger):
         self._wait_for_a_later_name()
         if self.tokens_per_step is None:
             return super().experiment
-        # TensorBoard drops what comes after purge_step by the step of each curve: of those by tokens, nearly all
+        # TensorBoard drops all points after purge_step, which are nearly all points of the curves by tokens
         kept = self._losses(self.purge_step)
         board = super().experiment
         for tag, events in kept.items():
@@ -86,7 +86,7 @@ class RunLogger(TensorBoardLogger):
             time.sleep(0.05)
 
     def _tokens(self, step: int) -> int:
-        """Tokens seen with the batch of that step; steps are counted from 0."""
+        """Tokens seen after that step; steps count from 0."""
         return (step + 1) * (self.tokens_per_step or 0)
 
     def _losses(self, before: int) -> dict[str, list[Any]]:
@@ -115,6 +115,6 @@ def validated_board(trainer: pl.Trainer) -> Any:
 
 def run_folder(trainer: pl.Trainer) -> Path | None:
     """The folder of the run, if it keeps one."""
-    # not trainer.log_dir: that is a broadcast, which hangs where one rank alone asks
+    # not trainer.log_dir: that is a broadcast, which hangs if only one rank asks
     folder = trainer.logger.log_dir if trainer.logger is not None else None
     return Path(folder) if folder and not attributes(trainer).fast_dev_run else None

@@ -1,4 +1,4 @@
-"""What each mixer looks at in a fixed sentence, drawn while it learns."""
+"""Draws, during training, what each mixer looks at in a fixed sentence."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ COLUMNS = 4
 
 
 class MixerMap(NamedTuple):
-    """What one run of a mixer depends on.
+    """What the outputs of one call of a mixer depend on.
 
     title:   the layer's number and the mixer's class
     shares:  (T, T), row t: how strongly the output at t depends on each input; rows sum to 1, or are 0
@@ -40,13 +40,13 @@ class MixerMap(NamedTuple):
 
 
 class MixerMaps(Callback):
-    """`maps/mixers` at every validation: a map for each layer, as those of attention weights, but for any mixer.
+    """`maps/mixers` at every validation: a map for each layer, like a map of attention weights, but for any mixer.
 
     Args:
         sentence: what the network reads, at most a window long; the beginning of the validation split if not given.
 
     Raises:
-        UserError: before the first step, where the sentence is too long or has a character outside the vocabulary,
+        UserError: before the first step, for a sentence that is too long or has a character outside the vocabulary,
             and for a network without layers.
     """
 
@@ -57,7 +57,7 @@ class MixerMaps(Callback):
         self.check(language_model(pl_module))
 
     def check(self, model: LanguageModel) -> None:
-        """Whether there will be something to draw; see `Raises` above."""
+        """Refuses what cannot be drawn; see `Raises` above."""
         if not model.network.layers:
             name = type(model.network).__name__
             raise UserError(f"trainer.callbacks: MixerMaps draws the mixers of layers, and {name} has no layers")
@@ -86,19 +86,19 @@ class MixerMaps(Callback):
 
 
 def mixer_maps(network: Network, tokens: Tensor) -> list[MixerMap]:
-    """The maps of all runs of the mixers of its layers, from bottom to top, for one sequence, tokens (T,).
+    """One map for each call of a mixer, from the bottom layer to the top, for one sequence, tokens (T,).
 
-    Row t is, over s, the norm of d output_t / d input_s, of the mixer alone: its own output by what it reads itself.
-    For attention this is close to its weights, and for a recurrence it is what its state has kept. The Frobenius norm
-    is estimated from the gradients of a few random projections of the output. It works on a copy in evaluation mode;
-    the network and the caller's random state stay as they are.
+    Row t is, over s, the norm of d output_t / d input_s: the mixer's own output by its own input. For attention this is
+    close to its weights, for a recurrence to what its state has kept. Gradients of a few random projections of the
+    output estimate the Frobenius norm. It works on a copy in evaluation mode; the network and the caller's random state
+    stay as they are.
     """
     network = copy_network(network).eval().requires_grad_(False)
     read: list[Tensor] = []
     calls: list[tuple[str, Tensor, Tensor]] = []  # title, input, output
 
     def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        read.append(args[0].detach().requires_grad_())  # cut off from the layers below
+        read.append(args[0].detach().requires_grad_())  # detached from the layers below
         return (read[-1].clone(), *args[1:])  # the mixer may write in place
 
     for index, block in enumerate(network.layers):
@@ -110,12 +110,12 @@ def mixer_maps(network: Network, tokens: Tensor) -> list[MixerMap]:
         block.mixer.register_forward_pre_hook(before)
         block.mixer.register_forward_hook(after)
     with preserve_rng_state(), torch.enable_grad():
-        network(tokens.repeat(len(tokens), 1))  # a row for each position whose output is looked at
+        network(tokens.repeat(len(tokens), 1))  # row t serves the output at t
         return [MixerMap(title, _shares(inputs, outputs)) for title, inputs, outputs in tuple(calls)]
 
 
 def _shares(inputs: Tensor, outputs: Tensor) -> Tensor:
-    """Of one call, inputs and outputs (T, T, D), whose row t is asked for its output t."""
+    """The map of one call, inputs and outputs (T, T, D); row t is asked for its output at t."""
     own = outputs.diagonal(dim1=0, dim2=1).T  # (T, D)
     squares = torch.zeros(inputs.shape[:2])
     generator = torch.Generator().manual_seed(0)
@@ -128,7 +128,7 @@ def _shares(inputs: Tensor, outputs: Tensor) -> Tensor:
 
 
 def maps_figure(maps: list[MixerMap], labels: list[str]) -> Figure:
-    """The maps beside each other with a label for each token, all on one scale, that of the root of the share."""
+    """Draws the maps beside each other, with a label for each token, on one scale: the root of the share."""
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
 
@@ -151,5 +151,5 @@ def maps_figure(maps: list[MixerMap], labels: list[str]) -> Figure:
 
 
 def _label(text: str) -> str:
-    """A token as a tick; whitespace is made visible."""
+    """A token as a tick, with its whitespace visible."""
     return text.translate({ord(" "): "␣", ord("\n"): "↵", ord("\t"): "→"}).replace("$", r"\$")

@@ -285,7 +285,7 @@ class LanguageModel(pl.LightningModule):
         restore_entry(self, checkpoint.get("llmx", {}))
 
     @classmethod
-    def load_from_checkpoint(  # type: ignore[override]
+    def load_from_checkpoint(  # type: ignore[override]  # Lightning's takes a file of hyperparameters too
         cls,
         checkpoint_path: str | Path,
         map_location: torch.device | str = "cpu",

@@ -1,4 +1,4 @@
-"""Optimizers beside torch's own, and which parameters go to which."""
+"""Optimizers beside torch's own, and how parameters are grouped for an optimizer."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from llmx.training.hardware import native_bf16
 def parameter_groups(network: Network, decayed: Literal["matrices", "all"]) -> list[dict[str, Any]]:
     """Every trainable parameter of a network, once, in up to three groups that an optimizer takes.
 
-    `hidden` groups hold the weights of the linear layers (`nn.Linear`) in the blocks, which is what orthogonalising
-    optimizers are for. Embedding, head, gains, biases, kernels of convolutions and experts are in the others.
+    The `hidden` group holds the weights of the linear layers (`nn.Linear`) in the blocks: orthogonalising optimizers
+    are made for these. Embedding, head, gains, biases, kernels of convolutions and experts are in the others.
 
     Args:
-        network: whose parameters.
-        decayed: what the optimizer's weight decay is for; what it is not for has a group with a decay of 0.
+        network: the owner of the parameters.
+        decayed: which parameters decay; the others get a group with a weight decay of 0.
     """
     parts = [part for part in network.modules() if isinstance(part, Component)]
     excepted = {part.get_parameter(name) for part in parts for name in part.undecayed}
@@ -50,7 +50,7 @@ def parameter_groups(network: Network, decayed: Literal["matrices", "all"]) -> l
 
 
 class Hybrid(Optimizer):
-    """One optimizer for the linear layers of the blocks and another for all other parameters, as one optimizer.
+    """Two optimizers as one: the first for the linear layers of the blocks, the second for all other parameters.
 
     Args:
         params: groups as `parameter_groups` makes them.
@@ -76,7 +76,7 @@ class Hybrid(Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Groups and state are the same objects here and in the two optimizers."""
+        """Makes the two optimizers use this one's groups and state, the same objects."""
         groups = iter(self.param_groups)
         for part in self.parts:
             part.param_groups = [next(groups) for _ in part.param_groups]
@@ -96,7 +96,7 @@ class Hybrid(Optimizer):
 @runtime_checkable
 class Averaging(Protocol):
     """An optimizer that trains one set of weights and evaluates another, such as schedule-free AdamW
-    (arXiv 2405.15682): its `eval` exchanges the first for the second, its `train` back."""
+    (arXiv 2405.15682). Its `eval` exchanges the first for the second, its `train` changes them back."""
 
     def train(self) -> None: ...
 
@@ -108,14 +108,14 @@ def parts_of(optimizer: Optimizer) -> tuple[Optimizer, ...]:
 
 
 def set_mode(optimizer: Optimizer, training: bool) -> None:
-    """Exchanges the weights of an optimizer that averages; leaves those of others."""
+    """Exchanges the weights of an averaging optimizer; does nothing to others."""
     for part in parts_of(optimizer):
         if isinstance(part, Averaging):
             part.train() if training else part.eval()
 
 
 def settings(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """What each group was configured with; not what the optimizer itself keeps there, such as a count of its steps."""
+    """The configured values of each group, without what the optimizer itself keeps there, such as a count of steps."""
     return [
         {key: group[key] for key in inspect.signature(type(part)).parameters if key in group and key != "params"}
         for part in parts_of(optimizer)
@@ -128,8 +128,8 @@ class BatchedMuon(torch.optim.Muon):
 
         m <- mu m + (1 - mu) g,    W <- (1 - lr decay) W - lr r NewtonSchulz(mu m + (1 - mu) g),    r as `adjust_lr_fn`
 
-    What `torch.optim.Muon` does, but matrices of one shape are orthogonalised in one batch, and in bf16 only where the
-    device multiplies it natively. The trap: a projection that makes query, key and value of one matrix is one matrix.
+    It differs from `torch.optim.Muon` in two points. Matrices of one shape are orthogonalised in one batch, and in bf16
+    only if the device multiplies it natively. The trap: query, key and value from one projection are one matrix to it.
     """
 
     @torch.no_grad()
@@ -161,8 +161,8 @@ class BatchedMuon(torch.optim.Muon):
 
 
 def orthogonalized(x: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """(N, R, C) -> (N, R, C): each matrix with its singular values brought near 1 by Newton-Schulz iterations,
-    X <- a X + (b X X^T + c (X X^T)^2) X, from X over its Frobenius norm."""
+    """(N, R, C) -> (N, R, C): brings the singular values of each matrix near 1 by Newton-Schulz iterations,
+    X <- a X + (b X X^T + c (X X^T)^2) X, which start from X over its Frobenius norm."""
     a, b, c = coefficients
     wide = x.shape[1] <= x.shape[2]
     x = (x if wide else x.mT).to(torch.bfloat16 if native_bf16(x.device.type) else torch.float32)
@@ -174,7 +174,7 @@ def orthogonalized(x: Tensor, coefficients: tuple[float, float, float], steps: i
 
 
 def _evaluated(closure: Callable[[], Any] | None) -> Any:
-    """The loss that an optimizer's step returns, and first of all calls for."""
+    """Calls an optimizer's closure; its loss is what the step returns."""
     if closure is None:
         return None
     with torch.enable_grad():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -21,29 +23,29 @@ KEY = "model.sampling."
 
 
 def sampling_from(settings: Sampling | dict[str, Any], key: str = KEY) -> Sampling:
-    """Settings as plain data or as they are.
+    """Settings from plain data, or as they are.
 
     Raises:
-        UserError: for a value out of range, or something else than settings; the message starts with the key.
+        UserError: for a value out of range, and for what is neither; the message starts with the key.
     """
-    if isinstance(settings, Sampling):
-        return settings
-    if not isinstance(settings, dict):
+    if isinstance(settings, dict):
+        with _naming(key):
+            return Sampling(**settings)
+    if not isinstance(settings, Sampling):
         raise UserError(f"{key.rstrip('.')}: {settings!r:.100} is no Sampling; give keys and values")
-    try:
-        return Sampling(**settings)
-    except ValueError as error:
-        raise UserError(f"{key}{error}") from error
+    return settings
 
 
 def check_speculation(network: Network, sampling: Sampling, key: str = KEY) -> None:
-    """Refuses to speculate further than the network's heads predict.
-
-    Raises:
-        UserError: the message starts with the key.
-    """
-    try:
+    """Refuses to speculate further than the network's heads predict, by a UserError that starts with the key."""
+    with _naming(key):
         check_drafts(network, sampling)
+
+
+@contextmanager
+def _naming(key: str) -> Iterator[None]:
+    try:
+        yield
     except ValueError as error:
         raise UserError(f"{key}{error}") from error
 

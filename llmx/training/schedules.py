@@ -38,7 +38,7 @@ class WarmupStableDecay(Schedule):
     Args:
         total_steps: optimizer steps in the run.
         warmup_steps: steps of the linear rise; the first step has 1 / (warmup_steps + 1).
-        decay: share of the run, at its end, in which the rate falls; 0 for a rate that never does.
+        decay: the last share of the run, in which the rate falls; with 0 it never falls.
         minimum_ratio: last rate over highest rate.
 
     Raises:
