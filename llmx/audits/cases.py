@@ -54,10 +54,8 @@ class AuditedNetwork:
     ) -> Logits:
         """(B, T) -> (B, T, V) log probabilities in float64; the logits themselves if some are not finite.
 
-        Args:
-            after: a batch that the same copy reads first.
-            draw: seeds the random numbers of the network.
-            calls: receives the calls of all modules.
+        The same copy first reads the batch `after`; `draw` seeds its random numbers; `calls` receives the calls of all
+        modules.
         """
         network = self.fresh_copy(training)
         if after is not None:

@@ -51,9 +51,7 @@ def audit_causality(network: Network, max_length: int, seed: int = 0, text: Tens
         seed: of weights, tokens and cuts.
         text: token ids (L,) for half of the rows. Text repeats words and ends paragraphs, random tokens do not.
 
-    Raises:
-        UserError: for a length below 1.
-        Exception: whatever the network's own forward raises.
+    Raises UserError for a length below 1, and whatever the network's own forward raises.
     """
     if max_length < 1:
         raise UserError(f"data.window: {max_length} tokens are too few to audit a network; give at least 1")
@@ -62,7 +60,11 @@ def audit_causality(network: Network, max_length: int, seed: int = 0, text: Tens
         audited = AuditedNetwork(network, max_length, seed, text)
         for length in audited.lengths:
             for training in (False, True):
-                _check(AuditCase(audited, length, training))
+                case = AuditCase(audited, length, training)
+                check_finite(case, case.tokens, case.outputs)
+                if case.outputs.isfinite().all():
+                    for check in (check_losses, check_batch, check_memory, check_suffix, check_prefix):
+                        check(case)
         influence = check_gradient(audited)
         return CausalityReport(
             breaches=tuple(sorted(audited.breaches.values(), key=lambda breach: CHECKS.index(breach.check))),
@@ -72,13 +74,6 @@ def audit_causality(network: Network, max_length: int, seed: int = 0, text: Tens
             influence=influence,
             seconds=time.perf_counter() - started,
         )
-
-
-def _check(case: AuditCase) -> None:
-    check_finite(case, case.tokens, case.outputs)
-    if case.outputs.isfinite().all():
-        for check in (check_losses, check_batch, check_memory, check_suffix, check_prefix):
-            check(case)
 
 
 # ---------------------------------------------------------------------------------------------------------- the checks

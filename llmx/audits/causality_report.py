@@ -138,7 +138,6 @@ def influence_figure(report: CausalityReport) -> Figure:
     """
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
-    from matplotlib.patches import Polygon
 
     if report.influence is None:
         raise ValueError("the report has no influence map: " + "; ".join(report.skipped))
@@ -149,9 +148,9 @@ def influence_figure(report: CausalityReport) -> Figure:
     axes = figure.add_subplot()
     above_rounding = np.ma.masked_less_equal(influence, report.tolerance * largest)
     colors = axes.imshow(above_rounding, norm=LogNorm(largest * 1e-6, largest), cmap="viridis")
-    corners = [(0.5, -0.5)] + [c for t in range(length - 1) for c in ((t + 0.5, t + 0.5), (t + 1.5, t + 0.5))]
-    corners += [(length - 0.5, -0.5)]
-    axes.add_patch(Polygon(corners, closed=True, fill=False, hatch="//", edgecolor="crimson", linewidth=1.0, alpha=0.6))
+    edges = np.arange(length) + 0.5
+    future = {"facecolor": "none", "edgecolor": "crimson", "hatch": "//", "linewidth": 1.0, "alpha": 0.6}
+    axes.fill_between(edges, edges, -0.5, step="post", **future)
     axes.set_xlabel("input position s")
     axes.set_ylabel("output position t")
     seen_by = ", ".join(dict.fromkeys(breach.check for breach in report.breaches))

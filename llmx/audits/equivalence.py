@@ -80,9 +80,7 @@ def audit_equivalence(network: Network, max_length: int, seed: int = 0) -> Equiv
         max_length: the window; the audit tries at most 37 tokens, and 300 without gradients.
         seed: of weights and tokens.
 
-    Raises:
-        UserError: if the network writes into its state in place while gradients are on.
-        Exception: whatever the network itself raises.
+    Raises UserError if the network writes into its state in place while gradients are on, and whatever it raises.
     """
     started = time.perf_counter()
     length = min(max_length, MAX_LENGTH)

@@ -1,7 +1,7 @@
-"""Where the text comes from: a named corpus, a local file, or a folder of text files.
+"""Loads text: a named corpus, a local file, or a folder of text files.
 
-A named corpus is looked for in the data folder of the project, then in the folders of LLMX_DATA_PATH, then in the
-user's cache folder; found nowhere, it is downloaded into the cache folder. Its checksum is pinned.
+A named corpus comes from the project's data folder, else from the folders of LLMX_DATA_PATH, else from the user's cache
+folder. If none has it, it is downloaded into the cache folder. Its checksum is pinned.
 """
 
 import difflib
@@ -19,10 +19,10 @@ import pooch
 from llmx.errors import UserError
 
 CONNECT_TIMEOUT, READ_TIMEOUT = 10, 30  # seconds
-SPLIT = (0.9, 0.1, 0.0)  # of what has no split of its own
+SPLIT = (0.9, 0.1, 0.0)  # of a corpus without a split of its own
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-STDLIB_MODULES = (  # plain ASCII, and there since Python 3.11: about 1 MB
+STDLIB_MODULES = (  # plain ASCII, in Python since 3.11: about 1 MB
     *("argparse", "ast", "codecs", "configparser", "contextlib", "csv", "dataclasses", "difflib", "enum", "gettext"),
     *("ipaddress", "mimetypes", "os", "pickle", "plistlib", "pprint", "shutil", "socket", "subprocess", "textwrap"),
     *("threading", "traceback"),
@@ -31,13 +31,11 @@ STDLIB_MODULES = (  # plain ASCII, and there since Python 3.11: about 1 MB
 
 @dataclass(frozen=True)
 class Published:
-    """A text that is downloaded.
+    """A text to download.
 
-    url:        where it is served
-    sha256:     of the text
-    archive:    the SHA-256 of the zip file that is served, whose member of the corpus' name is the text; None: the
-                text itself is served
-    tokenizer, split:  as in Corpus
+    sha256:   of the text
+    archive:  SHA-256 of the zip file at the url, whose member of the corpus' name is the text; None: the url serves
+              the text itself
     """
 
     url: str
@@ -73,8 +71,7 @@ NAMED = (*PUBLISHED, "stdlib")
 
 @dataclass(frozen=True)
 class Corpus:
-    """A text and where it came from; `requested` is the corpus that was asked for. `tokenizer` and `split` are what it
-    is read with where nothing else is said."""
+    """A text and its source; `requested` is the corpus that the user named. `tokenizer`, `split`: its defaults."""
 
     name: str
     text: str
@@ -90,16 +87,16 @@ class Corpus:
 
     @property
     def substituted(self) -> bool:
-        """Whether this is the offline stand-in of the corpus that was asked for."""
+        """Whether this is the offline stand-in for the requested corpus."""
         return self.name != self.requested
 
 
 class Unreachable(UserError):
-    """A named corpus is on no disk and cannot be downloaded."""
+    """A named corpus is neither on disk nor downloadable."""
 
 
 def cache_folder() -> Path:
-    """The user's folder for downloads and encoded corpora: LLMX_CACHE, or the system's place for caches."""
+    """The user's folder for downloads and encoded corpora: LLMX_CACHE, or the system's cache folder."""
     return Path(os.environ.get("LLMX_CACHE") or pooch.os_cache("llmx"))
 
 
@@ -109,11 +106,10 @@ def load_corpus(name: str, root: str | Path = "data", offline_corpus: str | None
     Args:
         name: `tinyshakespeare`, `text8`, `enwik8`, `stdlib`, a text file, or a folder whose *.txt files are joined in
             order of their path.
-        root: The project's data folder, the first place where a named corpus is looked for.
-        offline_corpus: Stands in for a named corpus that is on no disk and cannot be downloaded.
+        root: The project's data folder, the first place to look for a named corpus.
+        offline_corpus: Stands in for a named corpus that is neither on disk nor downloadable.
 
-    Raises:
-        UserError: There is no such corpus, it cannot be had, is empty, is not UTF-8 or has a wrong checksum.
+    Raises UserError if the corpus does not exist, cannot be had, is empty, is not UTF-8 or has a wrong checksum.
     """
     try:
         return _load(name, Path(root), "data.corpus")
@@ -136,7 +132,7 @@ def _load(name: str, root: Path, key: str) -> Corpus:
 
 
 def _read(path: Path, key: str) -> str:
-    """The text as it is: no newline is translated."""
+    """The text, without any translation of newlines."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -157,7 +153,7 @@ def _local(name: str, key: str) -> tuple[str, str]:
     if not name or not os.path.isdir(path):
         near = difflib.get_close_matches(name.lower(), NAMED, n=1)
         hint = f"did you mean {near[0]}?" if near else f"named corpora are {', '.join(NAMED)}"
-        raise UserError(f"{key}: {name!r} is no named corpus, no file and no folder; {hint}")
+        raise UserError(f"{key}: {name!r} is no named corpus, file or folder; {hint}")
     files = sorted((file for file in path.rglob("*.txt") if file.is_file()), key=lambda f: f.relative_to(path).parts)
     if not files:
         raise UserError(f"{key}: the folder {path} has no *.txt file in it")
@@ -192,7 +188,7 @@ def _published(name: str, root: Path) -> tuple[str, str]:
 
 
 def _download(name: str, path: Path, folders: list[Path]) -> None:
-    """Fetches a published corpus as `path`, which is there only once it is complete."""
+    """Downloads a published corpus to `path`. The file appears only when it is complete."""
     published = PUBLISHED[name]
     served = path if published.archive is None else path.with_suffix(".zip")
     try:
@@ -204,7 +200,7 @@ def _download(name: str, path: Path, folders: list[Path]) -> None:
             path=served.parent,
             downloader=pooch.HTTPDownloader(progressbar=True, timeout=(CONNECT_TIMEOUT, READ_TIMEOUT)),
         )
-    except OSError as error:  # what requests raises is an OSError too
+    except OSError as error:  # requests' errors are OSErrors too
         root, file = folders[0], Path(name, path.name)
         raise Unreachable(
             f"data.corpus: {name} is in none of {', '.join(str(folder) for folder in folders)}, and cannot "
@@ -212,7 +208,7 @@ def _download(name: str, path: Path, folders: list[Path]) -> None:
             f"(from {published.url}{', unpacked' if published.archive else ''}), name a folder that has {file} in "
             "LLMX_DATA_PATH, or use a corpus that needs no network: --data.corpus stdlib"
         ) from None
-    except ValueError as error:  # pooch's message has both sums
+    except ValueError as error:  # pooch's message has both checksums
         raise UserError(
             f"data.corpus: the download of {published.url} for {path} is not the published file: {error}"
         ) from None

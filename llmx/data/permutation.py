@@ -1,9 +1,9 @@
-"""A permutation that is computed instead of held: where index i of [0, size) goes, for any i, in any order.
+"""A permutation that is computed, not stored: where index i of [0, size) goes, for any i, in any order.
 
 A Feistel network is a bijection of the numbers of 2w bits, whatever its round function (Luby and Rackoff, SIAM J.
-Comput. 17(2), 1988). What falls outside [0, size) is sent through again until it falls inside, which is a bijection of
+Comput. 17(2), 1988). A number outside [0, size) passes again until it falls inside, which makes a bijection of
 [0, size) (cycle walking: Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002). With the smallest w
-there are less than 4 * size such numbers for size > 1, so an index takes fewer than 4 passes on average. The round
+there are fewer than 4 * size such numbers for size > 1, so an index takes fewer than 4 passes on average. The round
 function is the finalizer of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014): quick and thorough, but no cryptography.
 """
 

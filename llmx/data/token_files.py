@@ -1,8 +1,8 @@
 """Corpora larger than memory: a folder of token files, read through memory maps.
 
-The folder has `tokenizer.json`, what the tokenizer's `to_config` gives, and the tokens: *.npy files of uint8 or uint16,
-or *.bin files of nothing but tokens, little-endian, in the smallest type that holds the vocabulary. In order of their
-paths they are one stream, cut into files for convenience: a window may reach from one file into the next.
+The folder has `tokenizer.json`, the result of the tokenizer's `to_config`, and the tokens: *.npy files of uint8 or
+uint16, or *.bin files of bare little-endian tokens in the smallest type that holds the vocabulary. In order of their
+paths the files are one stream: a window may reach from one file into the next.
 """
 
 import hashlib
@@ -20,10 +20,10 @@ from llmx.data.tokenizers import Tokenizer, tokenizer_from_config
 from llmx.errors import UserError
 
 TOKENIZER = "tokenizer.json"
-VALIDATION_TOKENS = 10_000_000  # by default at most, for a tenth of billions would be read at each validation
-FAULT_AROUND = 65536  # bytes that the system maps where one is read
-MAPPED_BYTES = 64 * 2**20  # what may be mapped before all maps are closed
-OPEN_MAPS = 128  # each holds a file open
+VALIDATION_TOKENS = 10_000_000  # the default at most: each validation would read a tenth of billions
+FAULT_AROUND = 65536  # bytes that the system maps when one is read
+MAPPED_BYTES = 64 * 2**20  # beyond, all maps are closed
+OPEN_MAPS = 128  # at most, for each keeps a file open
 SAMPLED_BYTES = 65536  # of each end of a file, for the digest
 
 
@@ -38,8 +38,8 @@ class TokenFile:
 
 
 class _Maps:
-    """The memory maps of some files, opened when needed. Pages that were read count as the process' memory until their
-    map is closed, so all are closed from time to time."""
+    """The memory maps of some files, opened when needed. Pages count as the process' memory from their reading until
+    their map closes, so all maps close from time to time."""
 
     def __init__(self, files: list[TokenFile], vocab_size: int):
         self.files = files
@@ -50,7 +50,7 @@ class _Maps:
         self._mapped = 0
 
     def read(self, index: int, where: np.ndarray | slice) -> np.ndarray:
-        """Some tokens of a file, by their positions in it. Raises UserError for one outside the vocabulary."""
+        """Tokens of a file, by their positions in it. Raises UserError for a token outside the vocabulary."""
         file = self.files[index]
         if index not in self._open:
             if len(self._open) == OPEN_MAPS:
@@ -78,12 +78,12 @@ def _mapped(file: TokenFile) -> np.ndarray:
     with file.path.open("rb") as content:
         mapped = mmap.mmap(content.fileno(), 0, access=mmap.ACCESS_READ)
     if sys.platform != "win32":
-        mapped.madvise(mmap.MADV_RANDOM)  # else 128 KiB are read for each window
+        mapped.madvise(mmap.MADV_RANDOM)  # otherwise each window reads 128 KiB
     return np.frombuffer(mapped, file.dtype, file.length, file.offset)
 
 
 class TokenStream:
-    """A stretch of the stream, (L,): `len`, slices and `take` are those of an array, np.asarray reads it all."""
+    """A stretch of the stream, (L,), with `len`, slices and `take` as of an array; np.asarray reads it all."""
 
     def __init__(self, maps: _Maps, begin: int, end: int):
         self._maps = maps
@@ -100,7 +100,7 @@ class TokenStream:
         return TokenStream(self._maps, self._begin + begin, self._begin + max(begin, end))
 
     def take(self, positions: np.ndarray, mode: Literal["clip"] = "clip") -> np.ndarray:
-        """The tokens at some positions, (..., T), whose last axis is a window; those outside are moved to the ends."""
+        """The tokens at positions (..., T), whose last axis is a window; positions outside are clipped to the ends."""
         positions = np.clip(positions, 0, len(self) - 1) + self._begin
         number = np.searchsorted(self._maps.ends, positions, side="right")  # of the file
         tokens = np.empty(positions.shape, self._maps.dtype)
@@ -125,8 +125,8 @@ class TokenStream:
 
 @dataclass(frozen=True)
 class TokenCorpus:
-    """A folder of token files. `sha256` is of the tokenizer and of the name, type, length and first and last 64 KiB of
-    each file: reading all would take minutes."""
+    """A folder of token files. `sha256` covers the tokenizer, and the name, type, length and first and last 64 KiB of
+    each file: reading whole files would take minutes."""
 
     name: str
     tokenizer: Tokenizer
@@ -144,7 +144,7 @@ class TokenCorpus:
 
     @property
     def characters(self) -> int:
-        """Tokens, which are characters or bytes."""
+        """The number of tokens, which are characters or bytes."""
         return len(self.tokens)
 
     @property
@@ -160,8 +160,7 @@ def is_token_folder(name: str) -> bool:
 def open_tokens(name: str) -> TokenCorpus:
     """Opens a folder of token files, in a time that does not depend on their size.
 
-    Raises:
-        UserError: The tokenizer or a file cannot be read, a file is of another type, or there is no token.
+    Raises UserError if the tokenizer or a file cannot be read, a file has another type, or there is no token.
     """
     folder = Path(name).expanduser()
     try:
@@ -202,16 +201,15 @@ def _opened(path: Path, dtype: np.dtype) -> TokenFile:
 
 
 def write_tokens(folder: str | Path, texts: Iterable[str], tokenizer: Tokenizer, file_tokens: int = 2**28) -> None:
-    """Encodes a text that comes piece by piece, as the lines of a file do, into a folder of token files.
+    """Encodes a text that comes in pieces, such as the lines of a file, into a folder of token files.
 
     Args:
-        folder: is made; must not have token files yet.
-        texts: pieces of the text, in order; one at a time is in memory.
-        tokenizer: whose ids are written, and which is kept beside them.
-        file_tokens: tokens in each file but the last.
+        folder: Is created; must not have token files yet.
+        texts: Pieces of the text, in order; only one at a time is in memory.
+        tokenizer: Encodes the text; the folder keeps its description.
+        file_tokens: Tokens in each file but the last.
 
-    Raises:
-        UserError: The folder has token files, or a piece of the text has no ids.
+    Raises UserError if the folder has token files, or a piece of the text has no ids.
     """
     folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
@@ -231,10 +229,10 @@ def write_tokens(folder: str | Path, texts: Iterable[str], tokenizer: Tokenizer,
                 part, ids = ids[:left], ids[left:]
                 file.write(part.astype(part.dtype.newbyteorder("<")).tobytes())
                 left -= len(part)
-    except FileExistsError:  # of another process that writes here at the same time
+    except FileExistsError:  # another process writes here at the same time
         raise taken from None
     finally:
         if file is not None:
             file.close()
-    # last, so that a folder half written is no corpus
+    # last, so that a half-written folder is no corpus
     (folder / TOKENIZER).write_text(json.dumps(tokenizer.to_config()) + "\n", "utf-8")

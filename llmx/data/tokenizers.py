@@ -16,11 +16,11 @@ from llmx.data.corpora import Corpus, cache_folder
 from llmx.errors import UserError
 
 Ids = Iterable[int] | np.ndarray | torch.Tensor
-PIECE = 2**22  # characters encoded at once: one takes 20 bytes meanwhile
+PIECE = 2**22  # characters to encode at once; each takes 20 bytes meanwhile
 
 
 class Tokenizer(ABC):
-    """Maps text to token ids in [0, vocab_size) and back. A `unit` is what a token is."""
+    """Maps text to token ids in [0, vocab_size) and back. `unit` names one token."""
 
     vocab_size: int
     unit = "character"
@@ -40,11 +40,11 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def to_config(self) -> dict[str, str]:
-        """Plain data from which `tokenizer_from_config` makes this tokenizer again."""
+        """Plain data from which `tokenizer_from_config` rebuilds this tokenizer."""
 
 
 class CharacterTokenizer(Tokenizer):
-    """One id a character. `vocabulary`: the distinct characters in the order of their ids."""
+    """One id a character. `vocabulary` has the distinct characters in the order of their ids."""
 
     def __init__(self, vocabulary: str):
         if not vocabulary:
@@ -90,7 +90,7 @@ class CharacterTokenizer(Tokenizer):
 
 
 class ByteTokenizer(Tokenizer):
-    """One id a byte of the text's UTF-8 form. A character cut in half is decoded as U+FFFD."""
+    """One id a byte of the text's UTF-8 form. A character cut in half decodes to U+FFFD."""
 
     vocab_size = 256
     unit = "byte"
@@ -112,7 +112,7 @@ class ByteTokenizer(Tokenizer):
 
 
 def tokenizer_from_config(config: dict[str, Any]) -> Tokenizer:
-    """Reads what `to_config` wrote."""
+    """Rebuilds a tokenizer from the result of `to_config`."""
     match config:
         case {"kind": "character", "vocabulary": str(vocabulary), **rest} if not rest:
             return CharacterTokenizer(vocabulary)
@@ -127,9 +127,8 @@ def tokenizer_from_config(config: dict[str, Any]) -> Tokenizer:
 def cached_tokens(corpus: Corpus, tokenizer: Tokenizer) -> np.ndarray:
     """The encoded corpus, (N,), read-only: a memory map of a file in the cache folder, written at first use.
 
-    The file's name holds the digest of its content, so a damaged file is found out and written again, as is one that
-    holds anything but ids of this vocabulary. Several processes may build it at once. Where the cache folder cannot be
-    used, the tokens stay in memory.
+    The file's name holds the digest of its content. A damaged file, or one with anything but ids of this vocabulary, is
+    written again. Several processes may build it at once. If the cache folder is unusable, the tokens stay in memory.
     """
     folder = cache_folder() / "tokens"
     key = _digest(corpus.sha256, json.dumps(tokenizer.to_config(), sort_keys=True))
@@ -146,12 +145,12 @@ def cached_tokens(corpus: Corpus, tokenizer: Tokenizer) -> np.ndarray:
 
 
 def _held_tokens(path: Path, key: str, tokenizer: Tokenizer) -> np.ndarray | None:
-    """The tokens of a file in the cache, (N,); None where it is damaged, or no array of such ids."""
+    """The tokens of a file in the cache, (N,); None if it is damaged, or no array of such ids."""
     if _file_digest(path) != path.stem.removeprefix(f"{key}-"):
         return None
     try:
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-    except ValueError:  # a pickle, or a header that is too long or none
+    except ValueError:  # a pickle, or a header that is missing or too long
         return None
     fits = tokens.dtype == tokenizer.dtype and tokens.ndim == 1 and tokens.size > 0
     return tokens if fits and tokens.max() < tokenizer.vocab_size else None

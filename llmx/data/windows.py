@@ -122,8 +122,7 @@ class TrainingBatches:
         accumulate: Micro-batches a step.
         rank: This process, of `world_size`.
 
-    Raises:
-        UserError: The batch cannot be cut into accumulate * world_size equal slices.
+    Raises UserError if the batch cannot be cut into accumulate * world_size equal slices.
     """
 
     tokens: np.ndarray | TokenStream
@@ -192,8 +191,7 @@ class EvaluationBatches:
         count: Which targets of overlapping windows count.
         rank: This process, of `world_size`.
 
-    Raises:
-        UserError: The stride is not in [1, window], or the split is shorter than a window.
+    Raises UserError if the stride is not in [1, window], or the split is shorter than a window.
     """
 
     tokens: np.ndarray | TokenStream
