@@ -1,4 +1,4 @@
-"""A headless Chromium, told what to do over a pair of pipes (its DevTools protocol): no driver, no package."""
+"""Controls a headless Chromium over a pair of pipes, by its DevTools protocol, without a driver or package."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FLAGS = [
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-dev-shm-usage", "--hide-scrollbars"),
     *("--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"),
 ]
-# of all elements, those in shadow trees too
+# these functions see elements in shadow trees too
 EVERYWHERE = """
 function* everywhere(root = document) {
   for (const element of root.querySelectorAll("*")) {
@@ -35,8 +35,8 @@ const text = () => [...everywhere()].filter(visible).flatMap(element => [...elem
 class Browser:
     """One page of a Chromium.
 
-    requests:  the addresses that the page has asked for
-    errors:    what it has written to its console as an error, and the exceptions that nothing caught
+    requests:  the addresses that the page requested
+    errors:    errors on its console and uncaught exceptions
     """
 
     def __init__(self, folder: Path, width: int = 1400, height: int = 900):
@@ -48,7 +48,7 @@ class Browser:
         self.received = b""
         its_read, self.write_end = os.pipe()
         self.read_end, its_write = os.pipe()
-        # the protocol is spoken over the descriptors 3 and 4
+        # the protocol uses the descriptors 3 and 4
         command = f'exec "$0" "$@" 3<&{its_read} 4>&{its_write}'
         arguments = [*FLAGS, "--remote-debugging-pipe", f"--user-data-dir={folder}"]
         self.process = subprocess.Popen(
@@ -66,7 +66,7 @@ class Browser:
         self.resize(width, height)
 
     def call(self, method: str, seconds: float = 60, **parameters: Any) -> dict[str, Any]:
-        """One command of the protocol and its result."""
+        """Sends a command of the protocol and returns its result."""
         self.number += 1
         message = {"id": self.number, "method": method, "params": parameters}
         if self.session is not None:
@@ -103,18 +103,18 @@ class Browser:
     def open(self, address: str) -> None:
         self.requests.clear()
         self.errors.clear()
-        self.call("Page.navigate", url="about:blank")  # else another fragment of one address loads nothing
+        self.call("Page.navigate", url="about:blank")  # otherwise a new fragment of the same address loads nothing
         self.call("Page.navigate", url=address)
 
     def ask(self, expression: str) -> Any:
-        """The value of an expression in the page, with `found(selector)` and `text()` at hand."""
+        """The value of an expression in the page, which may call `found(selector)` and `text()`."""
         code = f"(() => {{ {EVERYWHERE} return {expression}; }})()"
         answer = self.call("Runtime.evaluate", expression=code, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
     def wait_for(self, expression: str, seconds: float = 60) -> Any:
-        """The value of an expression once it is true."""
+        """Waits until an expression is true and returns its value."""
         until = time.monotonic() + seconds
         while not (value := self.ask(expression)):
             assert time.monotonic() < until, f"waited in vain for {expression}; the page says: {self.ask('text()')}"

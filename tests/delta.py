@@ -1,4 +1,4 @@
-"""The delta rule as the papers write it, and mixers held to it in outputs, memory and gradients."""
+"""The delta rule as the papers write it. Mixers have to agree with it in outputs, memory and gradients."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,8 +14,11 @@ from tests.parity import context
 def naive(
     query: Tensor, key: Tensor, value: Tensor, beta: Tensor, log_decay: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """A token at a time, the transition as the (K, K) matrix that it is: query, key and log_decay (B, T, H, K), value
-    (B, T, H, V), beta (B, T, H), state (B, H, K, V) -> (B, T, H, V), and the state."""
+    """One token at a time, with the transition as a (K, K) matrix.
+
+    query, key and log_decay (B, T, H, K), value (B, T, H, V), beta (B, T, H), state (B, H, K, V)
+    -> (B, T, H, V), and the state.
+    """
     outputs = []
     one = torch.eye(key.shape[-1], dtype=key.dtype)
     for t in range(key.shape[1]):
@@ -42,7 +45,7 @@ def normed(x: Tensor, norm: Any) -> Tensor:
 
 
 def assert_is_the_paper(mixer: Any, paper: Callable[[Any, Tensor], tuple[Tensor, Tensor]], dim: int, time: int) -> None:
-    """`paper` maps the mixer and x (B, T, D) to outputs and memory. Held to it are `forward` and `prefill`."""
+    """`paper` maps the mixer and x (B, T, D) to outputs and memory. `forward` and `prefill` have to agree with it."""
     mixer = perturbed(mixer)
     x = torch.randn(2, time, dim, dtype=torch.float64, requires_grad=True)
 

@@ -1,4 +1,4 @@
-"""What every stateful component and network has to keep: `forward`, `step` and `prefill` are one function."""
+"""Helpers for stateful components: `forward`, `step` and `prefill` have to be one function."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ SAME = {"rtol": 1e-10, "atol": 1e-10}  # float64: the same sums in another order
 
 
 def perturbed(module: Any, scale: float = 0.3) -> Any:
-    """In float64, its weights far from any initialisation: a projection that starts at zero hides what is behind it."""
+    """Moves a module to float64 and its weights away from any initialisation: zero projections hide later layers."""
     torch.manual_seed(1)
     module = module.double().eval()
     with torch.no_grad():
@@ -29,7 +29,7 @@ def pieces(lengths: Sequence[int]) -> list[slice]:
 def assert_same_outputs_and_gradients(
     module: nn.Module, inputs: Sequence[Tensor], first: Callable[[], Tensor], second: Callable[[], Tensor]
 ) -> None:
-    """Two ways to compute the same outputs, with the same gradients to the inputs and to every parameter."""
+    """Holds two computations equal in outputs and in gradients of the inputs and every parameter."""
     leaves = [*inputs, *module.parameters()]
     names = [f"input {i}" for i in range(len(inputs))] + [name for name, _ in module.named_parameters()]
     results = []

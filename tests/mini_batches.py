@@ -1,4 +1,4 @@
-"""What holds of every mixer that trains a memory in mini-batches counted from the start of the text."""
+"""Checks for mixers that train a memory in mini-batches counted from the start of the text."""
 
 from typing import Any
 
@@ -13,22 +13,22 @@ SAME = {"rtol": 1e-10, "atol": 1e-10}  # float64, sums in another order
 
 @torch.no_grad()
 def assert_a_token_reads_up_to_its_own(mixer: Any, dim: int, time: int, places: tuple[int, ...]) -> None:
-    """A text of one mini-batch: what is changed at a place is seen from there on, at the place itself too."""
+    """In a text of one mini-batch, a change at a place affects the outputs from that place on, and none before."""
     x = torch.randn(1, time, dim, dtype=torch.float64)
     outputs = mixer(x, context(x))
     for t in places:
         other = x.clone()
         other[:, t] += 1.0
         difference = (mixer(other, context(x)) - outputs).abs().amax((0, 2))
-        assert difference[:t].max() == 0.0  # and not those of the whole mini-batch
+        assert difference[:t].max() == 0.0  # the rest of the mini-batch does not change
         assert difference[t:].min() > 1e-6
-    mixer.project.weight[2 * dim : 3 * dim] += 1.0  # its value is in its gradient alone, and the first token reads that
+    mixer.project.weight[2 * dim : 3 * dim] += 1.0  # the value enters only the gradient, which the first token reads
     assert (mixer(x, context(x)) - outputs)[:, 0].abs().max() > 1e-6
 
 
 @torch.no_grad()
 def assert_rows_stand_where_they_like(mixer: Any, dim: int, starts: tuple[int, ...], time: int) -> None:
-    """Rows whose texts have begun at different times go on together as each would alone."""
+    """Rows whose texts began at different times continue together as each would alone."""
     texts = [torch.randn(1, start + time, dim, dtype=torch.float64) for start in starts]
     whole = [mixer.prefill(x, mixer.init_state(1, 0), context(x)) for x in texts]
     before = [mixer.prefill(x[:, :-time], mixer.init_state(1, 0), context(x[:, :-time]))[1] for x in texts]

@@ -1,4 +1,4 @@
-"""Ours against another implementation with the same weights: outputs, steps and gradients."""
+"""Holds ours equal to another implementation with the same weights: outputs, steps and gradients."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ VOCAB = 17
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # float32 rounding
 
 Named = dict[str, Tensor]
-Rename = Callable[[Any, Named], Named]  # our parameters, or their gradients, under the names of the other side
+Rename = Callable[[Any, Named], Named]  # our parameters or gradients under the other implementation's names
 
 
 def randomised(module: Any, std: float = 0.25) -> Any:
@@ -33,7 +33,7 @@ def minus_one(named: Named) -> Named:
 
 
 def projections(block: Any, tensors: Named, ours: str, theirs: str) -> Named:
-    """The matrices of attention and of a gated feed-forward, under the names that transformers gives them."""
+    """The matrices of attention and of a gated feed-forward, under transformers' names."""
     return attention(block.mixer, tensors, ours, theirs) | feed_forward(tensors, ours, theirs)
 
 
@@ -59,7 +59,7 @@ def feed_forward(tensors: Named, ours: str, theirs: str) -> Named:
 
 
 def ends(tensors: Named) -> Named:
-    """What stands before and after the blocks."""
+    """The embedding, the last norm and the head."""
     return {
         "model.embed_tokens.weight": tensors["embedding.table.weight"],
         "model.norm.weight": tensors["norm.weight"],
@@ -68,7 +68,7 @@ def ends(tensors: Named) -> Named:
 
 
 def norms(tensors: Named, ours: str, theirs: str) -> Named:
-    """Those of a pre-norm block."""
+    """The norms of a pre-norm block."""
     return {
         f"{theirs}.input_layernorm.weight": tensors[f"{ours}.mixer_norm.weight"],
         f"{theirs}.post_attention_layernorm.weight": tensors[f"{ours}.feed_forward_norm.weight"],
@@ -76,7 +76,7 @@ def norms(tensors: Named, ours: str, theirs: str) -> Named:
 
 
 def named_as_llama(network: Any, tensors: Named) -> Named:
-    """Of a decoder of pre-norm blocks."""
+    """The tensors of a decoder of pre-norm blocks, under the names of a Llama."""
     named = ends(tensors)
     for layer, block in enumerate(network.layers):
         ours, theirs = f"blocks.{layer}", f"model.layers.{layer}"
@@ -91,7 +91,7 @@ def assert_same_gradients(ours: nn.Module, theirs: nn.Module, rename: Rename) ->
 
 
 def assert_same_network(ours: Any, theirs: Any, rename: Rename, batch: int, time: int) -> None:
-    """Logits of `forward`, of `step`, and of `prefill` in two pieces; the gradients of the loss."""
+    """Compares the logits of `forward`, `step` and a `prefill` in two pieces, and the gradients of the loss."""
     text = torch.randint(1, VOCAB, (batch, time + 1))
     tokens, targets = text[:, :-1], text[:, 1:]
     expected = theirs(input_ids=tokens).logits
@@ -113,14 +113,14 @@ def assert_same_network(ours: Any, theirs: Any, rename: Rename, batch: int, time
 
 
 def context(x: Tensor) -> Context:
-    """Of a mixer alone that reads x (B, T, D)."""
+    """The context of a single mixer that reads x (B, T, D)."""
     return Context(torch.zeros(x.shape[:2], dtype=torch.int64), torch.arange(x.shape[1])[None], x)
 
 
 def assert_same_mixer(
     ours: Any, theirs: nn.Module, run: Callable[[Tensor], Tensor], rename: Rename, batch: int, time: int, dim: int
 ) -> None:
-    """Outputs of `forward` and of `step`; the gradients of the input and of the parameters. `run` calls theirs."""
+    """Compares outputs of `forward` and `step`, and gradients of input and parameters. `run` calls theirs."""
     x, weights = torch.randn(2, batch, time, dim)
     one, two = x.clone().requires_grad_(), x.clone().requires_grad_()
     mixed, expected = ours(one, context(x)), run(two)
@@ -132,14 +132,14 @@ def assert_same_mixer(
             outputs.append(output)
         assert_close(torch.stack(outputs, 1), expected, **CLOSE)
 
-    (mixed * weights).sum(-1).mean().backward()  # over positions, as a loss is: the scale that the tolerance is for
+    (mixed * weights).sum(-1).mean().backward()  # a mean over positions, like a loss: the tolerance is for this scale
     (expected * weights).sum(-1).mean().backward()
     assert_close(one.grad, two.grad, **CLOSE)
     assert_same_gradients(ours, theirs, rename)
 
 
 def hidden_future(time: int, window: int | None = None) -> Tensor:
-    """(1, 1, T, T): 0 where a position sees another, the lowest number elsewhere."""
+    """A mask (1, 1, T, T): 0 where a position sees another, the lowest number elsewhere."""
     lag = torch.arange(time)[:, None] - torch.arange(time)
     hidden = (lag < 0) | (lag >= (time if window is None else window))
     return torch.zeros(1, 1, time, time).masked_fill(hidden, torch.finfo(torch.float32).min)

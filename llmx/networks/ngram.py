@@ -6,9 +6,9 @@
 
 down to P_0 = 1 / V (Kneser & Ney 1995; Chen & Goodman 1998, TR-10-98). The order that predicts counts the occurrences
 N(c v). The orders below it count how many different tokens precede c v. Counting sorts the text once an order, in
-O(n L log L). A prediction is a binary search an order, so T predictions take O(T n (log L + V)). The state is the last
-n - 2 tokens. The trap: at the start of a window the context is shorter, and the order that fits it predicts. There it
-has to read occurrences, not the counts of preceding tokens, which serve backing off.
+O(n L log L). A prediction is a binary search an order, so T predictions take time O(T n (log L + V)). The state is the
+last n - 2 tokens. The trap: at the start of a window the context is shorter, and the order that fits it predicts. There
+it has to read occurrences, not the counts of preceding tokens, which serve backing off.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A network that is small enough to be looked at."""
+"""A network of two small layers."""
 
 from functools import partial
 from typing import Any
