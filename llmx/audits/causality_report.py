@@ -149,8 +149,8 @@ def influence_figure(report: CausalityReport) -> Figure:
     above_rounding = np.ma.masked_less_equal(influence, report.tolerance * largest)
     colors = axes.imshow(above_rounding, norm=LogNorm(largest * 1e-6, largest), cmap="viridis")
     edges = np.arange(length) + 0.5
-    future = {"facecolor": "none", "edgecolor": "crimson", "hatch": "//", "linewidth": 1.0, "alpha": 0.6}
-    axes.fill_between(edges, edges, -0.5, step="post", **future)
+    future = axes.fill_between(edges, edges, -0.5, step="post", facecolor="none", edgecolor="crimson", alpha=0.6)
+    future.set(hatch="//", linewidth=1.0)
     axes.set_xlabel("input position s")
     axes.set_ylabel("output position t")
     seen_by = ", ".join(dict.fromkeys(breach.check for breach in report.breaches))
