@@ -4,8 +4,6 @@ JSON and CSV hold numbers as they are; only text for people passes through here.
 `display.loss(value)` says what it formats, `loss(value)` does not.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The verb `describe`: shows a network and its costs, or makes its config match another one."""
 
-from __future__ import annotations
-
 import json
 import sys
 from typing import Any

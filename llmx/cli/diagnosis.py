@@ -4,8 +4,6 @@ The parser reports the innermost key alone, or a page of nested namespaces. So t
 walked along the constructors' signatures until one does not fit.
 """
 
-from __future__ import annotations
-
 import collections.abc
 import dataclasses
 import difflib

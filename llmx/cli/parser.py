@@ -3,8 +3,6 @@
 `ParsedCLI` reads a command and stops there. `llmx.cli.main.CLI` also builds the run and executes the verb.
 """
 
-from __future__ import annotations
-
 import inspect
 from typing import Any, Literal
 

@@ -1,7 +1,5 @@
 """Builds data, network and trainer from parsed settings, and refuses what cannot run before anything is written."""
 
-from __future__ import annotations
-
 import inspect
 from contextlib import nullcontext
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a verb prints at its end: the line with the loss, and generated text."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """`--ckpt_path`: the checkpoint that a command begins from, and the run that it belongs to."""
 
-from __future__ import annotations
-
 import importlib
 import json
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """The trainer's arguments where they differ from the user's: callbacks, logger, precision, steps."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from lightning.pytorch.strategies import ModelParallelStrategy

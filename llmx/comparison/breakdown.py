@@ -1,7 +1,5 @@
 """Splits a loss by the place in the window and by the kind of the predicted character."""
 
-from __future__ import annotations
-
 import re
 from functools import lru_cache
 from typing import Any

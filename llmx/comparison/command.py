@@ -1,7 +1,5 @@
 """`python main.py compare RUN ...`: compares finished runs by their folders, without training."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

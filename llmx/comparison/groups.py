@@ -1,7 +1,5 @@
 """Finds finished runs and groups those that differ only in their seed."""
 
-from __future__ import annotations
-
 import glob
 import json
 from collections.abc import Callable, Iterable, Sequence

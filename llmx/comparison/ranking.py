@@ -3,8 +3,6 @@
 Losses are only ranked if they were measured on the same text after the same training.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence

@@ -1,7 +1,5 @@
 """`report.html`: tables and figures in one file that needs no other."""
 
-from __future__ import annotations
-
 import base64
 import io
 from collections.abc import Mapping, Sequence

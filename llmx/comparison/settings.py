@@ -1,7 +1,5 @@
 """Which settings of two runs must be equal, and how they differ."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from typing import Any
 

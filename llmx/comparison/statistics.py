@@ -13,8 +13,6 @@ A few seeds tell little about the spread of one network. If many networks have a
 deviations from their own means are pooled: one standard deviation, with the degrees of freedom of all of them.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """The comparison as text for people and as CSV for programs."""
 
-from __future__ import annotations
-
 import csv
 from pathlib import Path
 

@@ -4,8 +4,6 @@ The two are merged key by key before the parser sees them. The file wins over it
 Another `class_path` replaces the component with all its arguments.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

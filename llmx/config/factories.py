@@ -3,8 +3,6 @@
 `to_config` writes factories as data, so that checkpoints load without executing anything. `from_config` reads them.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import inspect

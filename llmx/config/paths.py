@@ -3,8 +3,6 @@
 A path leads through mappings, through lists by index, and through components; it may leave out their `init_args`.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from llmx.config.yaml import parse_yaml

@@ -1,7 +1,5 @@
 """Reads YAML from any source as plain data, or refuses it with one readable message."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

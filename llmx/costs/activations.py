@@ -7,8 +7,6 @@ The count is that of the network as it is written, on a CPU. A compiled network 
 elementwise work. A window of up to 256 keeps its T x T attention weights in 16 bits; a GPU's fused kernel keeps none.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections import Counter
 from collections.abc import Callable

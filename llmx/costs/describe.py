@@ -13,8 +13,6 @@ the convention of 6 N + 12 L D T a token in training (PaLM, arXiv 2204.02311, ap
 skips masked entries does half of that term.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any

@@ -5,8 +5,6 @@ taken apart into its two products. Networks that need numbers (a router that cou
 them a formula of the same size is registered.
 """
 
-from __future__ import annotations
-
 import copy
 import itertools
 from collections import Counter

@@ -1,7 +1,5 @@
 """Builds and describes the network of a config, without memory for its weights where that is possible."""
 
-from __future__ import annotations
-
 import traceback
 from pathlib import Path
 from typing import Any

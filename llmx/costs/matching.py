@@ -8,8 +8,6 @@ so costs have to rise with the size. The trap: not every size can be built (head
 steps over those that cannot.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

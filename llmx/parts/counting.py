@@ -1,7 +1,5 @@
 """Sizes of a module and of a state. Both also work on the meta device, where tensors have no numbers."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

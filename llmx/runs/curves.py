@@ -3,8 +3,6 @@
 python -m llmx.runs.curves lightning_logs/version_0 lightning_logs/version_1 --out docs/results/mine
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

@@ -1,7 +1,5 @@
 """The curves of a run, read from its TensorBoard events."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -12,8 +12,6 @@
 Every other module takes these names from here.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The peak memory of a process. Imports no torch, whose own memory would count."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

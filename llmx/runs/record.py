@@ -4,8 +4,6 @@
 `read_finished_run` one whose files are complete and agree with each other.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """The Lightning callback that connects a running fit to its trial in the study."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import lightning.pytorch as pl

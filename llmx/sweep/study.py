@@ -5,8 +5,6 @@ The process that takes it from the queue runs it, unless an earlier trial covers
 leaves its trial without a heartbeat; another process then fails the trial and queues its point again.
 """
 
-from __future__ import annotations
-
 import gc
 import json
 import math

@@ -1,7 +1,5 @@
 """The callbacks that show a run: progress, learning rate, throughput, samples."""
 
-from __future__ import annotations
-
 import time
 from typing import Any
 

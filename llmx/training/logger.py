@@ -1,7 +1,5 @@
 """TensorBoard's logger that claims its run folder atomically, and draws the losses against tokens too."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Gradient and weight norms by layer, to find the layer where training goes wrong."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import lightning.pytorch as pl

@@ -1,7 +1,5 @@
 """Optimizers beside torch's own, and how parameters are grouped for an optimizer."""
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Callable, Iterable

@@ -1,7 +1,5 @@
 """The callbacks that record a fit in its folder and in TensorBoard; `llmx.runs.record` writes and reads the files."""
 
-from __future__ import annotations
-
 import json
 import os
 import time

@@ -1,7 +1,5 @@
 """The callbacks that log, save and record a fit."""
 
-from __future__ import annotations
-
 from lightning.pytorch.callbacks import Callback
 
 from llmx.training.callbacks import LearningRate, Samples, TokensPerSecond

@@ -1,7 +1,5 @@
 """The checkpoints that a run keeps: the best one and the last one."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from pathlib import Path

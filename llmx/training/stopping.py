@@ -1,7 +1,5 @@
 """How a run ends: after its last step, on a signal, or by an error, on all processes together."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """Lightning's Trainer with the laboratory's own verbs, so that the command line offers them beside fit."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 from typing import Literal
