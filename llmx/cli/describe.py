@@ -9,8 +9,8 @@ import yaml
 from torch.optim import Optimizer
 
 from llmx.cli.parser import ParsedCLI
+from llmx.cli.preflight import precision
 from llmx.cli.resume import Checkpoint
-from llmx.cli.trainer_settings import precision
 from llmx.config.command import Command
 from llmx.config.factories import build, to_config
 from llmx.costs.budget import Budget, Plan, budget
@@ -26,10 +26,8 @@ from llmx.training.optimizers import parameter_groups
 def describe(settings: Any, data: TextDataModule, checkpoint: Checkpoint | None) -> int:
     """Prints the description, or the config that makes the network match that of --to.
 
-    Returns the exit code: 1 where no size or number of steps comes near enough to match.
-
-    Raises:
-        UserError: for flags that do not go together and for what cannot be described.
+    Returns the exit code: 1 where no size or number of steps comes near enough to match. Raises UserError for flags
+    that do not go together and for what cannot be described.
     """
     length = data.window if settings.length is None else settings.length
     vocab_size = data.tokenizer.vocab_size if settings.vocab_size is None else settings.vocab_size

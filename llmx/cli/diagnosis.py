@@ -25,7 +25,7 @@ _STRUCTURE = ("class_path", "init_args", "dict_kwargs")
 def diagnose(
     complaint: str, command: Command, verbs: Sequence[str], groups: dict[str, type], options: Sequence[str]
 ) -> str:
-    """The message to show.
+    """The message to show. Raises UserError for a flag that leads through a value that holds nothing.
 
     Args:
         complaint: what the parser said.
@@ -33,9 +33,6 @@ def diagnose(
         verbs: all verbs.
         groups: the classes behind the top-level keys (`model`, `data`, `trainer`).
         options: the other top-level keys.
-
-    Raises:
-        UserError: for a flag that leads through a value that holds nothing.
     """
     given = command.given()
     for key, value in given.items():

@@ -29,7 +29,6 @@ from llmx.cli import preflight, results
 from llmx.cli.describe import describe
 from llmx.cli.parser import ParsedCLI
 from llmx.cli.resume import Checkpoint, with_checkpoint
-from llmx.cli.trainer_settings import changed_arguments, is_sharded
 from llmx.config.command import Command
 from llmx.errors import UserError
 from llmx.training.callbacks import ProgressBar
@@ -47,10 +46,8 @@ NO_MEMORY = re.compile("can't allocate memory|Storage size calculation overflowe
 def main(args: list[str] | None = None) -> int:
     """Runs one command, `sys.argv` by default.
 
-    Returns the exit code: 0, 1 where `audit` found a fault or `describe --match` no match, 2 for bad input.
-
-    Raises:
-        SystemExit: with 130 for SIGINT and 143 for SIGTERM; a fit is saved before.
+    Returns the exit code: 0, 1 where `audit` found a fault or `describe --match` no match, 2 for bad input. Raises
+    SystemExit with 130 for SIGINT and 143 for SIGTERM; a fit is saved before.
     """
     # the working directory is importable: one file there and one YAML make a new architecture
     sys.path.insert(0, os.getcwd())
@@ -87,16 +84,13 @@ def main(args: list[str] | None = None) -> int:
 
 
 def execute(command: Command, callbacks: Sequence[Callback] = (), recorded: list[str] | None = None) -> CLI:
-    """Runs one of the trainer's verbs.
+    """Runs one of the trainer's verbs. Raises UserError for whatever is wrong with the command. Raises OSError for a
+    file that cannot be read or written.
 
     Args:
         command: what to run.
         callbacks: the callbacks that the trainer of a fit has beside its own.
         recorded: the command line that the run's record names; that of this process if not given.
-
-    Raises:
-        UserError: for whatever is wrong with the command.
-        OSError: for a file that cannot be read or written.
     """
     try:
         return CLI(*with_checkpoint(command), callbacks, recorded)
@@ -105,11 +99,7 @@ def execute(command: Command, callbacks: Sequence[Callback] = (), recorded: list
 
 
 def parse(command: Command) -> Any:
-    """The settings of a command, without executing it.
-
-    Raises:
-        UserError: for whatever is wrong with them.
-    """
+    """The settings of a command, without executing it. Raises UserError for whatever is wrong with them."""
     return ParsedCLI(with_checkpoint(command)[0]).settings
 
 
@@ -153,7 +143,9 @@ class CLI(ParsedCLI):
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = CheckpointFiles()
         if verb == "fit":
-            preflight.check_fit(self.model, self.datamodule, self.trainer, is_sharded(settings.trainer.strategy))
+            preflight.check_fit(
+                self.model, self.datamodule, self.trainer, preflight.is_sharded(settings.trainer.strategy)
+            )
 
     def _trainer(self, verb: str, settings: Any) -> Trainer:
         own: list[Callback] = []
@@ -163,7 +155,7 @@ class CLI(ParsedCLI):
         if settings.enable_progress_bar is not False:
             own.append(ProgressBar())
         self._callbacks = self.trainer_defaults["callbacks"] = own
-        changes = changed_arguments(verb, settings, self.model, self.datamodule, self.checkpoint)
+        changes = preflight.trainer_arguments(verb, settings, self.model, self.datamodule, self.checkpoint)
         return cast(Trainer, self.instantiate_trainer(**changes))
 
     def _run_subcommand(self, subcommand: str) -> None:

@@ -38,10 +38,7 @@ class Parser(LightningArgumentParser):
 
 class ParsedCLI(LightningCLI):
     """The settings of a command: `settings` has the groups `trainer`, `model` and `data`, and the verb's own keys.
-
-    Raises:
-        UserError: for whatever is wrong with the command.
-    """
+    Raises UserError for whatever is wrong with the command."""
 
     def __init__(self, command: Command):
         import_collection()

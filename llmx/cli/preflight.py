@@ -7,17 +7,20 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 import llmx
 from llmx.cli.parser import GROUPS
 from llmx.cli.resume import Checkpoint, check_same_network
-from llmx.cli.trainer_settings import is_sharded
 from llmx.costs.from_config import failing_frame, window_failure
 from llmx.data.datamodule import TextDataModule
 from llmx.errors import UserError
 from llmx.protocol import Network
+from llmx.runs.folder import RUNS
 from llmx.runs.record import check_same_data
 from llmx.training.auditing import audit_network, audit_start
+from llmx.training.hardware import fast_precision
+from llmx.training.logger import RunLogger
 from llmx.training.maps import MixerMaps
 from llmx.training.module import LanguageModel
 from llmx.training.trainer import Trainer
@@ -25,11 +28,7 @@ from llmx.training.typed import attributes
 
 
 def check_settings(verb: str, settings: Any, checkpoint: Checkpoint | None) -> None:
-    """Refuses what the parser lets pass and nothing further on would say clearly.
-
-    Raises:
-        UserError: for such a setting.
-    """
+    """Refuses what the parser lets pass and nothing further on would say clearly. Raises UserError."""
     for group, cls in GROUPS.items():
         for name, parameter in inspect.signature(cls).parameters.items():
             if name in settings[group] and settings[group][name] is None and parameter.default is not None:
@@ -54,12 +53,8 @@ def build_data(settings: Any, checkpoint: Checkpoint | None) -> TextDataModule:
 
 
 def check_data(verb: str, settings: Any, data: TextDataModule, checkpoint: Checkpoint | None) -> None:
-    """Reads the corpus, but for `predict`, which needs none.
-
-    Raises:
-        UserError: for a tokenizer of another size than declared, for other data than the run that a fit goes on in,
-            and for a corpus that cannot be used.
-    """
+    """Reads the corpus, but for `predict`, which needs none. Raises UserError for a tokenizer of another size than
+    declared, for other data than the run that a fit goes on in, and for a corpus that cannot be used."""
     if settings.vocab_size not in (None, data.tokenizer.vocab_size):
         raise UserError(
             f"vocab_size: {settings.vocab_size} is declared, but the tokenizer of the data has "
@@ -72,12 +67,9 @@ def check_data(verb: str, settings: Any, data: TextDataModule, checkpoint: Check
 
 
 def build_model(verb: str, settings: Any, data: TextDataModule, checkpoint: Checkpoint | None) -> LanguageModel:
-    """The network with its objective; before a fit it is audited, so that a leak leaves no run folder.
-
-    Raises:
-        UserError: for a network that cannot be built, does not take the window, is another one than the checkpoint's,
-            cannot be sharded where it should be, or leaks.
-    """
+    """The network with its objective; before a fit it is audited, so that a leak leaves no run folder. Raises UserError
+    for a network that cannot be built, does not take the window, is another one than the checkpoint's, cannot be
+    sharded where it should be, or leaks."""
     sharded = is_sharded(settings.trainer.strategy)
     # without an audit a sharded network is never whole: LanguageModel.configure_model builds it
     never_whole = sharded and settings.model.audit == "off"
@@ -100,12 +92,53 @@ def build_model(verb: str, settings: Any, data: TextDataModule, checkpoint: Chec
     return model
 
 
-def check_fit(model: LanguageModel, data: TextDataModule, trainer: Trainer, sharded: bool) -> None:
-    """Tries what Lightning would meet only in a run that has begun: loaders, optimizer, live audit, callbacks.
+def is_sharded(strategy: Any) -> bool:
+    """Whether the trainer's strategy is a ModelParallelStrategy."""
+    return str(getattr(strategy, "class_path", strategy)).endswith(ModelParallelStrategy.__name__)
 
-    Raises:
-        UserError: for whatever of these cannot be used.
-    """
+
+def precision(accelerator: str, checkpoint: Checkpoint | None) -> Any:
+    """The precision of the checkpoint's run, so that its numbers come out again; else the fast one of this machine."""
+    return (checkpoint and checkpoint.precision) or fast_precision(accelerator)
+
+
+def trainer_arguments(
+    verb: str, trainer: Any, model: LanguageModel, data: TextDataModule, checkpoint: Checkpoint | None
+) -> dict[str, Any]:
+    """Trainer arguments that replace those of the settings."""
+    fit = verb == "fit"
+    changes: dict[str, Any] = {} if fit else {"enable_checkpointing": False}
+    if trainer.logger in (None, True):
+        changes["logger"] = _logger(trainer.default_root_dir, model, data, checkpoint) if fit else False
+    if trainer.precision is None and verb != "predict":  # sampling is faster in fp32
+        changes["precision"] = precision(trainer.accelerator, checkpoint)
+    # Lightning counts batches here; a run should validate at the same steps however they are accumulated
+    if fit and isinstance(trainer.val_check_interval, int) and trainer.check_val_every_n_epoch is None:
+        changes["val_check_interval"] = trainer.val_check_interval * trainer.accumulate_grad_batches
+    if trainer.strategy == ModelParallelStrategy.__name__:  # Lightning has no short name for it
+        changes["strategy"] = ModelParallelStrategy(save_distributed_checkpoint=False)
+    if fit and trainer.devices == "auto" and model.learning.single_process:
+        changes["devices"] = 1
+    return changes
+
+
+def _logger(root: str | None, model: LanguageModel, data: TextDataModule, checkpoint: Checkpoint | None) -> RunLogger:
+    """A logger in a new folder, or in that of the resumed run, whose curves are cut after the checkpoint's step."""
+    tokens = model.learning.tokens_per_step(data)
+    if checkpoint is None or not checkpoint.in_run:
+        return RunLogger(root or ".", RUNS, tokens_per_step=tokens)
+    return RunLogger(
+        checkpoint.run.parent.parent,
+        checkpoint.run.parent.name,
+        version=checkpoint.run.name,
+        purge_step=checkpoint.content["global_step"],
+        tokens_per_step=tokens,
+    )
+
+
+def check_fit(model: LanguageModel, data: TextDataModule, trainer: Trainer, sharded: bool) -> None:
+    """Tries what Lightning would meet only in a run that has begun: loaders, optimizer, live audit, callbacks. Raises
+    UserError for whatever of these cannot be used."""
     if model.learning.single_process and trainer.world_size > 1:
         raise UserError("trainer.devices: this network counts, which one process does; give 1")
     data.trainer = trainer
@@ -122,12 +155,8 @@ def check_fit(model: LanguageModel, data: TextDataModule, trainer: Trainer, shar
 
 
 def check_window(network: Network, window: int) -> None:
-    """Runs the network on a whole window.
-
-    Raises:
-        UserError: for a network that does not take it, and for a component whose output has another shape than its
-            input.
-    """
+    """Runs the network on a whole window. Raises UserError for a network that does not take it, and for a component
+    whose output has another shape than its input."""
     names = {module: name for name, module in network.named_modules()}
 
     def check(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:

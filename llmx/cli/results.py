@@ -33,11 +33,7 @@ def print_fit(trainer: Trainer, model: LanguageModel, data: TextDataModule) -> N
 def print_measured(
     trainer: Trainer, model: LanguageModel, data: TextDataModule, split: Split, checkpoint: Checkpoint | None
 ) -> None:
-    """The loss of a split.
-
-    Raises:
-        UserError: where no batch was measured.
-    """
+    """The loss of a split. Raises UserError where no batch was measured."""
     if f"{split}/loss" not in trainer.callback_metrics:
         raise UserError(f"trainer.limit_{split}_batches: no batch of the {split} split is left to measure")
     chosen = checkpoint is not None and checkpoint.chosen and split == "val"

@@ -49,12 +49,9 @@ class Checkpoint:
 
 
 def with_checkpoint(command: Command) -> tuple[Command, Checkpoint | None]:
-    """The command with the settings of the run that --ckpt_path names, which come before its own.
-
-    Raises:
-        UserError: for a module of --trust that cannot be imported, for a checkpoint that cannot be used, and for
-            settings in it that would make the parser import something.
-    """
+    """The command with the settings of the run that --ckpt_path names, which come before its own. Raises UserError for
+    a module of --trust that cannot be imported, for a checkpoint that cannot be used, and for settings in it that would
+    make the parser import something."""
     command = _trusting(command)
     path = command.flag("--ckpt_path")
     if path is None:
@@ -72,11 +69,8 @@ def with_checkpoint(command: Command) -> tuple[Command, Checkpoint | None]:
 
 
 def check_same_network(checkpoint: Checkpoint, model: LanguageModel) -> None:
-    """Compares shapes, for a checkpoint of another architecture would be told by a page of missing keys.
-
-    Raises:
-        UserError: for another network than that of the checkpoint.
-    """
+    """Compares shapes, for a checkpoint of another architecture would be told by a page of missing keys. Raises
+    UserError for another network than that of the checkpoint."""
     state = checkpoint.content["state_dict"]
     held = {k: v.shape for k, v in state.items() if k.startswith("network.")}
     built = {k: v.shape for k, v in model.state_dict().items() if k.startswith("network.")}

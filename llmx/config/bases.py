@@ -12,12 +12,8 @@ from llmx.errors import UserError
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """A config file merged with its base.
-
-    Raises:
-        UserError: for a file that cannot be read or is no mapping, and for a base that is missing or has a base of
-            its own.
-    """
+    """A config file merged with its base. Raises UserError for a file that cannot be read or is no mapping, and for a
+    base that is missing or has a base of its own."""
     config = mapping(read_yaml(path, "config: "), f"config: {path}")
     if "base" not in config:
         return config
@@ -31,11 +27,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 def mapping(content: Any, where: str) -> dict[str, Any]:
-    """The content of a config, which may be empty.
-
-    Raises:
-        UserError: for anything but a mapping; the message begins with `where`.
-    """
+    """The content of a config, which may be empty. Raises UserError for anything but a mapping; the message begins with
+    `where`."""
     if not isinstance(content, dict | None):
         raise UserError(f"{where}: is no config: give keys and values, such as those of configs/transformer.yaml")
     return content or {}

@@ -34,11 +34,7 @@ class Command:
 
     @classmethod
     def read(cls, words: Sequence[str]) -> Command:
-        """Reads a command line, verb first.
-
-        Raises:
-            UserError: for a config, or its base, that cannot be used.
-        """
+        """Reads a command line, verb first. Raises UserError for a config, or its base, that cannot be used."""
         verb, rest = (words[0], words[1:]) if words and not words[0].startswith("-") else ("", words)
         configs, entries, flags = [], [], list[str]()
         for name, value, typed in _options(rest):
@@ -69,11 +65,8 @@ class Command:
         return reduce(merged, self.configs, {})
 
     def given(self) -> dict[str, Any]:
-        """Configs and flags as nested keys and values.
-
-        Raises:
-            UserError: for a flag that leads through a value that holds nothing.
-        """
+        """Configs and flags as nested keys and values. Raises UserError for a flag that leads through a value that
+        holds nothing."""
         result = copy.deepcopy(self.config)
         for name, value, _ in _options(self.flags):
             if name.startswith("-"):
@@ -81,11 +74,8 @@ class Command:
         return result
 
     def with_entries(self) -> Command:
-        """The command with its list entries set in the last config; without a config it stays as it is.
-
-        Raises:
-            UserError: for an index, or a list, that the config does not have.
-        """
+        """The command with its list entries set in the last config; without a config it stays as it is. Raises
+        UserError for an index, or a list, that the config does not have."""
         if not self.entries or not self.configs:
             return self
         last = copy.deepcopy(self.configs[-1])

@@ -25,11 +25,8 @@ BUILDABLE = (nn.Module, Optimizer, Schedule)  # a config may build these, whatev
 
 
 def to_config(value: Any) -> Any:
-    """Writes classes and partials of classes (nested, in lists too) as plain data; plain data stays as it is.
-
-    Raises:
-        UserError: for a value without a name to find it by, such as a lambda or an object already built.
-    """
+    """Writes classes and partials of classes (nested, in lists too) as plain data; plain data stays as it is. Raises
+    UserError for a value without a name to find it by, such as a lambda or an object already built."""
     if isinstance(value, _PLAIN):
         return value
     if isinstance(value, list | tuple):
@@ -49,26 +46,23 @@ def to_config(value: Any) -> Any:
     return config
 
 
-def from_config(config: Any, trusted: tuple[str, ...] = (), key: str = "") -> Any:
+def from_config(config: Any, key: str = "") -> Any:
     """Turns plain data into factories, the inverse of `to_config`.
 
-    It looks only into llmx, torch.optim, modules that are imported already, and those named in `trusted`. So data from
-    elsewhere cannot make Python import something new.
+    It looks only into llmx, torch.optim and modules that are imported already. So data from
+    elsewhere cannot make Python import something new. Raises UserError where a class cannot be found, or its module may
+    not be imported.
 
     Args:
         config: the data.
-        trusted: modules that may be imported.
         key: the path of the data in the config; with it, the factories name a bad argument by its full path.
-
-    Raises:
-        UserError: where a class cannot be found, or its module may not be imported.
     """
     if isinstance(config, list | tuple):
-        return [from_config(item, trusted, key and f"{key}.{i}") for i, item in enumerate(config)]
+        return [from_config(item, key and f"{key}.{i}") for i, item in enumerate(config)]
     if isinstance(config, dict) and "class_path" in config:
-        cls = find_class(config["class_path"], trusted)
+        cls = find_class(config["class_path"])
         given = config.get("init_args") or {}
-        arguments = {name: from_config(item, trusted, key and f"{key}.{name}") for name, item in given.items()}
+        arguments = {name: from_config(item, key and f"{key}.{name}") for name, item in given.items()}
         if key and not issubclass(cls, BUILDABLE):
             raise UserError(f"class_path {config['class_path']!r}: is no component")
         factory = Placed(cls, **arguments) if key else partial(cls, **arguments)
@@ -76,16 +70,13 @@ def from_config(config: Any, trusted: tuple[str, ...] = (), key: str = "") -> An
             factory.key = key
         return factory
     if isinstance(config, dict):
-        return {name: from_config(item, trusted, key and f"{key}.{name}") for name, item in config.items()}
+        return {name: from_config(item, key and f"{key}.{name}") for name, item in config.items()}
     return config
 
 
 def build(config: Any, argument: Any, key: str) -> Any:
-    """Builds the component at `key` of a config. A bad argument becomes one line with its full path.
-
-    Raises:
-        UserError: for a class that cannot be found, and for a component that cannot be built.
-    """
+    """Builds the component at `key` of a config. A bad argument becomes one line with its full path. Raises UserError
+    for a class that cannot be found, and for a component that cannot be built."""
     try:
         factory = from_config(config, key=key)
     except UserError as error:
@@ -119,10 +110,8 @@ def check_imports(config: Any, where: str) -> None:
     """Refuses data from elsewhere that would make the parser import something new.
 
     Two things do: a `class_path` outside llmx, torch.optim and the imported modules; and text that the parser reads as
-    more than text, which is a mapping, a list, or the dotted path of something in an installed module.
-
-    Raises:
-        UserError: for such data; the message begins with `where`, its source.
+    more than text, which is a mapping, a list, or the dotted path of something in an installed module. Raises UserError
+    for such data; the message begins with `where`, its source.
     """
     if isinstance(config, dict):
         for key, value in config.items():
@@ -161,10 +150,10 @@ def _is_ours(module: str) -> bool:
     return module.split(".")[0] == "llmx" or module == "torch.optim" or module.startswith("torch.optim.")
 
 
-def find_class(path: str, trusted: tuple[str, ...] = ()) -> type:
+def find_class(path: str) -> type:
     """The class at a dotted path, under the import rule of `from_config`."""
     module, _, name = path.rpartition(".")
-    if _is_ours(module) or module in trusted:
+    if _is_ours(module):
         try:
             importlib.import_module(module)
         except ModuleNotFoundError as error:

@@ -19,11 +19,8 @@ def entries(value: Any, path: str) -> list[tuple[str, Any]]:
 
 
 def set_at(config: Any, path: str, text: str) -> None:
-    """Sets the value that `text` holds in YAML at a path, in place.
-
-    Raises:
-        UserError: for a path that leads through a key or past an end that the config does not have.
-    """
+    """Sets the value that `text` holds in YAML at a path, in place. Raises UserError for a path that leads through a
+    key or past an end that the config does not have."""
     value = parse_yaml(text, path)
     parts = path.split(".")
     node = config

@@ -12,15 +12,13 @@ MAX_VALUES = 100_000  # counted with those that an alias repeats
 
 
 def read_yaml(path: str | Path, where: str = "", loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
-    """The content of a file.
+    """The content of a file. Raises UserError for a file that cannot be read, and for content that `parse_yaml`
+    refuses.
 
     Args:
         path: the file.
         where: the beginning of messages, before the path.
         loader: the YAML loader, which decides how scalars are read.
-
-    Raises:
-        UserError: for a file that cannot be read, and for content that `parse_yaml` refuses.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -32,11 +30,8 @@ def read_yaml(path: str | Path, where: str = "", loader: type[yaml.SafeLoader] =
 
 
 def parse_yaml(text: str, where: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
-    """Mappings, lists, text, numbers, true, false and null.
-
-    Raises:
-        UserError: for text that is no YAML, holds another kind of value (a date, a set), or unfolds without an end.
-    """
+    """Mappings, lists, text, numbers, true, false and null. Raises UserError for text that is no YAML, holds another
+    kind of value (a date, a set), or unfolds without an end."""
     try:
         content = yaml.load(text, loader)
         _check_plain(content, where)

@@ -1,5 +1,6 @@
 """Components as plain data, and what data may not do."""
 
+import importlib
 import json
 import sys
 from functools import partial
@@ -178,8 +179,9 @@ def test_a_class_of_a_module_not_imported_is_refused_and_its_module_not_executed
     assert "stranger_on_the_path" not in sys.modules
 
 
-def test_a_trusted_module_is_imported(stranger: Path, monkeypatch: pytest.MonkeyPatch):
-    factory = from_config({"a": {"class_path": "stranger_on_the_path.Thing"}}, trusted=("stranger_on_the_path",))["a"]
+def test_a_class_of_an_imported_module_is_found(stranger: Path, monkeypatch: pytest.MonkeyPatch):
+    importlib.import_module("stranger_on_the_path")
+    factory = from_config({"a": {"class_path": "stranger_on_the_path.Thing"}})["a"]
     monkeypatch.delitem(sys.modules, "stranger_on_the_path")  # other tests find it as it was
     assert stranger.exists()
     assert type(factory()).__name__ == "Thing"
