@@ -28,6 +28,7 @@ from llmx.training.metrics import bits, perplexity
 from llmx.training.module import LanguageModel
 from llmx.training.norms import NORMS_LAYOUT, NormsByLayer
 from llmx.training.saving import BestCheckpoint
+from llmx.training.typed import attributes, language_model
 
 UNCOUNTED = -1.0  # no loss is below 0
 
@@ -39,8 +40,8 @@ class ValidationLosses(Callback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.batches: list[Tensor] = []
 
-    def on_validation_batch_end(  # type: ignore[override]
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Tensor, batch: Batch, *_: Any
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, *_: Any
     ) -> None:
         self.batches.append(outputs.float().masked_fill(batch.targets == IGNORE, UNCOUNTED))
 
@@ -70,55 +71,58 @@ class RunRecord(Callback):
         self.final: dict[str, float] = {}
 
     @rank_zero_only
-    def on_train_start(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        model = language_model(pl_module)
         self.finished = False
         self.started = time.perf_counter()
         self.first_step = trainer.global_step
-        assert pl_module.description is not None
-        rich.print(pl_module.description.render())
-        if pl_module.causality is not None:
-            rich.print(pl_module.causality.summary())
-        compiled = "compiled" if pl_module.compiled else "not compiled"
-        print(f"precision {trainer.precision}, {compiled}, on {trainer.world_size} x {pl_module.device.type}")
+        assert model.description is not None
+        rich.print(model.description.render())
+        if model.causality is not None:
+            rich.print(model.causality.summary())
+        compiled = "compiled" if model.compiled else "not compiled"
+        print(f"precision {trainer.precision}, {compiled}, on {trainer.world_size} x {model.device.type}")
         folder = run_folder(trainer)
         if folder is None:
             return
-        config = self.config or _config_of_objects(trainer, pl_module)
-        record = self._record(trainer, pl_module)
+        config = self.config or _config_of_objects(trainer, model)
+        record = self._record(trainer, model)
         if trainer.global_step:
             continue_run(folder, config, record, trainer.global_step)
             return
-        warm_start = pl_module.warm_start
+        warm_start = model.warm_start
         record["warm_start"] = warm_start and {"file": warm_start, "sha256": file_hash(warm_start)}
         begin_run(folder, config, record)
         board = tensorboard(trainer)
         if board is not None:
-            _show(board, trainer, pl_module)
+            _show(board, trainer, model)
 
     @rank_zero_only
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        model = language_model(pl_module)
         if "val/loss" in trainer.callback_metrics and not trainer.sanity_checking:
             loss = trainer.callback_metrics["val/loss"].item()
             self.final = {"val/loss": loss, "val/perplexity": perplexity(loss), "val/bits_per_char": bits(loss)}
-            if trainer.state.fn == "fit" and trainer.global_step >= pl_module.total_steps:
+            if trainer.state.fn == "fit" and trainer.global_step >= model.total_steps:
                 # before the last checkpoint: a run that has saved its last step never runs again
-                self._finish(trainer, pl_module)
+                self._finish(trainer, model)
 
     @rank_zero_only
-    def on_train_end(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        model = language_model(pl_module)
         if not self.finished:  # ended early, or not validated
-            self._finish(trainer, pl_module)
+            self._finish(trainer, model)
 
-    def _finish(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
+    def _finish(self, trainer: pl.Trainer, model: LanguageModel) -> None:
         self.finished = True
         folder = run_folder(trainer)
         if folder is None:
             return
         best: Any = next((c for c in trainer.checkpoint_callbacks if isinstance(c, BestCheckpoint)), None)
         losses = [] if best is None else [self.final.get("val/loss"), best.best_model_score]
-        samples = next((c for c in trainer.callbacks if isinstance(c, Samples)), None)  # type: ignore[attr-defined]
-        per_step = pl_module.learning.tokens_per_step(_data(trainer))
-        device = pl_module.device
+        samples = next((c for c in attributes(trainer).callbacks if isinstance(c, Samples)), None)
+        per_step = model.learning.tokens_per_step(_data(trainer))
+        device = model.device
         seconds = time.perf_counter() - self.started
         metrics = {
             **self.final,
@@ -129,69 +133,69 @@ class RunRecord(Callback):
             "generated_tokens_per_second": None if samples is None else samples.tokens_per_second,
             "seconds": round(seconds, 1),
             "steps_in_these_seconds": trainer.global_step - self.first_step,
-            "leaking": pl_module.leaking,
+            "leaking": model.leaking,
         }
         end_run(folder, metrics)
         board = tensorboard(trainer)
         if board is not None:
             # TensorBoard shows the first five metrics by name
             final = {name.removeprefix("val/"): value for name, value in self.final.items()}
-            final |= {"parameters": count_parameters(pl_module.network), "seconds": seconds}
+            final |= {"parameters": count_parameters(model.network), "seconds": seconds}
             for name, value in final.items():
                 board.add_scalar(f"final/{name}", value, trainer.global_step - 1)  # the step of val/loss
             _, _, end = hparams({}, {})
             board._get_file_writer().add_summary(end)
 
-    def _record(self, trainer: pl.Trainer, pl_module: LanguageModel) -> dict[str, Any]:
+    def _record(self, trainer: pl.Trainer, model: LanguageModel) -> dict[str, Any]:
         """All but the warm start, whose file may be gone when a run continues."""
-        assert pl_module.description is not None
-        parts = [*pl_module.network.modules(), *trainer.optimizers, *trainer.callbacks]  # type: ignore[attr-defined]
+        assert model.description is not None
+        parts = [*model.network.modules(), *trainer.optimizers, *attributes(trainer).callbacks]
         for scheduler in trainer.lr_scheduler_configs:
             parts += getattr(scheduler.scheduler, "lr_lambdas", [])
-        report = pl_module.causality
+        report = model.causality
         return {
             **provenance(),
             **({} if self.command is None else {"command": self.command}),
             "data": _data(trainer).protocol,
-            "parameters": count_parameters(pl_module.network),
-            "network": {key: value for key, value in pl_module.description.to_dict().items() if key != "layers"},
+            "parameters": count_parameters(model.network),
+            "network": {key: value for key, value in model.description.to_dict().items() if key != "layers"},
             "precision": str(trainer.precision),
             "code": code(),
             "sources": sources({type(part) for part in parts}),
-            "compiled": pl_module.compiled,
+            "compiled": model.compiled,
             "devices": trainer.world_size,
-            "steps": pl_module.total_steps,
+            "steps": model.total_steps,
             "audit": None if report is None else report.to_dict(),
-            "leaking": pl_module.leaking,
+            "leaking": model.leaking,
         }
 
 
-def _show(board: Any, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
+def _show(board: Any, trainer: pl.Trainer, model: LanguageModel) -> None:
     """Writes what TensorBoard shows from the start: charts, settings, influence map."""
-    norms = any(isinstance(callback, NormsByLayer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    norms = any(isinstance(callback, NormsByLayer) for callback in attributes(trainer).callbacks)
     board.add_custom_scalars(LAYOUT | (NORMS_LAYOUT if norms else {}))
     settings: dict[str, Any] = {
-        "model": dict(pl_module.hparams),
+        "model": dict(model.hparams),
         "data": _data(trainer).protocol,
         "seed": torch.initial_seed(),
-        "steps": pl_module.total_steps,
-        "leaking": pl_module.leaking,
+        "steps": model.total_steps,
+        "leaking": model.leaking,
     }
     # without torch's list of all columns, TensorBoard collects the settings of all runs. With it, the first run's
     # columns would stand for the whole folder, though each network has settings of its own
     _, start, _ = hparams(_flat(settings), {})
     board._get_file_writer().add_summary(start)
-    if pl_module.causality is not None and pl_module.causality.influence is not None:
-        board.add_figure("audit/influence", influence_figure(pl_module.causality), 0)
+    if model.causality is not None and model.causality.influence is not None:
+        board.add_figure("audit/influence", influence_figure(model.causality), 0)
 
 
-def _config_of_objects(trainer: pl.Trainer, pl_module: LanguageModel) -> str:
+def _config_of_objects(trainer: pl.Trainer, model: LanguageModel) -> str:
     """The configuration that would build these objects, as YAML; of callbacks only the classes."""
     seed = os.environ.get("PL_GLOBAL_SEED")
-    model = {key: value for key, value in pl_module.hparams.items() if key not in ("tokenizer", "window")}
+    arguments = {key: value for key, value in model.hparams.items() if key not in ("tokenizer", "window")}
     lightnings = Callback.__module__.rpartition(".")[0]  # configs name Lightning's callbacks by this package
     names = []
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in attributes(trainer).callbacks:
         kind = type(callback)
         module = lightnings if kind.__module__.startswith(f"{lightnings}.") else kind.__module__
         if not isinstance(callback, ProgressBar | ModelSummary) and not module.startswith("llmx."):
@@ -202,14 +206,14 @@ def _config_of_objects(trainer: pl.Trainer, pl_module: LanguageModel) -> str:
     content = {
         "seed_everything": None if seed is None else int(seed),
         "trainer": settings,
-        "model": model | {"warm_start": pl_module.warm_start},
+        "model": arguments | {"warm_start": model.warm_start},
         "data": dict(_data(trainer).hparams),
     }
     return yaml.safe_dump(json.loads(json.dumps(content, default=str)), sort_keys=False)  # paths as text
 
 
 def _data(trainer: pl.Trainer) -> TextDataModule:
-    return trainer.datamodule  # type: ignore[attr-defined]
+    return attributes(trainer).datamodule
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
