@@ -28,7 +28,7 @@ TOKENS_A_CALL = 4  # of a compiled `decode`: more gains little and compiles slow
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings for drawing the next token.
+    """Settings for drawing the next token. A value out of range raises ValueError.
 
     Args:
         max_new_tokens: tokens to generate for each prompt.
@@ -38,9 +38,6 @@ class Sampling:
         min_p: only tokens with at least this share of the highest probability (arXiv 2407.01082).
         seed: seed of the draws. The same seed and prompts give the same text.
         speculate: drafts that one prefill reads, at most as many as the network's head makes. 0 goes token by token.
-
-    Raises:
-        ValueError: for a value out of range.
     """
 
     max_new_tokens: int = 200
@@ -119,12 +116,7 @@ def check_drafts(network: Network, sampling: Sampling) -> None:
 
 
 class Noise:
-    """The noise (B, V) of every place of a text, drawn once and in order.
-
-    Args:
-        text: (B, L), which gives the device and the rows.
-        start: the first place with noise.
-    """
+    """The noise (B, V) of every place of a text (B, L) from `start` on, drawn once and in order."""
 
     def __init__(self, text: Tokens, start: int, vocab_size: int, sampling: Sampling):
         self.generator = torch.Generator(text.device).manual_seed(sampling.seed)
@@ -151,10 +143,8 @@ def generate(
     """Continues prompts (B, T), T >= 1, by `sampling.max_new_tokens` tokens: (B, max_new_tokens).
 
     A network without a state recomputes its context for every token. The network keeps its training mode.
-    `decode_at_once`, for instance compiled, replaces `decode` in calls for TOKENS_A_CALL tokens.
-
-    Raises:
-        ValueError: if the network cannot `speculate`.
+    `decode_at_once`, for instance compiled, replaces `decode` in calls for TOKENS_A_CALL tokens. Raises ValueError if
+    the network cannot `speculate`.
     """
     check_drafts(network, sampling)
     was_training = network.training
@@ -170,8 +160,7 @@ def generate(
             _token_by_token(network, text, start, window, sampling, noise, decode_at_once)
         return text[:, start:]
     finally:
-        if was_training:
-            network.train()
+        network.train(was_training)
 
 
 def _token_by_token(
@@ -192,8 +181,7 @@ def _token_by_token(
             following, state = take(network, text[:, end - 1], state, sampling, noise.at(end, end + at_once))
         else:
             if network.stateful:
-                room = network.init_state(text.shape[0], window)
-                logits, state = network.prefill(text[:, begin:end], room)
+                logits, state = network.prefill(text[:, begin:end], network.init_state(text.shape[0], window))
             else:
                 logits = network(text[:, begin:end])
             following = choose(logits[:, -1], sampling, noise.at(end, end + 1)[0])[:, None]

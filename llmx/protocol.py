@@ -118,6 +118,10 @@ class FeedForward(Component, ABC):
         """(B, T, D) -> (B, T, D); the output at t depends on inputs up to t only."""
 
 
+NewMixer = Callable[[Site], Mixer]  # factories, as blocks take them
+NewFeedForward = Callable[[Site], FeedForward]
+
+
 class Stateful(ABC, Generic[S]):
     """The methods with which a mixer or feed-forward goes token by token."""
 
@@ -253,7 +257,7 @@ class Stack(Component, ABC):
 
 
 class Network(nn.Module, ABC, Generic[S]):
-    """Maps tokens to logits, and owns its loss. The first constructor argument is `vocab_size`."""
+    """Maps tokens to logits, and owns its loss. The first constructor argument is `vocab_size`, from the tokenizer."""
 
     vocab_size: int
 

@@ -4,25 +4,22 @@ It has no residual, no norm and no feed-forward. LSTMs were stacked this way bef
 keeps that baseline as it was: a residual around an LSTM is already another architecture.
 """
 
-from collections.abc import Callable
-
 from torch import Tensor
 
 from llmx.blocks.residual import ResidualBlock
 from llmx.feedforward.none import NoFeedForward
-from llmx.protocol import Branch, Mixer, Site
+from llmx.protocol import Branch, NewMixer, Site
 
 
 class BareBlock(ResidualBlock):
     """The mixer alone.
 
     Args:
-        site: where the block stands.
         mixer: factory of the token mixer.
         dropout: probability of dropping a number of the output, in training.
     """
 
-    def __init__(self, site: Site, mixer: Callable[[Site], Mixer], dropout: float = 0.0):
+    def __init__(self, site: Site, mixer: NewMixer, dropout: float = 0.0):
         super().__init__(site, mixer, NoFeedForward, dropout)
 
     def connect(self, x: Tensor, mix: Branch, feed: Branch) -> Tensor:

@@ -11,11 +11,7 @@ class Cycle(Block):
     """Holds one block of the list, chosen by its layer.
 
     Args:
-        site: where the block stands.
-        blocks: factories of blocks; their number must divide the depth.
-
-    Raises:
-        ValueError: for an empty list, or one that does not fit the depth.
+        blocks: factories of blocks; at least one, and their number must divide the depth.
     """
 
     def __init__(self, site: Site, blocks: list[Callable[[Site], Block]]):

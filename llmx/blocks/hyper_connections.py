@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from llmx.blocks.residual import ResidualBlock
 from llmx.parts.checks import check_sizes
-from llmx.parts.norm import Norm, RMSNorm
+from llmx.parts.norm import NewNorm, RMSNorm
 from llmx.parts.precision import at_least_float32
-from llmx.protocol import Branch, FeedForward, Mixer, Site
+from llmx.protocol import Branch, NewFeedForward, NewMixer, Site
 
 
 class Connection(nn.Module, ABC):
@@ -46,7 +46,6 @@ class DynamicConnection(Connection):
     The norm is by root mean square. It has no weights: W would absorb them.
 
     Args:
-        dim: D.
         streams: n.
         index: number of the branch, counted through the stack.
         scale: first value of s, which has one number for the columns a and A and one for b.
@@ -76,24 +75,20 @@ class HyperConnectionBlock(ResidualBlock):
     x is (..., D) where it enters the first layer and leaves the last, (..., n, D) between them.
 
     Args:
-        site: where the block stands.
         mixer: factory of the token mixer.
         feed_forward: factory of the channel mixer.
         norm: factory of a norm, from `dim`.
         connection: factory of the weights between streams and branch.
-        streams: n.
+        streams: n; at least 1.
         dropout: probability of dropping a number of either branch before it is written, in training.
-
-    Raises:
-        ValueError: for no streams.
     """
 
     def __init__(
         self,
         site: Site,
-        mixer: Callable[[Site], Mixer],
-        feed_forward: Callable[[Site], FeedForward],
-        norm: Callable[[int], Norm] = RMSNorm,
+        mixer: NewMixer,
+        feed_forward: NewFeedForward,
+        norm: NewNorm = RMSNorm,
         connection: Callable[[int, int, int], Connection] = DynamicConnection,
         streams: int = 4,
         dropout: float = 0.0,

@@ -5,33 +5,24 @@ same parameters make twice the layers. State: the mixer's. The trap: a pre-norm 
 keeps a second norm, whose weights never get a gradient.
 """
 
-from collections.abc import Callable
-
 from torch import Tensor
 
 from llmx.blocks.residual import ResidualBlock
 from llmx.feedforward.none import NoFeedForward
-from llmx.parts.norm import Norm, RMSNorm
-from llmx.protocol import Branch, Mixer, Site
+from llmx.parts.norm import NewNorm, RMSNorm
+from llmx.protocol import Branch, NewMixer, Site
 
 
 class MixerOnlyBlock(ResidualBlock):
     """Norm, mixer, residual.
 
     Args:
-        site: where the block stands.
         mixer: factory of the token mixer.
         norm: factory of a norm, from `dim`.
         dropout: probability of dropping a number of the branch before it is added, in training.
     """
 
-    def __init__(
-        self,
-        site: Site,
-        mixer: Callable[[Site], Mixer],
-        norm: Callable[[int], Norm] = RMSNorm,
-        dropout: float = 0.0,
-    ):
+    def __init__(self, site: Site, mixer: NewMixer, norm: NewNorm = RMSNorm, dropout: float = 0.0):
         super().__init__(site, mixer, NoFeedForward, dropout)
         self.norm = norm(site.dim)
 

@@ -11,40 +11,29 @@ Dropout of the embedding breaks it. Weight decay and warm-up control lengths, wh
 neither.
 """
 
-from collections.abc import Callable
-
 from torch import Tensor
 
 from llmx.blocks.residual import ResidualBlock
+from llmx.parts.checks import check_positive
 from llmx.parts.unit_norm import LearnedScale, unit_norm
-from llmx.protocol import Branch, FeedForward, Mixer, Site
+from llmx.protocol import Branch, NewFeedForward, NewMixer, Site
 
 
 class NGPTBlock(ResidualBlock):
     """(B, T, D) -> (B, T, D), from unit vectors to unit vectors.
 
     Args:
-        site: where the block stands.
         mixer: factory of the token mixer.
         feed_forward: factory of the channel mixer.
-        rate: start of the eigen learning rates.
+        rate: start of the eigen learning rates; positive.
         dropout: probability of dropping a number of either branch before it is normalised, in training.
-
-    Raises:
-        ValueError: for a rate that is not positive.
     """
 
     def __init__(
-        self,
-        site: Site,
-        mixer: Callable[[Site], Mixer],
-        feed_forward: Callable[[Site], FeedForward],
-        rate: float = 0.05,
-        dropout: float = 0.0,
+        self, site: Site, mixer: NewMixer, feed_forward: NewFeedForward, rate: float = 0.05, dropout: float = 0.0
     ):
         super().__init__(site, mixer, feed_forward, dropout)
-        if rate <= 0:
-            raise ValueError(f"rate: {rate} is not above 0")
+        check_positive(rate=rate)
         self.mixer_rate = LearnedScale(site.dim, rate, site.dim**-0.5)
         self.feed_forward_rate = LearnedScale(site.dim, rate, site.dim**-0.5)
 

@@ -9,20 +9,17 @@ that was gone at 62 B. State: the mixer's and the feed-forward's. The trap: the 
 of the mixer in its layer. It is the same h: GPT-NeoX, also called parallel, has a second norm for the feed-forward.
 """
 
-from collections.abc import Callable
-
 from torch import Tensor
 
 from llmx.blocks.residual import ResidualBlock
-from llmx.parts.norm import Norm, RMSNorm
-from llmx.protocol import Branch, FeedForward, Mixer, Site
+from llmx.parts.norm import NewNorm, RMSNorm
+from llmx.protocol import Branch, NewFeedForward, NewMixer, Site
 
 
 class ParallelBlock(ResidualBlock):
     """Both branches read the same normalised stream.
 
     Args:
-        site: where the block stands.
         mixer: factory of the token mixer.
         feed_forward: factory of the channel mixer.
         norm: factory of a norm, from `dim`.
@@ -30,12 +27,7 @@ class ParallelBlock(ResidualBlock):
     """
 
     def __init__(
-        self,
-        site: Site,
-        mixer: Callable[[Site], Mixer],
-        feed_forward: Callable[[Site], FeedForward],
-        norm: Callable[[int], Norm] = RMSNorm,
-        dropout: float = 0.0,
+        self, site: Site, mixer: NewMixer, feed_forward: NewFeedForward, norm: NewNorm = RMSNorm, dropout: float = 0.0
     ):
         super().__init__(site, mixer, feed_forward, dropout)
         self.norm = norm(site.dim)

@@ -5,20 +5,17 @@ A norm follows every branch, so nothing grows with depth. But every path from th
 deep stacks need warm-up (arXiv 2002.04745). The last norm of the decoder has to be `NoNorm`.
 """
 
-from collections.abc import Callable
-
 from torch import Tensor
 
 from llmx.blocks.residual import ResidualBlock
-from llmx.parts.norm import LayerNorm, Norm
-from llmx.protocol import Branch, FeedForward, Mixer, Site
+from llmx.parts.norm import LayerNorm, NewNorm
+from llmx.protocol import Branch, NewFeedForward, NewMixer, Site
 
 
 class PostNormBlock(ResidualBlock):
     """Norm after the addition of each branch.
 
     Args:
-        site: where the block stands.
         mixer: factory of the token mixer.
         feed_forward: factory of the channel mixer.
         norm: factory of a norm, from `dim`.
@@ -26,12 +23,7 @@ class PostNormBlock(ResidualBlock):
     """
 
     def __init__(
-        self,
-        site: Site,
-        mixer: Callable[[Site], Mixer],
-        feed_forward: Callable[[Site], FeedForward],
-        norm: Callable[[int], Norm] = LayerNorm,
-        dropout: float = 0.0,
+        self, site: Site, mixer: NewMixer, feed_forward: NewFeedForward, norm: NewNorm = LayerNorm, dropout: float = 0.0
     ):
         super().__init__(site, mixer, feed_forward, dropout)
         self.mixer_norm = norm(site.dim)

@@ -1,19 +1,16 @@
 """The pre-norm residual block (arXiv 2002.04745): x + mixer(norm(x)), then x + feed_forward(norm(x))."""
 
-from collections.abc import Callable
-
 from torch import Tensor
 
 from llmx.blocks.residual import ResidualBlock
-from llmx.parts.norm import Norm, RMSNorm
-from llmx.protocol import Branch, FeedForward, Mixer, Site
+from llmx.parts.norm import NewNorm, RMSNorm
+from llmx.protocol import Branch, NewFeedForward, NewMixer, Site
 
 
 class PreNormBlock(ResidualBlock):
     """Norm before mixer and before feed-forward. Nothing normalises the stream itself.
 
     Args:
-        site: where the block stands.
         mixer: factory of the token mixer.
         feed_forward: factory of the channel mixer.
         norm: factory of a norm, from `dim`.
@@ -21,12 +18,7 @@ class PreNormBlock(ResidualBlock):
     """
 
     def __init__(
-        self,
-        site: Site,
-        mixer: Callable[[Site], Mixer],
-        feed_forward: Callable[[Site], FeedForward],
-        norm: Callable[[int], Norm] = RMSNorm,
-        dropout: float = 0.0,
+        self, site: Site, mixer: NewMixer, feed_forward: NewFeedForward, norm: NewNorm = RMSNorm, dropout: float = 0.0
     ):
         super().__init__(site, mixer, feed_forward, dropout)
         self.mixer_norm = norm(site.dim)

@@ -6,8 +6,9 @@ from typing import NamedTuple, cast
 
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from llmx.protocol import Block, Branch, Context, FeedForward, Hidden, Mixer, Site, State, Stateful
+from llmx.protocol import Block, BlockCall, Branch, Context, Hidden, NewFeedForward, NewMixer, Site, State, Stateful
 
 Advance = Callable[..., tuple[Tensor, State]]  # a `step` or `prefill`
 
@@ -21,19 +22,12 @@ class ResidualBlock(Block[BlockState]):
     """A block that defines its wiring once, in `connect`, for `forward`, `step` and `prefill` alike.
 
     Args:
-        site: where the block stands.
         mixer: factory of the token mixer.
         feed_forward: factory of the channel mixer.
         dropout: probability of dropping a number of either branch before it is added, in training.
     """
 
-    def __init__(
-        self,
-        site: Site,
-        mixer: Callable[[Site], Mixer],
-        feed_forward: Callable[[Site], FeedForward],
-        dropout: float = 0.0,
-    ):
+    def __init__(self, site: Site, mixer: NewMixer, feed_forward: NewFeedForward, dropout: float = 0.0):
         super().__init__()
         self.mixer = site.place(mixer)
         self.feed_forward = site.place(feed_forward)
@@ -79,7 +73,32 @@ class ResidualBlock(Block[BlockState]):
         return F.dropout(branch, self.dropout, self.training) if self.dropout else branch
 
 
-def fill_in(advance: Advance, before: State, context: Context, after: list[State]) -> Callable[[Tensor], Tensor]:
+def kept(block: Block, context: Context) -> BlockCall:
+    """Turns a block's `forward` into a function of x alone."""
+    return lambda x: block(x, context)
+
+
+def recomputed(block: Block, context: Context) -> BlockCall:
+    """The same, but the backward pass computes the activations again instead of keeping them."""
+
+    def run(x: Tensor, store: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        # the backward pass runs this again: with its own context it reads the same store and writes nothing
+        own = Context(context.tokens, context.positions, context.embedding)
+        own.store = dict(store)
+        x = block(x, own)
+        written = {name: value for name, value in own.store.items() if value is not store.get(name)}
+        return x, written, own.auxiliary
+
+    def call(x: Tensor) -> Tensor:
+        x, written, auxiliary = checkpoint(run, x, dict(context.store), use_reentrant=False)
+        context.store.update(written)
+        context.add_loss(auxiliary)
+        return x
+
+    return call
+
+
+def fill_in(advance: Advance, before: State, context: Context, after: list[State]) -> BlockCall:
     """Turns a `step` or `prefill` into a function of x alone, from the state `before`. Appends the next state."""
 
     def call(x: Tensor) -> Tensor:

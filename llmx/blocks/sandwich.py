@@ -6,20 +6,17 @@ at most linearly with depth, whatever the weights do. The trap: behind a zero-in
 norm divides by rounding errors.
 """
 
-from collections.abc import Callable
-
 from torch import Tensor
 
 from llmx.blocks.residual import ResidualBlock
-from llmx.parts.norm import Norm, RMSNorm
-from llmx.protocol import Branch, FeedForward, Mixer, Site
+from llmx.parts.norm import NewNorm, RMSNorm
+from llmx.protocol import Branch, NewFeedForward, NewMixer, Site
 
 
 class SandwichBlock(ResidualBlock):
     """Norm before and after each branch.
 
     Args:
-        site: where the block stands.
         mixer: factory of the token mixer.
         feed_forward: factory of the channel mixer.
         norm: factory of a norm, from `dim`.
@@ -27,12 +24,7 @@ class SandwichBlock(ResidualBlock):
     """
 
     def __init__(
-        self,
-        site: Site,
-        mixer: Callable[[Site], Mixer],
-        feed_forward: Callable[[Site], FeedForward],
-        norm: Callable[[int], Norm] = RMSNorm,
-        dropout: float = 0.0,
+        self, site: Site, mixer: NewMixer, feed_forward: NewFeedForward, norm: NewNorm = RMSNorm, dropout: float = 0.0
     ):
         super().__init__(site, mixer, feed_forward, dropout)
         self.mixer_norm = norm(site.dim)

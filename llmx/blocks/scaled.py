@@ -10,21 +10,18 @@ dead parameter inside a branch shows only once its weights have moved (the audit
 embedding alone sets the size of the stream, so a standard deviation of 0.02 starves attention and head.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
 from llmx.blocks.residual import ResidualBlock
-from llmx.parts.norm import Norm, RMSNorm
-from llmx.protocol import Branch, FeedForward, Mixer, Site
+from llmx.parts.norm import NewNorm, RMSNorm
+from llmx.protocol import Branch, NewFeedForward, NewMixer, Site
 
 
 class LayerScaleBlock(ResidualBlock):
     """Pre-norm, with a learned gain a channel for each branch.
 
     Args:
-        site: where the block stands.
         mixer: factory of the token mixer.
         feed_forward: factory of the channel mixer.
         norm: factory of a norm, from `dim`.
@@ -35,9 +32,9 @@ class LayerScaleBlock(ResidualBlock):
     def __init__(
         self,
         site: Site,
-        mixer: Callable[[Site], Mixer],
-        feed_forward: Callable[[Site], FeedForward],
-        norm: Callable[[int], Norm] = RMSNorm,
+        mixer: NewMixer,
+        feed_forward: NewFeedForward,
+        norm: NewNorm = RMSNorm,
         start: float = 0.1,
         dropout: float = 0.0,
     ):
@@ -56,19 +53,12 @@ class ReZeroBlock(ResidualBlock):
     """No norm, and one learned gain for each branch, which starts at 0.
 
     Args:
-        site: where the block stands.
         mixer: factory of the token mixer.
         feed_forward: factory of the channel mixer.
         dropout: probability of dropping a number of either branch before it is added, in training.
     """
 
-    def __init__(
-        self,
-        site: Site,
-        mixer: Callable[[Site], Mixer],
-        feed_forward: Callable[[Site], FeedForward],
-        dropout: float = 0.0,
-    ):
+    def __init__(self, site: Site, mixer: NewMixer, feed_forward: NewFeedForward, dropout: float = 0.0):
         super().__init__(site, mixer, feed_forward, dropout)
         self.mixer_gain = nn.Parameter(torch.zeros(()))
         self.feed_forward_gain = nn.Parameter(torch.zeros(()))

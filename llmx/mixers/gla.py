@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmx.parts.checks import check_sizes, head_width
-from llmx.parts.head_norm import HeadNorm
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.linear_attention import decay_step, vector_decay
+from llmx.parts.norm import HeadNorm
 from llmx.parts.precision import at_least_float32, exact_zeros
 from llmx.parts.states import MemoryState
 from llmx.protocol import Context, Hidden, Site, StatefulMixer

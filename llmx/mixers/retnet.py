@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmx.parts.checks import check_sizes, head_width
-from llmx.parts.head_norm import HeadNorm
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.linear_attention import decay_step, scalar_decay
+from llmx.parts.norm import HeadNorm
 from llmx.parts.precision import exact_dtype, exact_zeros
 from llmx.parts.rotary import rotate, shared_table
 from llmx.parts.states import MemoryState

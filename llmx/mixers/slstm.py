@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmx.parts.checks import head_width
-from llmx.parts.head_norm import HeadNorm
 from llmx.parts.init import normal_
+from llmx.parts.norm import HeadNorm
 from llmx.parts.precision import at_least_float32, exact_zeros
 from llmx.parts.short_convolution import ShortConvolution
 from llmx.protocol import Context, Hidden, Site, StatefulMixer

@@ -7,29 +7,14 @@ from typing import NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from llmx.blocks.residual import Advance, fill_in
+from llmx.blocks.residual import Advance, fill_in, kept, recomputed
 from llmx.networks.embeddings import TokenEmbedding
 from llmx.networks.heads import LinearHead
 from llmx.networks.stacks import Sequential
 from llmx.parts.checks import check_sizes
 from llmx.parts.norm import Norm, RMSNorm
-from llmx.protocol import (
-    Block,
-    BlockCall,
-    Context,
-    Embedding,
-    Head,
-    Hidden,
-    Logits,
-    Losses,
-    Network,
-    Site,
-    Stack,
-    State,
-    Tokens,
-)
+from llmx.protocol import Block, Context, Embedding, Head, Hidden, Logits, Losses, Network, Site, Stack, State, Tokens
 
 
 class DecoderState(NamedTuple):
@@ -41,19 +26,15 @@ class Decoder(Network[DecoderState]):
     """Tokens (B, T) -> logits (B, T, V).
 
     Args:
-        vocab_size: V, given by the tokenizer.
         block: factory of one block. The decoder calls it once a layer, with its `Site`.
-        dim: width of the residual stream.
-        depth: number of blocks.
+        dim: width of the residual stream; at least 1.
+        depth: number of blocks; at least 1.
         embedding: factory of the embedding, from `vocab_size` and `dim`.
         stack: factory of the wiring of the blocks, from a `Site` with `dim` and `depth`.
         norm: factory of the last norm, from `dim`.
         head: factory of the head, from `dim` and `vocab_size`.
         tied: the head uses the embedding's weights.
         dropout: probability of dropping a number of the embedding, in training.
-
-    Raises:
-        ValueError: for a width or depth below 1.
     """
 
     def __init__(
@@ -95,8 +76,8 @@ class Decoder(Network[DecoderState]):
         positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         x = self._embed(tokens, positions)
         context = Context(tokens, positions, x)
-        x = self.stack(x, [self._call(block, context) for block in self._in_order])
-        return self.norm(x), context
+        fill = recomputed if self.gradient_checkpointing and torch.is_grad_enabled() else kept
+        return self.norm(self.stack(x, [fill(block, context) for block in self._in_order])), context
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.head(hidden)
@@ -139,28 +120,7 @@ class Decoder(Network[DecoderState]):
 
     @property
     def _in_order(self) -> list[Block]:
-        """The blocks in the order of their calls."""
         return [self.layers[index] for index in self.stack.order()]
-
-    def _call(self, block: Block, context: Context) -> BlockCall:
-        if not (self.gradient_checkpointing and torch.is_grad_enabled()):
-            return lambda x: block(x, context)
-
-        def recomputed(x: Tensor, store: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-            # the backward pass calls the block again: with its own context it reads the same store and writes nothing
-            own = Context(context.tokens, context.positions, context.embedding)
-            own.store = dict(store)
-            x = block(x, own)
-            written = {name: value for name, value in own.store.items() if value is not store.get(name)}
-            return x, written, own.auxiliary
-
-        def call(x: Tensor) -> Tensor:
-            x, written, auxiliary = checkpoint(recomputed, x, dict(context.store), use_reentrant=False)
-            context.store.update(written)
-            context.add_loss(auxiliary)
-            return x
-
-        return call
 
     def _advance(
         self, tokens: Tensor, positions: Tensor, advances: Sequence[Advance], state: DecoderState

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from llmx.parts.checks import check_sizes
 from llmx.parts.init import normal_
-from llmx.parts.precision import exact_dtype
+from llmx.parts.rotary import rotary_table
 from llmx.parts.unit_norm import renormalise_
 from llmx.protocol import Embedding
 
@@ -16,8 +16,6 @@ class TokenEmbedding(Embedding):
     """A vector for each token, without its position.
 
     Args:
-        vocab_size: V.
-        dim: width of the residual stream.
         scale: factor on the vectors; the square root of `dim` in Gemma.
         std: standard deviation of the initialisation.
     """
@@ -37,12 +35,7 @@ class LearnedPositionEmbedding(Embedding):
     """The sum of a vector for the token and a learned vector for its position (GPT-2).
 
     Args:
-        vocab_size: V.
-        dim: width of the residual stream.
-        max_length: positions that have a vector.
-
-    Raises:
-        ValueError: in `forward`, for more tokens than positions.
+        max_length: positions that have a vector; `forward` raises ValueError for more tokens.
     """
 
     def __init__(self, vocab_size: int, dim: int, max_length: int = 32):
@@ -65,14 +58,7 @@ class SinusoidalPositionEmbedding(Embedding):
     """sqrt(dim) times the token's vector, plus sines and cosines of its position (arXiv 1706.03762).
 
     p[2 i] = sin(t / 10000^(2 i / dim)), p[2 i + 1] = cos of the same angle. The vectors start with standard deviation
-    dim^-0.5, so that both terms start at equal size.
-
-    Args:
-        vocab_size: V.
-        dim: width of the residual stream; even.
-
-    Raises:
-        ValueError: for an odd width.
+    dim^-0.5, so that both terms start at equal size. An odd `dim` is an error.
     """
 
     def __init__(self, vocab_size: int, dim: int):
@@ -85,21 +71,12 @@ class SinusoidalPositionEmbedding(Embedding):
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
         vectors = self.table(tokens)
-        exact = exact_dtype(vectors)
-        dim = vectors.shape[-1]
-        exponents = torch.arange(0, dim, 2, device=tokens.device, dtype=exact) / dim
-        angles = positions[..., None].to(exact) * 10000.0**-exponents  # (..., D/2)
-        waves = torch.stack((angles.sin(), angles.cos()), -1).flatten(-2)
-        return vectors * self.scale + waves.to(vectors.dtype)
+        cos, sin = rotary_table(positions, vectors.shape[-1], 10000.0, vectors.dtype).unbind(-2)  # (..., D/2)
+        return vectors * self.scale + torch.stack((sin, cos), -1).flatten(-2)
 
 
 class UnitEmbedding(Embedding):
-    """A vector for each token, with length 1 again after every optimizer step (nGPT, arXiv 2410.01131).
-
-    Args:
-        vocab_size: V.
-        dim: width of the residual stream.
-    """
+    """A vector for each token, with length 1 again after every optimizer step (nGPT, arXiv 2410.01131)."""
 
     def __init__(self, vocab_size: int, dim: int):
         super().__init__()

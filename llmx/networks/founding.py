@@ -43,18 +43,13 @@ class FoundingAttention(Mixer):
         super().__init__()
         self.heads = heads
         self.rotary_base = rotary_base
-        self.query = nn.Linear(site.dim, site.dim, bias=False)
-        self.key = nn.Linear(site.dim, site.dim, bias=False)
-        self.value = nn.Linear(site.dim, site.dim, bias=False)
-        self.out = nn.Linear(site.dim, site.dim, bias=False)
+        self.query, self.key, self.value, self.out = (nn.Linear(site.dim, site.dim, bias=False) for _ in range(4))
 
     def forward(self, x: Hidden, context: Context) -> Hidden:
         query, key, value = (
             linear(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for linear in (self.query, self.key, self.value)
         )  # (B, H, T, K)
-        width = query.shape[-1]
-        query = _rotate_interleaved(query, context.positions, self.rotary_base, width)
-        key = _rotate_interleaved(key, context.positions, self.rotary_base, width)
+        query, key = (_rotate_interleaved(x, context, self.rotary_base, x.shape[-1]) for x in (query, key))
         return self.out(causal_attention(query, key, value).transpose(1, 2).flatten(2))
 
 
@@ -70,10 +65,7 @@ class FoundingDifferentialAttention(Mixer):
         self.heads = heads
         self.rotary_base = rotary_base
         self.lambda_init = 0.8 - 0.6 * math.exp(-0.3 * site.layer)
-        self.query = nn.Linear(site.dim, site.dim, bias=False)
-        self.key = nn.Linear(site.dim, site.dim, bias=False)
-        self.value = nn.Linear(site.dim, site.dim, bias=False)
-        self.out = nn.Linear(site.dim, site.dim, bias=False)
+        self.query, self.key, self.value, self.out = (nn.Linear(site.dim, site.dim, bias=False) for _ in range(4))
         width = site.dim // heads
         self.lambdas = nn.ParameterList(nn.Parameter(0.1 * torch.randn(width)) for _ in range(4))  # lq1 lk1 lq2 lk2
         self.norm = RMSNorm(width, eps=1e-5)
@@ -83,9 +75,7 @@ class FoundingDifferentialAttention(Mixer):
             linear(x).unflatten(-1, (2 * self.heads, -1)).transpose(1, 2) for linear in (self.query, self.key)
         )  # (B, 2 H, T, K / 2)
         value = self.value(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, K)
-        width = value.shape[-1]
-        query = _rotate_interleaved(query, context.positions, self.rotary_base, width)
-        key = _rotate_interleaved(key, context.positions, self.rotary_base, width)
+        query, key = (_rotate_interleaved(x, context, self.rotary_base, value.shape[-1]) for x in (query, key))
         attended = causal_attention(query, key, value.repeat_interleave(2, 1))  # (B, 2 H, T, K)
         query1, key1, query2, key2 = self.lambdas
         scale = (query1 @ key1).exp() - (query2 @ key2).exp() + self.lambda_init
@@ -127,11 +117,8 @@ class FoundingBlock(Block):
 
 
 class FoundingNetwork(Network):
-    """Embedding, blocks, head with bias. It takes at most `window` tokens, as its norm has a weight for each.
-
-    Raises:
-        ValueError: for a longer input.
-    """
+    """Embedding, blocks, head with bias. Its norm has a weight for each position, so more than `window` tokens are an
+    error."""
 
     def __init__(
         self,
@@ -169,11 +156,11 @@ class FoundingNetwork(Network):
         return self.head(hidden)
 
 
-def _rotate_interleaved(x: Tensor, positions: Tensor, base: float, table_width: int) -> Tensor:
+def _rotate_interleaved(x: Tensor, context: Context, base: float, table_width: int) -> Tensor:
     """Turns the pairs (2 i, 2 i + 1) of x (B, H, T, K) by position * base^(-2 i / table_width)."""
     exact = exact_dtype(x)
     exponents = torch.arange(0, x.shape[-1], 2, device=x.device, dtype=exact) / table_width
-    angles = positions[:, None, :, None] * base**-exponents  # (1, 1, T, K / 2)
+    angles = context.positions[:, None, :, None] * base**-exponents  # (1, 1, T, K / 2)
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)

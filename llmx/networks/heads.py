@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from llmx.parts.checks import check_positive
 from llmx.parts.init import normal_
 from llmx.parts.unit_norm import LearnedScale, renormalise_
 from llmx.protocol import Head
@@ -21,16 +22,11 @@ class LinearHead(Head):
 
 
 class SoftCappedHead(Head):
-    """cap tanh(W h / cap): no logit leaves (-cap, cap) (Gemma 2, arXiv 2408.00118).
-
-    Raises:
-        ValueError: for a cap that is not positive.
-    """
+    """cap tanh(W h / cap): no logit leaves (-cap, cap) (Gemma 2, arXiv 2408.00118). The cap is positive."""
 
     def __init__(self, dim: int, vocab_size: int, cap: float = 30.0):
         super().__init__()
-        if cap <= 0:
-            raise ValueError(f"cap: {cap} is not above 0")
+        check_positive(cap=cap)
         self.cap = cap
         self.linear = nn.Linear(dim, vocab_size, bias=False)
         normal_(self.linear)

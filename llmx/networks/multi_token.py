@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmx.parts.checks import check_positive
 from llmx.parts.init import normal_
 from llmx.protocol import IGNORE, Head, Hidden, Tokens
 
@@ -24,21 +25,15 @@ class MultiTokenHead(Head):
     """(..., D) -> (..., V), the logits of the next token. `ahead` gives the logits of all n tokens, (..., n, V).
 
     Args:
-        dim: D.
-        vocab_size: V.
         tokens: n, with the next one; at least 2.
-        weight: factor on the further tokens' losses; 1 in the paper.
-
-    Raises:
-        ValueError: for fewer than 2 tokens, or a weight that is not positive.
+        weight: factor on the further tokens' losses, positive; 1 in the paper.
     """
 
     def __init__(self, dim: int, vocab_size: int, tokens: int = 4, weight: float = 1.0):
         super().__init__()
         if tokens < 2:
             raise ValueError(f"tokens: {tokens} is below 2, the next token and one more")
-        if not weight > 0:
-            raise ValueError(f"weight: {weight} is not above 0")
+        check_positive(weight=weight)
         self.tokens = tokens
         self.weight = weight
         self.further = nn.Linear(dim, (tokens - 1) * dim, bias=False)  # W_2 .. W_n
@@ -51,13 +46,11 @@ class MultiTokenHead(Head):
 
     def auxiliary(self, hidden: Hidden, targets: Tokens) -> Tensor:
         further = self.tokens - 1
-        logits = self._further(hidden)  # (B, T, n - 1, V)
+        logits = self._further(hidden).flatten(0, 2).float()  # (B T (n - 1), V)
         shifted = F.pad(targets, (0, further), value=IGNORE).unfold(1, self.tokens, 1)[..., 1:]  # (B, T, n - 1)
-        losses = F.cross_entropy(
-            logits.flatten(0, 2).float(), shifted.flatten(), ignore_index=IGNORE, reduction="none"
-        ).view(-1, further)
+        losses = F.cross_entropy(logits, shifted.flatten(), ignore_index=IGNORE, reduction="none")
         counted = (shifted != IGNORE).sum((0, 1))  # (n - 1,)
-        return self.weight * (losses.sum(0) / counted.clamp_min(1)).sum()
+        return self.weight * (losses.view(-1, further).sum(0) / counted.clamp_min(1)).sum()
 
     @property
     def drafts(self) -> int:

@@ -32,12 +32,11 @@ class NGram(CountingNetwork[NGramState]):
     """Tokens (B, T) -> log-probabilities (B, T, V) in float64, from the last n - 1 tokens at each position.
 
     Args:
-        vocab_size: V, given by the tokenizer.
-        order: n, tokens of the longest n-gram, the predicted one among them.
-
-    Raises:
-        ValueError: for an order below 2, or one whose n-grams cannot be numbered in 64 bits.
+        order: n, tokens of the longest n-gram, the predicted one among them; at least 2. The V^n n-grams have to fit
+            into 64 bits.
     """
+
+    stateful = True
 
     def __init__(self, vocab_size: int, order: int = 7):
         super().__init__()
@@ -62,10 +61,6 @@ class NGram(CountingNetwork[NGramState]):
     @property
     def learned(self) -> bool:
         return len(self._first.keys) > 0
-
-    @property
-    def stateful(self) -> bool:
-        return True
 
     def hidden(self, tokens: Tokens) -> tuple[Hidden, Context]:
         """The log-probabilities: there is no head."""

@@ -36,9 +36,6 @@ class UNet(Stack):
 
     Args:
         site: `dim` and `depth` of the decoder; a depth of at least 2.
-
-    Raises:
-        ValueError: for a depth without two halves.
     """
 
     def __init__(self, site: Site):
@@ -69,11 +66,7 @@ class Looped(Stack):
     else. A shared cache would hold, for every token, the keys of the last round.
 
     Args:
-        site: `dim` and `depth` of the decoder.
         times: rounds; at least 1.
-
-    Raises:
-        ValueError: for no rounds.
     """
 
     def __init__(self, site: Site, times: int = 2):
@@ -99,8 +92,7 @@ class EmbeddingSkip(Stack):
 
     def __init__(self, site: Site):
         super().__init__(site)
-        mix = torch.tensor([1.0, 0.0])
-        self.mix = nn.Parameter(mix.repeat(site.depth, 1))  # (L, 2)
+        self.mix = nn.Parameter(torch.tensor([1.0, 0.0]).repeat(site.depth, 1))  # (L, 2)
 
     def forward(self, x: Tensor, blocks: Sequence[BlockCall]) -> Tensor:
         embedding = x

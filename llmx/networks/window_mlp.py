@@ -28,15 +28,13 @@ class WindowMLP(Network[WindowMLPState]):
     """Tokens (B, T) -> logits (B, T, V) from the last n tokens at each position.
 
     Args:
-        vocab_size: V, given by the tokenizer.
-        context_length: n, the tokens that a prediction sees.
+        context_length: n, the tokens that a prediction sees; this and the widths are at least 1.
         dim: M, width of an embedding.
         hidden: F, units in the tanh layer.
         direct: also connects the embeddings directly to the logits.
-
-    Raises:
-        ValueError: for a length or width below 1.
     """
+
+    stateful = True
 
     def __init__(
         self, vocab_size: int, context_length: int = 8, dim: int = 64, hidden: int = 1024, direct: bool = True
@@ -53,15 +51,11 @@ class WindowMLP(Network[WindowMLPState]):
         normal_(self.inner, (context_length * dim) ** -0.5)
         normal_(self.head)
 
-    @property
-    def stateful(self) -> bool:
-        return True
-
     def hidden(self, tokens: Tokens) -> tuple[Hidden, Context]:
         x = self.embedding(tokens)
         positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        past = self.init_state(*tokens.shape).past
-        return self._read(torch.cat((past, x), 1)), Context(tokens, positions, x)
+        embedded = torch.cat((self.init_state(*tokens.shape).past, x), 1)
+        return self._read(embedded), Context(tokens, positions, x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.head(hidden)

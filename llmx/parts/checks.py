@@ -8,6 +8,13 @@ def check_sizes(**sizes: float) -> None:
             raise ValueError(f"{name}: {size} is below 1")
 
 
+def check_positive(**numbers: float) -> None:
+    """Raises ValueError for the first number that is not above 0."""
+    for name, number in numbers.items():
+        if not number > 0:
+            raise ValueError(f"{name}: {number} is not above 0")
+
+
 def hidden_width(hidden: int | None, default: float) -> int:
     """The inner width: `hidden` where it is given, else the rounded default; raises ValueError below 1."""
     hidden = round(default) if hidden is None else hidden

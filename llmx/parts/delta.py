@@ -58,17 +58,10 @@ def delta_rule(
 ) -> tuple[Tensor, Tensor]:
     """One decay a head, or none; T keys, and a query after every n of them.
 
-    Args:
-        query: q, (B, T / n, G, K); value head h reads group h // (H / G).
-        key: k, (B, T, G, K), of length 1 or less.
-        value: v, (B, T, H, V).
-        beta: b, (B, T, H), between 0 and 2.
-        log_decay: log a, (B, T, H), not above 0; nothing fades if not given.
-        state: S before the first token, (B, H, K, V); zeros if not given.
-        chunk: c, keys in a chunk; rounded down to whole queries, n at least.
-
-    Returns:
-        (B, T / n, H, V) in the dtype of the value, and S after the last token, in float32 at least.
+    query (B, T / n, G, K), key (B, T, G, K) of length 1 or less, value (B, T, H, V), beta (B, T, H) between 0 and 2,
+    log_decay (B, T, H) not above 0, and the S before the first token, (B, H, K, V), else zeros -> (B, T / n, H, V) in
+    the dtype of the value, and S after the last token, in float32 at least. Value head h reads group h // (H / G). The
+    c keys of a chunk are rounded down to whole queries, n at least.
     """
     time, groups, queries = key.shape[1], key.shape[2], query.shape[1]
     each = time // queries  # n
@@ -82,7 +75,8 @@ def delta_rule(
         if log_decay is not None:
             log_decay = chunked(log_decay, chunk).unflatten(2, (groups, -1))  # (B, N, G, R, c), R = H / G
             total = log_decay.cumsum(-1).exp()[..., None]
-            between = _between(log_decay).exp()  # (B, N, G, R, c, c)
+            later = log_decay.new_ones(chunk, chunk).tril(-1)
+            between = (log_decay[..., None] * later).cumsum(-2).exp()  # exp(g_ts), (B, N, G, R, c, c)
             fade = total[..., -1:, :]
             faded, read = query * total[..., each - 1 :: each, :], key * total
             right = key * between[..., -1, :, None]
@@ -174,9 +168,3 @@ def _solve(
     move = right @ in_state + (one if fade is None else one * fade)  # M, (B, N, ..., K, K)
     past, state = carry_moved(move, add, state)
     return plus_product(mixed, plus_product(query, from_query, in_state), past), state
-
-
-def _between(log_decay: Tensor) -> Tensor:
-    """g_ts of all pairs: (..., c) -> (..., c, c), 0 where t <= s."""
-    chunk = log_decay.shape[-1]
-    return (log_decay[..., None] * log_decay.new_ones(chunk, chunk).tril(-1)).cumsum(-2)

@@ -26,8 +26,6 @@ from torch import Tensor
 from llmx.parts.linear_attention import carry_moved, chunked, joined
 from llmx.parts.triangular import unit_lower_inverse
 
-LARGEST = 80.0  # exponent within float32
-
 
 def dplr(
     query: Tensor,
@@ -40,23 +38,13 @@ def dplr(
     state: Tensor | None = None,
     chunk: int = 32,
 ) -> tuple[Tensor, Tensor]:
-    """All tokens, from any state.
+    """All tokens, from any state. `read` is r, and `write` is b.
 
-    Args:
-        query, key, read, write: q, k, r, b, (B, T, H, K) each.
-        value: v, (B, T, H, V).
-        log_decay: log a, (B, T, H, K); not above 0 and not below `lowest`.
-        lowest: the floor of log a.
-        state: S before the first token, (B, H, K, V); zeros if not given.
-        chunk: c.
-
-    Returns:
-        (B, T, H, V) in the dtype of the value, and S after the last token, in float32 at least.
-
-    Raises:
-        ValueError: for a floor so low that a chunk could fade by more than e^80.
+    query, key, read and write (B, T, H, K), value (B, T, H, V), log_decay (B, T, H, K) between `lowest` and 0, and the
+    S before the first token, (B, H, K, V), else zeros -> (B, T, H, V) in the dtype of the value, and S after the last
+    token, in float32 at least. Raises ValueError for a floor so low that a chunk could fade by more than e^80.
     """
-    if -lowest * chunk > LARGEST:
+    if -lowest * chunk > 80:  # beyond it exponentials leave float32
         raise ValueError(f"lowest: {chunk} tokens that fade by {lowest:.3g} each are beyond float32")
     time, dtype = value.shape[1], value.dtype
     chunk = min(chunk, time)

@@ -34,14 +34,7 @@ class Router(nn.Module):
 
 
 class SwiGLUExperts(nn.Module):
-    """E networks W_down (silu(W_gate x) * W_up x), their weights in stacks.
-
-    Args:
-        dim: D.
-        hidden: width F inside each expert.
-        experts: E.
-        depth: layers of the network.
-    """
+    """E networks W_down (silu(W_gate x) * W_up x) of width F, their weights in stacks; `depth` counts all layers."""
 
     def __init__(self, dim: int, hidden: int, experts: int, depth: int):
         super().__init__()

@@ -29,15 +29,9 @@ def scalar_decay(
 ) -> tuple[Tensor, Tensor]:
     """One decay a head and token.
 
-    Args:
-        query, key: (B, T, G, K); value head h reads group h // (H / G).
-        value: (B, T, H, V).
-        log_decay: (B, T, H), or (1, T, H) where it is the same for all rows; not above 0.
-        state: S before the first token, (B, H, K, V); zeros if not given.
-        chunk: c.
-
-    Returns:
-        (B, T, H, V) in the dtype of the value, and S after the last token, in float32 at least.
+    query and key (B, T, G, K), value (B, T, H, V), log_decay (B, T, H), or (1, T, H) for all rows, not above 0, and the
+    S before the first token, (B, H, K, V), else zeros -> (B, T, H, V) in the dtype of the value, and S after the last
+    token, in float32 at least. Value head h reads group h // (H / G).
     """
     time, groups = value.shape[1], key.shape[2]
     chunk = min(chunk, time)

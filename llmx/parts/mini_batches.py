@@ -11,16 +11,12 @@ from torch import Tensor
 
 
 class MiniBatches:
-    """The places of T consecutive tokens.
+    """The places of T = `time` consecutive tokens in mini-batches of b = `size`, on the device of `like`, in its dtype.
+
+    positions (B, T) count from the text's start; without them the tokens are the text's first.
 
     present: (B, N, 1, b), or with B = 1 where all rows agree: 1 where a token stands, 0 elsewhere
     begins:  (B, N), or with B = 1: whether one of the tokens takes the first place of a mini-batch
-
-    Args:
-        time: T.
-        size: b.
-        positions: (B, T), counted from the text's start; without them the tokens are the text's first.
-        like: for device and dtype.
     """
 
     def __init__(self, time: int, size: int, positions: Tensor | None, like: Tensor):

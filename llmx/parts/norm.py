@@ -2,6 +2,7 @@
 future (the loss of the experiment in configs/seed comes from that)."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +12,13 @@ from llmx.parts.precision import at_least_float32
 
 
 class Norm(nn.Module, ABC):
-    """(..., dim) -> (..., dim), each vector by itself. Built by a factory from `dim`."""
+    """(..., dim) -> (..., dim), each vector by itself. A factory builds it from `dim`."""
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor: ...
+
+
+NewNorm = Callable[[int], Norm]  # a factory
 
 
 class RMSNorm(Norm):
@@ -74,7 +78,6 @@ class DyT(Norm):
     at 0.2 and 0.05 at D = 8192: the narrower the network, the larger.
 
     Args:
-        dim: D.
         alpha: where the one learned slope starts.
     """
 
@@ -86,6 +89,24 @@ class DyT(Norm):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.tanh(self.alpha * x) * self.weight + self.bias
+
+
+class HeadNorm(nn.Module):
+    """(..., H, V) -> (..., H V): (x - mean) / sqrt(variance + eps) over V, times a weight a channel.
+
+    This is GroupNorm of each token alone, with one group a head. `nn.GroupNorm` on (B, H V, T) takes its statistics
+    over time too, and so leaks the future into every position.
+    """
+
+    def __init__(self, heads: int, head_dim: int, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(heads * head_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        exact = at_least_float32(x)
+        normed = F.layer_norm(exact, exact.shape[-1:], eps=self.eps).to(x.dtype)
+        return normed.flatten(-2) * self.weight.to(x.dtype)
 
 
 def _rms(x: Tensor, eps: float) -> Tensor:

@@ -31,13 +31,8 @@ FEW = 128  # so few steps are not cut from a quarter of WIDE on: a view of a ste
 def scan(a: Tensor, b: Tensor, start: Tensor | None = None) -> Tensor:
     """All h_t of h_t = a_t * h_{t-1} + b_t.
 
-    Args:
-        a: (B, T, ...), |a| <= 1; a and b broadcast to each other.
-        b: (B, T, ...).
-        start: h_0, (B, ...); zeros if not given.
-
-    Returns:
-        (B, T, ...) in float32 at least, complex if an argument is. The last is the state to continue from.
+    a and b (B, T, ...), which broadcast to each other, and h_0 (B, ...), else zeros -> (B, T, ...) in float32 at least,
+    complex if an argument is. The last is the state to continue from.
     """
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     if start is not None:

@@ -25,17 +25,10 @@ PIECE_OF_A_DEVICE = 2**26  # elsewhere, where few large calls are fast
 def selective_scan(
     size: Tensor, x: Tensor, rate: Tensor, write: Tensor, read: Tensor, start: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """All y_t, and the last h.
+    """All y_t, (B, T, F), and the last h, (B, F, N), in float32 at least.
 
-    Args:
-        size: dt, (B, T, F), not negative.
-        x: (B, T, F).
-        rate: A, (F, N), negative.
-        write, read: B and C, (B, T, N).
-        start: h_0, (B, F, N); zeros if not given.
-
-    Returns:
-        (B, T, F) and (B, F, N), in float32 at least.
+    size is dt (B, T, F), not negative; x (B, T, F); rate is A (F, N), negative; write and read are B and C (B, T, N);
+    start is h_0 (B, F, N), else zeros.
     """
     dtype = exact_dtype(size)
     size, x, write, read = (tensor.to(dtype).transpose(0, 1).contiguous() for tensor in (size, x, write, read))

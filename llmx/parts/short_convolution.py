@@ -18,14 +18,9 @@ from llmx.parts.checks import check_sizes
 
 
 class ShortConvolution(nn.Module):
-    """(B, T, D) -> (B, T, D). Its state is (B, w - 1, D), oldest first.
+    """(B, T, D) -> (B, T, D) over w = `width` tokens, the current one among them; w is at least 1.
 
-    Starts uniform in +-1 / sqrt(w), the bias at 0.
-
-    Args:
-        dim: D.
-        width: w, the tokens it sees, the current one among them; at least 1, or a ValueError names it.
-        bias: adds a number a channel.
+    Its state is (B, w - 1, D), oldest first. It starts uniform in +-1 / sqrt(w), the bias (a number a channel) at 0.
     """
 
     def __init__(self, dim: int, width: int = 4, bias: bool = False):

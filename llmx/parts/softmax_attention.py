@@ -14,6 +14,7 @@ from abc import abstractmethod
 from torch import Tensor, nn
 
 from llmx.parts.attention import KeyValues, attend_cache, causal_attention, empty_cache
+from llmx.parts.checks import head_width
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.rotary import rotate, shared_table
 from llmx.protocol import Context, Hidden, Site, StatefulMixer
@@ -26,17 +27,9 @@ class SoftmaxAttention(StatefulMixer[KeyValues]):
 
     A mixer's `__init__` states its own arguments. It calls this one first, then makes its own modules, then calls
     `add_output`. This order fixes the initial draws, and the order of parameters in a checkpoint's optimizer state.
-
-    Args:
-        site: where the mixer stands.
-        heads: query heads; must divide `dim`, into even parts if there is a rotary base.
-        kv_heads: key/value heads; must divide `heads`. As many as `heads` if None.
-        rotary_base: base of the rotary frequencies; None for a mixer whose `project` does not read it.
-        bias: all projections have a bias.
-        dropout: probability of dropping an attention weight in training.
-
-    Raises:
-        ValueError: for head counts that do not divide.
+    `heads` must divide `dim`, into even parts if there is a rotary base. `kv_heads` must divide `heads`; None makes as
+    many. `rotary_base` is None for a mixer whose `project` does not read it. `bias` holds for all projections, and
+    `dropout` for attention weights.
     """
 
     rotary_base: float
@@ -53,16 +46,13 @@ class SoftmaxAttention(StatefulMixer[KeyValues]):
     ):
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
-        multiple, parts = (1, "") if rotary_base is None else (2, " into even parts")
-        if heads < 1 or site.dim % (multiple * heads):
-            raise ValueError(f"heads: {heads} heads must divide dim {site.dim}{parts}")
+        self.head_dim = head_width(site.dim, heads, even=rotary_base is not None)
         if kv_heads < 1 or heads % kv_heads:
             raise ValueError(f"kv_heads: {kv_heads} must divide heads {heads}")
         if rotary_base is not None:
             self.rotary_base = rotary_base
         self.heads = heads
         self.kv_heads = kv_heads
-        self.head_dim = site.dim // heads
         self.dropout = dropout
         self.qkv = nn.Linear(site.dim, (heads + 2 * kv_heads) * self.head_dim, bias=bias)
 

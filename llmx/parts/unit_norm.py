@@ -26,13 +26,9 @@ def renormalise_(matrix: Tensor, dim: int) -> None:
 class LearnedScale(nn.Module):
     """A learned vector: value = parameter * start / stored.
 
-    Adam moves any parameter by about the learning rate a step, so `stored` says how fast the value changes relative to
-    its start. The parameter has one dimension, so the optimizer applies no weight decay.
-
-    Args:
-        size: numbers in the vector.
-        start: the value before the first step.
-        stored: the parameter before the first step; not 0.
+    Before the first step the value is `start` and the parameter is `stored`, which is not 0. Adam moves any parameter
+    by about the learning rate a step, so `stored` says how fast the value changes relative to its start. The parameter
+    has one dimension, so the optimizer applies no weight decay.
     """
 
     def __init__(self, size: int, start: float, stored: float):

@@ -18,13 +18,8 @@ from torch.autograd.function import once_differentiable
 def vector_scores(key: Tensor, log_decay: Tensor, *readers: Tensor) -> tuple[Tensor, ...]:
     """The scores of every reader r.
 
-    Args:
-        key: k, (..., c, K), c a power of 2.
-        log_decay: log a, (..., c, K), not above 0.
-        readers: r, (..., c, K) each.
-
-    Returns:
-        g from the start to t and from t to the end, (..., c, K), and w of each reader, (..., c, c), 0 where t < s.
+    key, log_decay (not above 0) and readers (..., c, K), c a power of 2 -> g from the start to t and from t to the end,
+    (..., c, K), and w of each reader, (..., c, c), 0 where t < s.
     """
     return _VectorScores.apply(key, log_decay, *readers)
 

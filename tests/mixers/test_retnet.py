@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from llmx.mixers.retnet import Retention
-from llmx.parts.head_norm import HeadNorm
+from llmx.parts.norm import HeadNorm
 from llmx.protocol import Site
 from tests.parity import context, randomised
 
