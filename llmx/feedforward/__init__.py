@@ -1,0 +1,1 @@
+"""One file a feed-forward, built and checked like a mixer: see `llmx.mixers`."""

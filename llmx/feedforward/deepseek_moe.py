@@ -1,14 +1,14 @@
-"""DeepSeek's mixture of experts: many small experts, some shared by all tokens (arXiv 2401.06066), in balance without
-a loss (arXiv 2408.15664), as in DeepSeek-V3 (arXiv 2412.19437).
+"""DeepSeek's mixture of experts: many small experts, some shared by all tokens (arXiv 2401.06066), in balance without a
+loss (arXiv 2408.15664), as in DeepSeek-V3 (arXiv 2412.19437).
 
     s = sigmoid(W_r x) (E,),     C = the k largest of s + b,     g = s / sum_{j in C} s_j
     y = SwiGLU_shared(x) + sum_{i in C} g_i SwiGLU_i(x)
     after every optimizer step:  b_i += rate * sign(mean(c) - c_i)      c_i tokens that chose i since the last one
 
-Time O(T D (S + k) F) a sequence, for S shared and k chosen experts of width F; no state. Training alone gathers c, over
+Time O(T D (S + k) F), for S shared and k chosen experts of width F; no state. Training alone gathers c, over
 micro-batches and processes. The traps: b only chooses. In the weights g, the network would learn to depend on a number
-that no gradient moves. It is a buffer, which a checkpoint has to hold. Each token chooses alone: the balance comes from
-earlier steps, so nothing leaks within a batch. Gradient checkpointing counts every token twice, and the sign makes that
+that no gradient moves. It is a buffer, which a checkpoint holds. Each token chooses alone: the balance comes from
+earlier steps, so nothing leaks within a batch. Gradient checkpointing counts every token twice, which the sign makes
 harmless.
 """
 
@@ -27,16 +27,11 @@ class DeepSeekMoE(Stateless):
     """(B, T, D) -> (B, T, D).
 
     Args:
-        site: where the feed-forward stands.
         experts: E, the experts to choose from.
-        top_k: chosen experts a token; at least 2.
+        top_k: chosen experts a token; at least 2, up to `experts`.
         shared: experts that every token uses; at least 1.
-        hidden: width inside an expert; 8/3 dim / (top_k + shared), rounded, if not given, so that a token uses as many
-            parameters as in a SwiGLU.
+        hidden: width inside an expert; if not given 8/3 dim / (top_k + shared), rounded, a SwiGLU's parameters a token.
         bias_rate: by how much a bias moves after an optimizer step.
-
-    Raises:
-        ValueError: for a hidden width or number of shared experts below 1, or a choice that is impossible.
     """
 
     bias: Tensor  # (E,)

@@ -3,11 +3,11 @@
     s = softmax(W_r x) over experts (T, E),     C_i = the c T / E tokens with the largest s_{., i},   c the capacity
     y_t = sum_{i: t in C_i} s_{t, i} SwiGLU_i(x_t)
 
-A token gets c experts on average, and some get none. Time O(T D c F) a sequence; no state, for there is no recurrent
-form. The trap is the design: a token competes with all the others of its sequence, so whether position t gets an expert
-depends on tokens after t. No gradient shows it, as the choice has none. A language model trained with it scores itself
-with knowledge that generation will not have. It is here to be measured: the audit finds it and marks its runs as
-leaking. Experts choose within each sequence, so that no other row of the batch leaks as well.
+A token gets c experts on average, and some get none. Time O(T D c F); no state, for there is no recurrent form. The
+trap is the design: a token competes with all the others of its sequence, so whether position t gets an expert depends
+on tokens after t. No gradient shows it, as the choice has none. A language model trained with it scores itself with
+knowledge that generation will not have. It is here to be measured: the audit finds it and marks its runs as leaking.
+Experts choose within each sequence, so that no other row of the batch leaks as well.
 """
 
 import torch
@@ -21,14 +21,9 @@ class ExpertChoice(FeedForward):
     """(B, T, D) -> (B, T, D); the output at t depends on all of the sequence.
 
     Args:
-        site: where the feed-forward stands.
         experts: E.
-        capacity: experts a token gets on average.
-        hidden: width inside an expert; 8/3 dim / capacity, rounded, if not given, so that a token uses as many
-            parameters as in a SwiGLU on average.
-
-    Raises:
-        ValueError: for a hidden width below 1, or a capacity that is not between 0 and the number of experts.
+        capacity: experts a token gets on average; above 0, up to `experts`.
+        hidden: width inside an expert; if not given 8/3 dim / capacity, rounded, a SwiGLU's parameters a mean token.
     """
 
     def __init__(self, site: Site, experts: int = 8, capacity: float = 2.0, hidden: int | None = None):

@@ -15,11 +15,7 @@ class GeGLU(Pointwise):
     """(B, T, D) -> (B, T, D).
 
     Args:
-        site: where the feed-forward stands.
         hidden: width inside; 8/3 dim, rounded, if not given.
-
-    Raises:
-        ValueError: for a hidden width below 1.
     """
 
     def __init__(self, site: Site, hidden: int | None = None):

@@ -8,7 +8,7 @@ its approximation differ by up to 5e-4, which copied weights show.
 from typing import Literal
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from llmx.parts.checks import hidden_width
 from llmx.parts.init import normal_, residual_std
@@ -21,14 +21,10 @@ class MLP(Pointwise):
     """(B, T, D) -> (B, T, D).
 
     Args:
-        site: where the feed-forward stands.
         hidden: width inside; 4 dim if not given.
         activation: the function between the two layers.
         bias: both layers have a bias.
         out_std: of the initialisation of the second layer; 0.02 / sqrt(2 depth) if not given.
-
-    Raises:
-        ValueError: for a hidden width below 1.
     """
 
     def __init__(
@@ -48,13 +44,9 @@ class MLP(Pointwise):
         normal_(self.down, residual_std(site.depth) if out_std is None else out_std)
 
     def forward(self, x: Hidden, context: Context) -> Hidden:
-        return self.down(activate(self.up(x), self.activation))
-
-
-def activate(x: Tensor, activation: Activation) -> Tensor:
-    """Applies the activation to each element."""
-    if activation == "relu":
-        return F.relu(x)
-    if activation == "relu_squared":
-        return F.relu(x).square()
-    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+        inner = self.up(x)
+        if self.activation == "relu":
+            return self.down(F.relu(inner))
+        if self.activation == "relu_squared":
+            return self.down(F.relu(inner).square())
+        return self.down(F.gelu(inner, approximate="tanh" if self.activation == "gelu_tanh" else "none"))

@@ -5,10 +5,10 @@
 
 The loss is the Switch Transformer's (arXiv 2101.03961), with f_i that sum to 1 for every k. It is 1 where experts are
 in balance, counts in nats per token times `balance`, and adds up over layers. Without it a few experts take all tokens.
-Time O(T D k F) a sequence; no state. A matrix has E F D parameters, of which a token uses k F D. There is no capacity
-limit, so no token is dropped. The traps: a limit, or any choice that compares tokens, lets later tokens and other rows
-of the batch decide on earlier tokens. The softmax goes over the chosen k alone. k = 1 would make every weight 1 and
-leave the router without a gradient. The balance loss belongs to training, not to the validation loss.
+Time O(T D k F); no state. A matrix has E F D parameters, of which a token uses k F D. There is no capacity limit, so no
+token is dropped. The traps: a limit, or any choice that compares tokens, lets later tokens and other rows of the batch
+decide on earlier tokens. The softmax goes over the chosen k alone. k = 1 would make every weight 1 and leave the router
+without a gradient. The balance loss belongs to training, not to the validation loss.
 """
 
 from llmx.parts.checks import hidden_width
@@ -20,15 +20,10 @@ class MixtureOfExperts(Stateless):
     """(B, T, D) -> (B, T, D).
 
     Args:
-        site: where the feed-forward stands.
         experts: E.
-        top_k: experts a token; at least 2.
-        hidden: width inside an expert; 8/3 dim / top_k, rounded, if not given, so that a token uses as many parameters
-            as in a SwiGLU.
-        balance: coefficient of the balance loss.
-
-    Raises:
-        ValueError: for a hidden width below 1, a choice that is impossible, or a negative coefficient.
+        top_k: experts a token; at least 2, up to `experts`.
+        hidden: width inside an expert; if not given 8/3 dim / top_k, rounded, a SwiGLU's parameters a token.
+        balance: coefficient of the balance loss, from 0 up.
     """
 
     def __init__(self, site: Site, experts: int = 8, top_k: int = 2, hidden: int | None = None, balance: float = 0.01):

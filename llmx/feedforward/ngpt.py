@@ -4,9 +4,8 @@
     y = W_down (u * silu(v))
 
 Rows of W_u, W_v (D,) and columns of W_down (D,) get length 1 again after every optimizer step. Each position by itself:
-time O(T D F), no state. The traps: a cosine with h is of size 1 / sqrt(D), where silu is almost linear, hence the
-sqrt(D) in v. In u the normalisation that follows would cancel it. W_down is normalised along its output, the axis of
-the embedding space, not along F.
+time O(T D F), no state. The traps: a cosine with h has size 1 / sqrt(D), where silu is almost linear, hence sqrt(D) in
+v. In u the next normalisation would cancel it. W_down is normalised along its output, the embedding axis, not F.
 """
 
 import torch.nn.functional as F
@@ -22,11 +21,7 @@ class NGPTSwiGLU(Pointwise):
     """(B, T, D) -> (B, T, D).
 
     Args:
-        site: where the feed-forward stands.
         hidden: width inside; 8/3 dim, rounded, if not given.
-
-    Raises:
-        ValueError: for a hidden width below 1.
     """
 
     def __init__(self, site: Site, hidden: int | None = None):

@@ -2,9 +2,8 @@
 
     x'_t = x_t + m * (x_{t-1} - x_t),     y_t = W_down relu(W_up x'_t)^2          m (D,)
 
-Time O(T D F), memory O(T F). The state is the last x, D numbers a sequence. Unlike earlier RWKVs it has no gate. The
-traps: without its state, generation sees zeros in place of the previous token. A shift by `roll` shows the last
-position to the first one.
+Time O(T D F), memory O(T F). The state is the last x, D numbers. Unlike earlier RWKVs it has no gate. The traps:
+without its state, generation sees zeros for the previous token. A shift by `roll` shows the first position the last.
 """
 
 from typing import NamedTuple
@@ -22,16 +21,10 @@ class ChannelMixState(NamedTuple):
 
 
 class RWKVChannelMix(StatefulFeedForward[ChannelMixState]):
-    """(B, T, D) -> (B, T, D).
-
-    W_up starts orthogonal, W_down at 0. m starts spread over the channels, and smaller in higher layers.
+    """(B, T, D) -> (B, T, D). W_up starts orthogonal, W_down at 0, m spread over channels, smaller in higher layers.
 
     Args:
-        site: where the feed-forward stands.
         hidden: width inside; 4 dim if not given.
-
-    Raises:
-        ValueError: for a hidden width below 1.
     """
 
     def __init__(self, site: Site, hidden: int | None = None):

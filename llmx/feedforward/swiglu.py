@@ -16,12 +16,8 @@ class SwiGLU(Pointwise):
     """(B, T, D) -> (B, T, D).
 
     Args:
-        site: where the feed-forward stands.
         hidden: width inside; 8/3 dim, rounded, if not given.
         out_std: of the initialisation of W_down; 0.02 / sqrt(2 depth) if not given.
-
-    Raises:
-        ValueError: for a hidden width below 1.
     """
 
     def __init__(self, site: Site, hidden: int | None = None, out_std: float | None = None):

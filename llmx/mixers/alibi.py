@@ -3,9 +3,8 @@
     y_t = W_o concat_h  sum_{s <= t} softmax_s(q_t . k_s / sqrt(K) - m_h (t - s)) v_s,    m_h = 2^(-8 h / H), h = 1 .. H
 
 If H is no power of two, the first slopes are those of the power below. The rest are every other slope of twice that
-power. Time O(T^2 D) a sequence, memory O(T^2 H) with the scores written out. The state grows with the length: 2 D
-numbers a token. The traps: heads count from 1, so the first slope is 2^(-8/H) and not 1. The distance comes from
-positions, not from slots of the cache.
+power. Time O(T^2 D), memory O(T^2 H) with the scores written out. The state grows by 2 D numbers a token. The traps:
+heads count from 1, so the first slope is 2^(-8/H) not 1. The distance comes from positions, not cache slots.
 """
 
 import math
@@ -22,13 +21,9 @@ class ALiBiAttention(SoftmaxAttention):
     """(B, T, D) -> (B, T, D).
 
     Args:
-        site: where the mixer stands.
         heads: must divide `dim`.
         bias: all projections have a bias.
         dropout: probability of dropping an attention weight in training.
-
-    Raises:
-        ValueError: for heads that do not divide the width.
     """
 
     slopes: Tensor

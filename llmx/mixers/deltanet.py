@@ -4,12 +4,11 @@
     S_t = (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T         (K, K) a head, K = D / H
     y_t = W_o norm(S_t^T q_t)                                       norm: RMSNorm over the K channels of a head
 
-Each token takes one step of gradient descent on |S^T k_t - v_t|^2 / 2 with rate beta_t. B = 1 by default. With B = 2
-the eigenvalue of the transition along k_t lies between -1 and 1 (arXiv 2411.12537): one head then tracks the parity of
-a string of bits, which no memory with eigenvalues from 0 up can do at every length. Time O(T (c + K) D) a sequence in
-chunks of c = 32, see llmx/parts/delta.py. The state is S and the last 3 inputs of the convolution, K D + 9 D numbers a
-sequence. There are no positions, and nothing fades. The traps: a key longer than 1 makes the transition grow, and the
-memory without bound. Keys are normalised after convolution and SiLU, not before.
+Each token takes one step of gradient descent on |S^T k_t - v_t|^2 / 2 with rate beta_t. With B = 2 the eigenvalue of
+the transition along k_t lies between -1 and 1 (arXiv 2411.12537): one head then tracks the parity of a bit string,
+which eigenvalues from 0 up cannot do at every length. Time O(T (c + K) D) in chunks of c = 32, see llmx/parts/delta.py.
+The state is S and the last 3 inputs of the convolution, K D + 9 D numbers. Nothing fades. The traps: a key longer than
+1 makes the transition grow, and the memory without bound. Keys are normalised after convolution and SiLU.
 """
 
 from torch import Tensor, nn

@@ -7,10 +7,9 @@
 
 A token multiplies the memory by a product of n generalised Householder matrices. One alone is symmetric and turns
 nothing. With B = 2 the product can be any orthogonal map of n dimensions, and so any permutation of n + 1 things. Time
-O(n T (c + K) D) a sequence in chunks of c = 32 keys, see llmx/parts/delta.py. The state is S and the last 3 inputs of
-the convolution, K D + 3 (2 n + 1) D numbers a sequence. There are no positions, and nothing fades. The traps: the query
-reads once, after the last of the n steps. The steps of a token do not commute. With B = 1 no product of them is a
-reflection or a rotation, so the default here is 2.
+O(n T (c + K) D) in chunks of c = 32 keys, see llmx/parts/delta.py. The state is S and the last 3 inputs of the
+convolution, K D + 3 (2 n + 1) D numbers. Nothing fades. The traps: the query reads once, after the last of n steps. The
+steps of a token do not commute. With B = 1 no product of them is a reflection or a rotation, so 2 is the default.
 """
 
 import torch.nn.functional as F

@@ -6,12 +6,10 @@
     y_t = W_o concat_h (1 - lambda_init) rms(a_h)
 
 Layers count from 0. The norm is over one head's 2 K channels, has a gain that the heads share, and never sees time.
-Time O(T^2 D) a sequence, twice the scores of plain attention. The state grows with the length: 4 G K numbers a token.
-The traps:
+Time O(T^2 D), twice the scores of plain attention. The state grows by 4 G K numbers a token. The traps:
 - Query and key heads are half as wide as value heads, so H is half the heads of a plain attention with the same K.
 - The factor 1 - lambda_init comes after the norm, which would undo it.
-- With grouped heads, the second query of a head reads the second key. The usual repetition does so only if all first
-  heads stand before all second ones.
+- With grouped heads a head's second query reads the second key: usual repetition needs all first heads in front.
 """
 
 import math
@@ -34,9 +32,6 @@ class DifferentialAttention(SoftmaxAttention):
         heads: pairs of query heads; `dim` must divide into 4 parts a head.
         kv_heads: pairs of key heads, and value heads; must divide `heads`. As many as `heads` if not given.
         rotary_base: base of the rotary frequencies.
-
-    Raises:
-        ValueError: for head counts that do not divide.
     """
 
     def __init__(self, site: Site, heads: int = 4, kv_heads: int | None = None, rotary_base: float = 10000.0):
@@ -49,8 +44,7 @@ class DifferentialAttention(SoftmaxAttention):
         self.add_output(site)
 
     def project(self, x: Tensor, context: Context) -> Heads:
-        """Rotated queries (B, T, 2 H, K) and keys (B, T, 2 G, K), the first map's before the second's, and values
-        (B, T, G, 2 K); no T in `step`."""
+        """Rotated (B, T, 2 H, K), (B, T, 2 G, K), first map before second, and value (B, T, G, 2 K), no T in `step`."""
         widths = [count * self.head_dim for count in (self.heads, self.kv_heads, self.kv_heads)]
         query, key, value = self.qkv(x).split(widths, -1)
         half = self.head_dim // 2

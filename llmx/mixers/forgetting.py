@@ -3,11 +3,10 @@
     f_t = sigmoid(w_f x_t + b_f) a head,     d_ts = sum_{r = s + 1 .. t} log f_r = F_t - F_s <= 0
     y_t = W_o concat_h  sum_{s <= t} softmax_s(q_t . k_s / sqrt(K) + d_ts) v_s
 
-It has no positions: the gates tell near from far. Time O(T^2 D) a sequence, memory O(T^2 H) with the scores written
-out. The state grows with the length, (2 K + 1) H numbers a token: keys, values, and F, the sum of all log gates up to a
-token. The traps: the gate of s itself does not weaken s, so F_t - F_s begins at s + 1. F also grows without bound. Near
-10^5, a float32 sum no longer takes in log gates under 0.004 step by step, and the attention stops forgetting. So F is
-float64 here, and only differences of it are rounded.
+It has no positions: the gates tell near from far. Time O(T^2 D), memory O(T^2 H) with the scores written out. The state
+grows by (2 K + 1) H numbers a token: keys, values, and F, the sum of the log gates so far. The traps: the gate of s
+itself does not weaken s, so F_t - F_s begins at s + 1. F also grows without bound. Near 10^5, a float32 sum by steps
+loses log gates under 0.004, and the attention stops forgetting. So F is float64 here: only its differences are rounded.
 """
 
 from typing import NamedTuple
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmx.parts.attention import KeyValues, attend_cache, biased_causal_attention, empty_cache, query_positions, write
+from llmx.parts.checks import head_width
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.precision import at_least_float32, exact_dtype
 from llmx.protocol import Context, Hidden, Site, StatefulMixer
@@ -34,20 +34,14 @@ class ForgettingAttention(StatefulMixer[ForgettingState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
-        site: where the mixer stands.
         heads: must divide `dim`.
         dropout: probability of dropping an attention weight in training.
-
-    Raises:
-        ValueError: for heads that do not divide the width.
     """
 
     def __init__(self, site: Site, heads: int = 8, dropout: float = 0.0):
         super().__init__()
-        if heads < 1 or site.dim % heads:
-            raise ValueError(f"heads: {heads} heads must divide dim {site.dim}")
         self.heads = heads
-        self.head_dim = site.dim // heads
+        self.head_dim = head_width(site.dim, heads)
         self.dropout = dropout
         self.qkv = nn.Linear(site.dim, 3 * site.dim, bias=False)
         self.forget = nn.Linear(site.dim, heads)
@@ -73,13 +67,10 @@ class ForgettingAttention(StatefulMixer[ForgettingState]):
         )
 
     def step(self, x: Tensor, state: ForgettingState, context: Context) -> tuple[Tensor, ForgettingState]:
-        mixed, state = self._attend(x[:, None], state, context)
+        mixed, state = self.prefill(x[:, None], state, context)
         return mixed[:, 0], state
 
     def prefill(self, x: Hidden, state: ForgettingState, context: Context) -> tuple[Hidden, ForgettingState]:
-        return self._attend(x, state, context)
-
-    def _attend(self, x: Hidden, state: ForgettingState, context: Context) -> tuple[Hidden, ForgettingState]:
         query, key, value, log_gate = self._project(x)
         total = state.total[:, None] + log_gate.cumsum(1)  # (B, T, H)
         sums = write(state.sums, total[..., None], query_positions(context))

@@ -3,10 +3,9 @@
     q_t, k_t = R_t rms(W_q x_t), R_t rms(W_k x_t);  v_t = W_v x_t;  g_t = sigmoid(W_g x_t)       g a number a channel
     y_t = W_o (g_t * concat_h  sum_{s <= t} softmax_s(q_t . k_s / sqrt(K)) v_s)
 
-The gate lets a head be silent; without it a head needs a sink. It also separates the value and output projections,
-which otherwise are one low-rank matrix. R turns the first part of every head only. Time O(T^2 D) a sequence, memory
-O(T D) with the fused kernel. The state grows with the length: 2 G K numbers a token. The trap: the gate reads the
-mixer's input x_t and not what attention found, and it is sigmoid, not SiLU.
+The gate lets a head be silent, which otherwise needs a sink. It separates value and output projections, otherwise one
+low-rank matrix. R turns the first part of a head. Time O(T^2 D), memory O(T D) with the fused kernel. The state grows
+by 2 G K numbers a token. The trap: the gate reads the input x_t, not what attention found, and is sigmoid, not SiLU.
 """
 
 from torch import Tensor, nn
@@ -21,15 +20,11 @@ class GatedAttention(SoftmaxAttention):
     """(B, T, D) -> (B, T, D).
 
     Args:
-        site: where the mixer stands.
         heads: query heads; must divide `dim`.
         kv_heads: key/value heads; must divide `heads`. As many as `heads` if not given.
         rotary_base: base of the rotary frequencies.
         rotary_fraction: part of each head that is rotated; must make an even number of channels.
         eps: of the norms of query and key.
-
-    Raises:
-        ValueError: for head counts that do not divide, or a fraction that leaves an odd number of channels.
     """
 
     def __init__(

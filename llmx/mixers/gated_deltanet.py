@@ -5,12 +5,12 @@
     S_t = a_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T                     (K, V) a head
     y_t = W_o (norm(S_t^T q_t) * silu(W_g x_t))                                     norm: RMSNorm over V, a head
 
-G heads of keys serve H heads of values, H / G neighbours each. B = 1 by default. With B = 2 the eigenvalue of the
-transition along k_t reaches from a_t down to -a_t (arXiv 2411.12537), as alternating states need. At the start
-exp(A_log) is uniform in 0.01 to 16, softplus(d) log-uniform in 0.001 to 0.1. Time O(T (c + K) (K + V)) a head in chunks
-of c = 32, see llmx/parts/delta.py. The state is S and the last 3 inputs of the convolution, K V H + 3 (2 K G + V H)
-numbers a sequence. There are no positions. The traps: what a key erases has faded by a_t, what it writes has not. Keys
-are normalised after convolution and SiLU. The norm comes before the gate, in Mamba-2 after it.
+G heads of keys serve H heads of values, H / G neighbours each. With B = 2 the transition's eigenvalue along k_t reaches
+down to -a_t (arXiv 2411.12537), as alternating states need. exp(A_log) starts uniform in 0.01 to 16, softplus(d)
+log-uniform in 0.001 to 0.1. Time O(T (c + K) (K + V)) a head in chunks of c = 32 (llmx/parts/delta.py). The state is S
+and the last 3 inputs of the convolution, K V H + 3 (2 K G + V H) numbers. The traps: what a key erases has faded by
+a_t, what it writes has not. Keys are normalised after conv and SiLU. The norm comes before the gate, in Mamba-2 after
+it.
 """
 
 import torch
@@ -25,8 +25,6 @@ from llmx.parts.precision import exact_dtype, exact_zeros
 from llmx.parts.short_convolution import ShortConvolution
 from llmx.parts.states import ConvolvedState
 from llmx.protocol import Context, Hidden, Site, StatefulMixer
-
-WEAKEST, STRONGEST = 0.01, 16.0  # exp(A_log) at the start
 
 
 class GatedDeltaNet(StatefulMixer[ConvolvedState]):
@@ -71,7 +69,7 @@ class GatedDeltaNet(StatefulMixer[ConvolvedState]):
         self.project = nn.Linear(site.dim, sum(self.widths), bias=False)
         self.convolution = ShortConvolution(sum(self.convolved), convolution)
         self.decay_bias = nn.Parameter(softplus_time_steps(heads))  # d
-        self.decay_log = nn.Parameter(torch.empty(heads).uniform_(WEAKEST, STRONGEST).log())  # A_log
+        self.decay_log = nn.Parameter(torch.empty(heads).uniform_(0.01, 16).log())  # A_log
         self.norm = RMSNorm(value_dim, eps)
         self.out = nn.Linear(values, site.dim, bias=False)
         normal_(self.project)
@@ -100,8 +98,7 @@ class GatedDeltaNet(StatefulMixer[ConvolvedState]):
         return self.out(self.norm(mixed).flatten(-2) * F.silu(gate)), ConvolvedState(convolution, memory)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The convolution's input (B, T, 2 G K + H V), gate (B, T, H V), beta and log a (B, T, H), without T in
-        `step`."""
+        """The convolution's input (B, T, 2 G K + H V), gate (B, T, H V), beta, log a (B, T, H), without T in `step`."""
         u, gate, rate, decay = self.project(x).split(self.widths, -1)
         exact = exact_dtype(x)
         log_decay = -self.decay_log.to(exact).exp() * F.softplus(decay.to(exact) + self.decay_bias.to(exact))

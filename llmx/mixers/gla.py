@@ -1,12 +1,11 @@
 """Gated linear attention (arXiv 2312.06635): every channel of the key forgets at a rate that the token sets.
 
     a_t = sigmoid(W_2 W_1 x_t + b)^(1/16)  (K,) a head,     S_t = diag(a_t) S_{t-1} + k_t v_t^T  (K, V) a head
-    y_t = W_o (swish(W_r x_t) * norm_h(S_t^T q_t / sqrt(K)))
+    y_t = W_o (swish(W_r x_t) * norm_h(S_t^T q_t / sqrt(K)))          norm_h: LayerNorm over the V channels of a head
 
-K = D / (2 H), V = D / H. W_1 is (16, D), so the gates cost few parameters. norm_h is a LayerNorm over the V channels of
-one head and token. The root of 16 keeps a_t near 1: at the start the memory of a token halves in 16. Time
-O(T (c + K) D) a sequence, memory O(T c) a head for chunks of c = 32. The state is S, K V H numbers a sequence. There
-are no positions: the gates tell near from far. The trap: a_t may be arbitrarily small, and exp(-sum of log a), which
+K = D / (2 H), V = D / H. W_1 is (16, D), so the gates cost few parameters. The root of 16 keeps a_t near 1: at the
+start the memory of a token halves in 16. Time O(T (c + K) D), memory O(T c) a head for chunks of c = 32. The state is
+S, K V H numbers. The gates tell near from far. The trap: a_t may be arbitrarily small, and exp(-sum of log a), which
 would make the whole chunk one matrix product, overflows. See llmx/parts/linear_attention.py.
 """
 

@@ -5,10 +5,9 @@
     y_t = h_t = (1 - z_t) * n_t + z_t * h_{t-1}
 
 Sequential like the LSTM, in the kernel of torch.nn.GRU. Time O(T D^2) in T dependent steps, memory O(T D) for training.
-The state is h, D numbers a sequence. The traps: the paper's first version resets before the product,
-U_n (r_t * h_{t-1}), which is another function and costs a second product that waits for the first. Here the reset comes
-after it, hence the bias u_n of its own inside. And the papers disagree whether z keeps the old state or takes the new
-one: here z = 1 keeps.
+The state is h, D numbers. The traps: the paper's first version resets before the product, U_n (r_t * h_{t-1}), which is
+another function and costs a second product that waits for the first. Here the reset comes after it, hence the bias u_n
+of its own inside. And the papers disagree whether z keeps the old state or takes the new one: here z = 1 keeps.
 """
 
 import torch
@@ -21,10 +20,7 @@ from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
 
 class GRU(StatefulMixer[HiddenState]):
-    """One GRU layer, (B, T, D) -> (B, T, D), whose output is its hidden state.
-
-    Input weights start uniform in +-1 / sqrt(D), recurrent ones orthogonal for each gate, biases at 0.
-    """
+    """(B, T, D) -> (B, T, D). W starts uniform in +-1 / sqrt(D), U orthogonal for each gate, biases at 0."""
 
     def __init__(self, site: Site):
         super().__init__()

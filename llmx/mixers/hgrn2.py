@@ -1,15 +1,14 @@
 """HGRN2 (arXiv 2404.07904): a gated recurrence whose state an outer product widens, with the key tied to the gate.
 
     f_t = b_l + (1 - b_l) sigmoid(W_f x_t)  (K,) a head,     S_t = diag(f_t) S_{t-1} + (1 - f_t) v_t^T  (K, K) a head
-    y_t = W_o norm(S_t^T swish(W_q x_t))                     norm: RMSNorm over all D channels
+    y_t = W_o norm(S_t^T swish(W_q x_t))                     norm: RMSNorm over all D channels, K = D / H
     b_l = sum_{i = 1 .. l} softmax_i(B)_i                    B (L, D) learned, the softmax over the L layers
 
 One gate decides what is forgotten and what is written: each channel is a running mean, so the memory stays bounded. The
 lower bounds b (from HGRN, arXiv 2311.04823) rise with the layer: the lower layers are free to forget, the upper ones
-keep. Time O(T (c + K) D) a sequence with K = D / H, memory O(T c) a head for chunks of c = 32. The state is S, K D
-numbers a sequence. There are no positions. The traps: b_0 is exactly 0, so the sum leaves out softmax_0. With it the
-first layer keeps at least 1 / L of everything, and the last one forgets nothing. And B is one parameter of the whole
-stack: the first HGRN2 owns it and hands the bounds to those above, in every form.
+keep. Time O(T (c + K) D), memory O(T c) a head for chunks of c = 32. The state is S, K D numbers. The traps: b_0 is
+exactly 0, so the sum leaves out softmax_0. With it the first layer keeps at least 1 / L of everything, and the last one
+forgets nothing. B is one parameter of the whole stack: the first HGRN2 owns it and hands the bounds up, in every form.
 """
 
 import torch
@@ -41,8 +40,7 @@ class HGRN2(StatefulMixer[MemoryState]):
         self.head_dim = head_width(site.dim, heads)
         self.layer = site.layer
         self.project = nn.Linear(site.dim, 3 * site.dim, bias=False)  # query, gate, value
-        # a single layer has no bound but 0
-        owner = site.occurrence == 0 and site.depth > 1
+        owner = site.occurrence == 0 and site.depth > 1  # a single layer has no bound but 0
         self.bounds = nn.Parameter(torch.zeros(site.depth, site.dim)) if owner else None  # B
         self.norm = RMSNorm(site.dim)
         self.out = nn.Linear(site.dim, site.dim, bias=False)

@@ -6,11 +6,10 @@
 
 N is a small network with sines between its layers. It reads phi, the lag and sines and cosines of it. L is
 `max_length`: no lag beyond it has a filter. As in the paper's own code the short convolution replaces the filter before
-the first gate. Time O(T log T D) a sequence, memory O(T D). The state grows: a step is a product of the filter with all
-past u, O(S D) for a cache of S slots. With the filter, which is cached because N is slow, it is 2 S D + 6 D numbers a
-sequence. The trap: a product of spectra is a circular convolution, where the end of the text wraps round to its
-beginning and every position sees the future. Both sides are padded with zeros to 2 T. Only rounding is left of it, 1e-7
-in fp32.
+the first gate. Time O(T log T D), memory O(T D). The state grows: a step is a product of the filter with all past u,
+O(S D) for a cache of S slots. With the filter, which is cached because N is slow, it is 2 S D + 6 D numbers. The trap:
+a product of spectra is a circular convolution, where the end of the text wraps round to its beginning and every
+position sees the future. Both sides are padded with zeros to 2 T. Only rounding is left of it, 1e-7 in fp32.
 """
 
 import math
@@ -38,16 +37,13 @@ class HyenaState(NamedTuple):
 
 
 class Hyena(StatefulMixer[HyenaState]):
-    """(B, T, D) -> (B, T, D).
+    """(B, T, D) -> (B, T, D). Every form raises ValueError for a sequence longer than `max_length`.
 
     Args:
         max_length: L, the longest sequence and the unit of lags: weights learned with one L fit no other.
         filter_hidden: width of the network that computes the filter.
         bands: frequencies of the sines and cosines that it reads.
         frequency: where the slopes of its sines start.
-
-    Raises:
-        ValueError: for a sequence longer than `max_length`, in every form.
     """
 
     def __init__(

@@ -1,16 +1,15 @@
 """Kimi Delta Attention (KDA; Kimi Linear, arXiv 2510.26692): the gated delta rule with a decay for every channel.
 
     [q; k; v]_t = silu(conv(W x))_t,    q, k of length 1 in each head, q / sqrt(K);    beta_t = B sigmoid(W_b x_t)  (H,)
-    a_t = exp(-exp(A_log) softplus(F_2 F_1 x_t + d))            (K,) a head, A_log a number a head
+    a_t = exp(-exp(A_log) softplus(F_2 F_1 x_t + d))            (K,) a head, A_log a number a head; F_1, G_1 (R, D)
     S_t = (I - beta_t k_t k_t^T) diag(a_t) S_{t-1} + beta_t k_t v_t^T                  (K, K) a head, K = D / H
     y_t = W_o (norm(S_t^T q_t) * sigmoid(G_2 G_1 x_t))          norm: RMSNorm over the K channels of a head
 
-F_1 and G_1 are (R, D). B = 1 by default. With B = 2 eigenvalues may be negative (arXiv 2411.12537). At the start
-exp(A_log) is uniform in 1 to 16, softplus(d) log-uniform in 0.001 to 0.1. Time O(T (c + K) D) a sequence in chunks of
-c = 16, see llmx/parts/delta.py. The state is S and the last 3 inputs of the convolution, K D + 9 D numbers a sequence.
-There are no positions: decays that differ by channel tell near from far. The traps: the decay comes before the erasure,
-and with one number a channel the two do not commute. exp(-sum of log a), which would make the scores of a chunk one
-matrix product, overflows. The output gate is sigmoid, in Gated DeltaNet SiLU.
+With B = 2 eigenvalues may be negative (arXiv 2411.12537). At the start exp(A_log) is uniform in 1 to 16, softplus(d)
+log-uniform in 0.001 to 0.1. Time O(T (c + K) D) in chunks of c = 16, see llmx/parts/delta.py. The state is S and the
+last 3 inputs of the convolution, K D + 9 D numbers. Decays that differ by channel tell near from far. The traps: the
+decay comes before the erasure, and with one number a channel the two do not commute. exp(-sum of log a), which would
+make the scores of a chunk one matrix product, overflows. The output gate is sigmoid, in Gated DeltaNet SiLU.
 """
 
 import torch
@@ -25,8 +24,6 @@ from llmx.parts.precision import exact_dtype, exact_zeros
 from llmx.parts.short_convolution import ShortConvolution
 from llmx.parts.states import ConvolvedState
 from llmx.protocol import Context, Hidden, Site, StatefulMixer
-
-STRONGEST = 16.0  # exp(A_log) at the start; the weakest is 1
 
 
 class KDA(StatefulMixer[ConvolvedState]):
@@ -61,7 +58,7 @@ class KDA(StatefulMixer[ConvolvedState]):
         self.convolution = ShortConvolution(3 * site.dim, convolution)
         self.decay_up = nn.Linear(rank, site.dim, bias=False)  # F_2
         self.decay_bias = nn.Parameter(softplus_time_steps(site.dim))  # d
-        self.decay_log = nn.Parameter(torch.empty(heads).uniform_(1, STRONGEST).log())  # A_log
+        self.decay_log = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())  # A_log
         self.gate_up = nn.Linear(rank, site.dim, bias=False)  # G_2
         self.norm = RMSNorm(self.head_dim, eps)
         self.out = nn.Linear(site.dim, site.dim, bias=False)
@@ -91,8 +88,7 @@ class KDA(StatefulMixer[ConvolvedState]):
         return self.out(self.norm(mixed).flatten(-2) * gate), ConvolvedState(convolution, memory)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The convolution's input (B, T, 3 D), beta (B, T, H), log a (B, T, H, K), output gate (B, T, D), without T in
-        `step`."""
+        """The convolution's input (B, T, 3 D), beta (B, T, H), log a (B, T, H, K), gate (B, T, D), no T in `step`."""
         u, decay, gate, rate = self.project(x).split(self.widths, -1)
         exact = exact_dtype(x)
         size = F.softplus(self.decay_up(decay).to(exact) + self.decay_bias.to(exact)).unflatten(-1, (self.heads, -1))

@@ -5,8 +5,8 @@
     y_t = W_o concat_h  sum_{s <= t} softmax_s((q_th . k_sh + R_t p_th . r_s) / sqrt(N + R)) v_sh
 
 Decoding never builds keys and values. It absorbs W_kh into the query, q_th . W_kh c_s = (W_kh^T q_th) . c_s, and
-applies W_vh once to the mixed latent. The query has no latent of its own, as in V2-Lite. Time O(T^2 D) a sequence. The
-state grows with the length: C + R numbers a token, however many heads there are. The traps:
+applies W_vh once to the mixed latent. The query has no latent of its own, as in V2-Lite. Time O(T^2 D). The state grows
+by C + R numbers a token, however many heads there are. The traps:
 - The rotation needs a slice of its own, because an R_t between W_kh and c_s could not be absorbed.
 - All heads share one rotated key.
 - The scale is that of N + R, not of the latent that decoding works in.
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from llmx.parts.attention import causal_attention, past_bias, query_positions, write
+from llmx.parts.checks import check_sizes
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.norm import RMSNorm
 from llmx.parts.rotary import rotate, shared_table
@@ -36,16 +37,12 @@ class LatentAttention(StatefulMixer[LatentState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
-        site: where the mixer stands.
         heads: H.
         latent: C, width of the latent.
         head_dim: N, the part of a head that is not rotated, and V, the width of its value; dim / heads if not given.
         rotary_dim: R, the rotated part of a head; even. With 0 there are no positions (NoPE), as in Kimi Linear.
         rotary_base: base of the rotary frequencies.
         eps: of the latent's norm.
-
-    Raises:
-        ValueError: for widths that do not fit.
     """
 
     def __init__(
@@ -61,15 +58,13 @@ class LatentAttention(StatefulMixer[LatentState]):
         super().__init__()
         if heads < 1 or (head_dim is None and site.dim % heads):
             raise ValueError(f"heads: {heads} heads must divide dim {site.dim}, where head_dim is not given")
-        if latent < 1:
-            raise ValueError(f"latent: {latent} is below 1")
-        if head_dim is not None and head_dim < 1:
-            raise ValueError(f"head_dim: {head_dim} is below 1")
+        head_dim = site.dim // heads if head_dim is None else head_dim
+        check_sizes(latent=latent, head_dim=head_dim)
         if rotary_dim < 0 or rotary_dim % 2:
             raise ValueError(f"rotary_dim: {rotary_dim} is no even number from 0 on")
         self.heads = heads
         self.latent = latent
-        self.head_dim = site.dim // heads if head_dim is None else head_dim
+        self.head_dim = head_dim
         self.rotary_dim = rotary_dim
         self.rotary_base = rotary_base
         self.query = nn.Linear(site.dim, heads * (self.head_dim + rotary_dim), bias=False)
@@ -91,10 +86,8 @@ class LatentAttention(StatefulMixer[LatentState]):
         return self.out(mixed.transpose(1, 2).flatten(2))
 
     def init_state(self, batch_size: int, max_length: int) -> LatentState:
-        new_zeros = self.out.weight.new_zeros
-        return LatentState(
-            new_zeros(batch_size, 1, max_length, self.latent), new_zeros(batch_size, 1, max_length, self.rotary_dim)
-        )
+        latent = self.out.weight.new_zeros(batch_size, 1, max_length, self.latent)
+        return LatentState(latent, latent.new_zeros(batch_size, 1, max_length, self.rotary_dim))
 
     def step(self, x: Tensor, state: LatentState, context: Context) -> tuple[Tensor, LatentState]:
         query, rotated, latent, shared = (part[:, None] for part in self._project(x, context))
@@ -122,8 +115,7 @@ class LatentAttention(StatefulMixer[LatentState]):
         return self.out(mixed.flatten(2)), state
 
     def _project(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Query (B, T, H, N), its rotated part (B, T, H, R), latent (B, T, C), shared rotated key (B, T, R); no T in
-        `step`."""
+        """q (B, T, H, N), p rotated (B, T, H, R), latent c (B, T, C), shared, rotated r (B, T, R); no T in `step`."""
         table = shared_table(context, self.rotary_dim, self.rotary_base, x.dtype)  # (B, T, 1, 2, R / 2)
         heads = self.query(x).unflatten(-1, (self.heads, -1))
         query, rotated = heads.split((self.head_dim, self.rotary_dim), -1)

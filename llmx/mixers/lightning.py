@@ -1,14 +1,13 @@
 """Lightning attention (arXiv 2401.04658) as in MiniMax-01 (arXiv 2501.08313): fixed decays by head and by layer.
 
-    q_t, k_t, v_t = silu(W x_t),     S_t = exp(-s_hl) S_{t-1} + k_t v_t^T  (K, K) a head
+    q_t, k_t, v_t = silu(W x_t),     S_t = exp(-s_hl) S_{t-1} + k_t v_t^T  (K, K) a head, K = D / H
     y_t = W_o (sigmoid(W_g x_t) * norm(S_t^T q_t))           norm: RMSNorm over all D channels
     s_hl = 2^(-8 (h + 1) / H) (1 - l / (L - 1) + 1e-5),      h = 0 .. H - 1 heads, l = 0 .. L - 1 layers
 
 The slopes are those of ALiBi, scaled down with the layer: the first layers see near, the last one forgets nothing. The
-norm replaces a normaliser z. Time O(T (c + K) D) a sequence with K = D / H, memory O(T c) a head for chunks of c = 32.
-The state is S, K D numbers a sequence. There are no positions. The traps: the values go through SiLU too. exp(s t) and
-exp(-s t), computed in advance as factors of a block's decays, limit the block to the length that the steepest head
-allows, while their differences are safe at any length.
+norm replaces a normaliser z. Time O(T (c + K) D), memory O(T c) a head for chunks of c = 32. The state is S, K D
+numbers. The traps: the values go through SiLU too. exp(s t) and exp(-s t), computed in advance as factors of a block's
+decays, limit the block to the length that the steepest head allows, while their differences are safe at any length.
 """
 
 import torch

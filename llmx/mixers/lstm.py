@@ -5,13 +5,12 @@
     c_t = f_t * c_{t-1} + i_t * g_t
     y_t = h_t = o_t * tanh(c_t)
 
-Sequential: h_{t-1} goes through a matrix and a nonlinearity before anything of step t is known, so `forward` takes one
-step after the other, in the kernel of torch.nn.LSTM (oneDNN, cuDNN). Time O(T D^2) in T dependent steps, memory O(T D)
-for training. The state is h and c, 2 D numbers a sequence. The traps: a forget gate with bias 0 halves the cell at
-every step at first, and a gradient does not survive 32 of them. It starts at 1 here (Jozefowicz et al. 2015). The
-kernel takes two biases that only ever occur as their sum. Under bf16 autocast it keeps the cell in bf16 too, where a
-cell that counts by hundredths is stuck at 4: a network that is to count needs `32-true`. `prefill` and `step` keep the
-cell in the dtype of the weights.
+Sequential: h_{t-1} goes through a matrix and a nonlinearity before anything of step t is known, so `forward` takes step
+after step, in the kernel of torch.nn.LSTM (oneDNN, cuDNN). Time O(T D^2) in T dependent steps, memory O(T D) for
+training. The state is h and c, 2 D numbers. The traps: a forget gate with bias 0 first halves the cell at every step,
+and a gradient does not survive 32 of them. It starts at 1 here (Jozefowicz et al. 2015). The kernel takes two biases
+that only occur as their sum. Under bf16 autocast it keeps the cell in bf16, where a cell that counts by hundredths is
+stuck at 4: a network that counts needs `32-true`. `prefill` and `step` keep the cell in the dtype of the weights.
 """
 
 from typing import NamedTuple
@@ -29,9 +28,7 @@ class LSTMState(NamedTuple):
 
 
 class LSTM(StatefulMixer[LSTMState]):
-    """One LSTM layer, (B, T, D) -> (B, T, D), whose output is its hidden state.
-
-    Input weights start uniform in +-1 / sqrt(D), recurrent ones orthogonal for each gate.
+    """(B, T, D) -> (B, T, D). Input weights start uniform in +-1 / sqrt(D), recurrent ones orthogonal for each gate.
 
     Args:
         forget_bias: where the bias of the forget gate starts.

@@ -7,10 +7,9 @@
 
 A large dt forgets and writes, a small one lets the token pass by. At the start A = -1 .. -N in each channel, dt is
 log-uniform in 0.001 to 0.1, and E = 1. Time O(T D F + T F N), memory O(T F) and the states of a piece of the text, much
-as in the paper's kernel. The state is h and the last 3 inputs of the convolution, (N + 3) F numbers a sequence. There
-are no positions. The traps: A is discretised exactly, B by Euler, dt B and not (exp(dt A) - 1) / A B. The convolution
-has a state too, without which a step is another function than training. The bias of dt is the inverse softplus of the
-intended step.
+as in the paper's kernel. The state is h and the last 3 inputs of the convolution, (N + 3) F numbers. The traps: A is
+discretised exactly, B by Euler, dt B and not (exp(dt A) - 1) / A B. The convolution has a state too, without which a
+step is another function than training. The bias of dt is the inverse softplus of the intended step.
 """
 
 import torch

@@ -5,12 +5,11 @@
     S_t = a_t S_{t-1} + B_t (dt_t u_t)^T                                  (N, P) a head
     y_t = W_o norm((S_t^T C_t + E u_t) * silu(g_t))                       norm: RMSNorm over all F; E (H,)
 
-C is the query, B the key of linear attention, shared by all heads, and dt u the value. At the start exp(A_log) is
-uniform in 1 to 16, dt log-uniform in 0.001 to 0.1, and E = 1. Time O(T (c + N) F) a sequence for chunks of c = 32,
-nearly all of it matrix products, memory O(T c H) for the scores and N F for each chunk. The state is S and the last 3
-inputs of the convolution, N F + 3 (F + 2 N) numbers a sequence. There are no positions. The traps: the norm comes after
-the gate, not before. B and C go through the convolution too. Differences of summed log decays are masked before the
-exponential: above the diagonal they overflow, and 0 times infinity is no gradient.
+C is the query, B the key of linear attention, shared by all heads, and dt u the value. exp(A_log) starts uniform in 1
+to 16, dt log-uniform in 0.001 to 0.1, E at 1. Time O(T (c + N) F) for chunks of c = 32, nearly all matrix products,
+memory O(T c H) for the scores and N F for each chunk. The state is S and the last 3 inputs of the convolution, N F + 3
+(F + 2 N) numbers. The traps: the norm comes after the gate. B and C are convolved too. Differences of summed log decays
+are masked before exp: above the diagonal they overflow, and 0 times infinity is no gradient.
 """
 
 import torch
@@ -25,8 +24,6 @@ from llmx.parts.precision import exact_dtype, exact_zeros
 from llmx.parts.short_convolution import ShortConvolution
 from llmx.parts.states import ConvolvedState
 from llmx.protocol import Context, Hidden, Site, StatefulMixer
-
-STRONGEST = 16.0  # exp(A_log) at the start; the weakest is 1
 
 
 class Mamba2(StatefulMixer[ConvolvedState]):
@@ -50,7 +47,7 @@ class Mamba2(StatefulMixer[ConvolvedState]):
         self.project = nn.Linear(site.dim, sum(self.widths), bias=False)
         self.convolution = ShortConvolution(hidden + 2 * state, convolution, bias=True)
         self.step_bias = nn.Parameter(softplus_time_steps(heads))  # b
-        self.decay_log = nn.Parameter(torch.empty(heads).uniform_(1, STRONGEST).log())  # A_log
+        self.decay_log = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())  # A_log
         self.skip = nn.Parameter(torch.ones(heads))  # E
         self.norm = RMSNorm(hidden)
         self.out = nn.Linear(hidden, site.dim, bias=False)

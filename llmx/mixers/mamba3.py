@@ -9,11 +9,10 @@
 
 The first 2 R numbers of B and C turn in pairs. That is a complex decay alpha exp(i dt theta), which counts modulo n, as
 no decay in (0, 1] can. lambda = 1 is Mamba-2's step (Euler). The term of t - 1 replaces the convolution. MIMO is left
-out. At the start dt is log-uniform in 0.001 to 0.1. The least softplus(a) is 1e-4. Time O(T (c + N) F) a sequence for
-chunks of c = 32, memory O(T c H) for the scores and N F for each chunk. The state is S, k, x and phi,
-N F + H N + F + H R numbers a sequence. There are no positions. The traps: a single weight for x_t, covering its own
-term and what t + 1 adds, shows y_t the next token, so here the sum runs over inputs one token late. The angle phi grows
-without bound, until float32 cannot hold it: it is summed in float64, in whole turns, modulo 1.
+out. dt starts log-uniform in 0.001 to 0.1. The least softplus(a) is 1e-4. Time O(T (c + N) F) for chunks of c = 32,
+memory O(T c H) for the scores and N F a chunk. The state is S, k, x and phi, N F + H N + F + H R numbers. The traps: a
+single weight for x_t, covering its own term and what t + 1 adds, shows y_t the next token, so the sum here runs one
+token late. The angle phi grows without bound, beyond float32: it is summed in float64, in whole turns, modulo 1.
 """
 
 import math
@@ -30,8 +29,6 @@ from llmx.parts.norm import RMSNorm
 from llmx.parts.precision import exact_dtype, exact_zeros
 from llmx.parts.rotary import rotate_part
 from llmx.protocol import Context, Hidden, Site, StatefulMixer
-
-WEAKEST = 1e-4  # the least softplus(a)
 
 
 class Mamba3State(NamedTuple):
@@ -60,8 +57,7 @@ class Mamba3(StatefulMixer[Mamba3State]):
         hidden: F, the channels of the state space; twice `dim` if not given.
         heads: H; must divide `hidden`.
         state: N, numbers of state a channel.
-        rotary_dim: 2 R, how many of them turn; even, from 2 to `state`; half of them if not given, as in the authors'
-            code.
+        rotary_dim: 2 R, how many of them turn; even, from 2 to `state`; half if not given, as in the authors' code.
     """
 
     undecayed = ("key_bias", "query_bias")
@@ -130,7 +126,7 @@ class Mamba3(StatefulMixer[Mamba3State]):
         exact = exact_dtype(steps)
         value, steps, decay, share, angle = (part.to(exact) for part in (value, steps, decay, share, angle))
         size = F.softplus(steps + self.step_bias.to(exact))
-        log_decay = -size * F.softplus(decay).clamp(min=WEAKEST)
+        log_decay = -size * F.softplus(decay).clamp(min=1e-4)
         share = share.sigmoid()
         inputs = Inputs(
             self.query_norm(query).to(exact)[..., None, :] + self.query_bias.to(exact),

@@ -5,9 +5,9 @@
 
 No h is inside a nonlinearity, so the recurrence is linear in h and runs as a scan: T steps of F multiplications, where
 a GRU has T matrix products. Each channel is a running mean of its candidates. Time O(T D F), memory O(T F). The state
-is h, F numbers a sequence. This is the paper's first form, with a candidate of any sign. Its second computes in
-logarithms, for which it makes candidates positive. The trap: that second form exists because a scan by cumulative
-products overflows. A scan that multiplies step by step, as here, needs no logarithm.
+is h, F numbers. This is the paper's first form, with a candidate of any sign. Its second computes in logarithms, for
+which it makes candidates positive. The trap: that second form exists because a scan by cumulative products overflows. A
+scan that multiplies step by step, as here, needs no logarithm.
 """
 
 from torch import Tensor, nn

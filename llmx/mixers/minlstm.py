@@ -3,11 +3,10 @@
     f_t, i_t = sigmoid(W_f x_t + b_f), sigmoid(W_i x_t + b_i),    c_t = W_c x_t + b_c      (F,) each
     h_t = f_t / (f_t + i_t) * h_{t-1} + i_t / (f_t + i_t) * c_t,    y_t = W_o h_t
 
-There is no cell apart from h, and no output gate. The two gates are divided by their sum, so that h stays a running
-mean of the candidates, whatever the length. Only the ratio of the gates matters. Time O(T D F), memory O(T F) by a
-scan. The state is h, F numbers a sequence. The candidate has any sign, as in the paper's first form. The traps: without
-the division h grows with the length. Where both gates are nearly shut the division is 0 / 0, so the ratio is taken of
-logarithms: f / (f + i) = sigmoid(log f - log i).
+There is no cell apart from h, and no output gate. Only the ratio of the gates matters, so h stays a running mean of the
+candidates at any length. Time O(T D F), memory O(T F) by a scan. The state is h, F numbers. The candidate has any sign,
+as in the paper's first form. The traps: without the division h grows with the length. Where both gates are nearly shut
+the division is 0 / 0, so the ratio is taken of logarithms: f / (f + i) = sigmoid(log f - log i).
 """
 
 import torch

@@ -1,15 +1,14 @@
 """mLSTM, the matrix memory of xLSTM (arXiv 2405.04517), in the layer of xLSTM-7B (arXiv 2503.13427).
 
     i_t = W_i x_t + b,  f_t = W_f x_t + b  a head, soft-capped;     m_t = max(log sigmoid(f_t) + m_{t-1}, i_t)
-    C_t = exp(log sigmoid(f_t) + m_{t-1} - m_t) C_{t-1} + exp(i_t - m_t) k_t v_t^T    (K, V)
+    C_t = exp(log sigmoid(f_t) + m_{t-1} - m_t) C_{t-1} + exp(i_t - m_t) k_t v_t^T    (K, V), K = D / (2 H), V = D / H
     n_t = the same of k_t alone (K,),        h_t = C_t^T q_t / max(|n_t . q_t|, exp(-m_t)),  q_t scaled by K^(-1/2)
     y_t = W_o (sigmoid(W_g x_t) * norm_h(h_t))                      norm_h: LayerNorm over the V channels of a head
 
 The input gate is an exponential without bound, so memory and normaliser are kept divided by exp(m), where m is the
-largest exponent so far. h does not depend on m. K = D / (2 H), V = D / H. Time O(T (c + K) D) a sequence, memory O(T c)
-a head for chunks of c = 32. The state is C, n and m, (K V + K + 1) H numbers a sequence. There are no positions. The
-traps: the 1 of the unscaled max(|n . q|, 1) has to be divided too, into exp(-m), or h changes with m. A chunk needs the
-m of each of its rows, that of the memory before it included.
+largest exponent so far. h does not depend on m. Time O(T (c + K) D), memory O(T c) a head for chunks of c = 32. The
+state is C, n and m, (K V + K + 1) H numbers. The traps: the 1 of the unscaled max(|n . q|, 1) has to be divided too,
+into exp(-m), or h changes with m. A chunk needs the m of each of its rows, that of the memory before it included.
 """
 
 from typing import NamedTuple
@@ -25,7 +24,6 @@ from llmx.parts.norm import HeadNorm
 from llmx.parts.precision import at_least_float32, exact_zeros
 from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
-CHUNK = 32
 EPS = 1e-6  # added to the normaliser
 
 
@@ -88,8 +86,7 @@ class MLSTM(StatefulMixer[MLSTMState]):
         return self.out(torch.sigmoid(gate) * self.norm(mixed)), state
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Query and key (B, T, H, K), value (B, T, H, V), W_g x (B, T, H V), i and log sigmoid(f) (B, T, H) in float32
-        at least, without T in `step`."""
+        """q, k (B, T, H, K), v (B, T, H, V), W_g x (B, T, H V); i, log sigmoid(f) (B, T, H), exact. No T in `step`."""
         half = self.dim // 2
         query, key, value, gate = self.project(x).split((half, half, self.dim, self.dim), -1)
         query, key, value = (part.unflatten(-1, (self.heads, -1)) for part in (query, key, value))
@@ -105,7 +102,7 @@ def mlstm(
     input_gate: Tensor,
     log_forget: Tensor,
     state: MLSTMState | None = None,
-    chunk: int = CHUNK,
+    chunk: int = 32,
 ) -> tuple[Tensor, MLSTMState]:
     """The recurrence in chunks, from nothing or from any state.
 

@@ -5,10 +5,9 @@
 
 Rows of W_q, W_k, W_v (D,) and columns of W_o (D,) have length 1; every optimizer step ends by restoring it. h has
 length 1 too, so each product with a row is a cosine. s_qk has a number for each of the H K channels, shared by query
-and key. It starts at 1 and is stored as 1 / sqrt(D). Time O(T^2 D) a sequence, memory O(T D) with the fused kernel. The
-state grows with the length: 2 D numbers a token. The traps: the softmax is scaled up by sqrt(K), not down, since a
-product of unit vectors has a variance of 1 / K. W_o is normalised along its other axis; a square matrix hides a mistake
-here.
+and key. It starts at 1 and is stored as 1 / sqrt(D). Time O(T^2 D), memory O(T D) with the fused kernel. The state
+grows by 2 D numbers a token. The traps: the softmax is scaled up by sqrt(K), not down, since a product of unit vectors
+has a variance of 1 / K. W_o is normalised along its other axis; a square matrix hides a mistake here.
 """
 
 from torch import Tensor
@@ -23,13 +22,9 @@ class NGPTAttention(SoftmaxAttention):
     """(B, T, D) -> (B, T, D).
 
     Args:
-        site: where the mixer stands.
         heads: must divide `dim` into even parts.
         rotary_base: base of the rotary frequencies.
         dropout: probability of dropping an attention weight in training.
-
-    Raises:
-        ValueError: for heads that do not divide.
     """
 
     def __init__(self, site: Site, heads: int = 8, rotary_base: float = 10000.0, dropout: float = 0.0):

@@ -3,10 +3,10 @@
     q_t, k_t, v_t = W_q x_t + b_q, W_k x_t + b_k, W_v x_t + b_v     H query heads, G key/value heads, K = D / H
     y_t = W_o concat_h  sum_{s <= t} softmax_s(q_t . k_s / sqrt(K)) v_s + b_o
 
-arXiv 1706.03762. Without any position embedding it is NoPE (arXiv 2305.19466): a causal mask alone already lets a
-network count. Time O(T^2 D) a sequence, memory O(T D) with the fused kernel. The state grows with the length: 2 G K
-numbers a token. The trap: without positions the mixer still sees order, only not distance. A test that permutes the
-past must find the last output unchanged after one layer, and changed after two.
+arXiv 1706.03762. Without positions it is NoPE (arXiv 2305.19466): a causal mask alone lets a network count. Time
+O(T^2 D), memory O(T D) with the fused kernel. The state grows by 2 G K numbers a token. The trap: without positions the
+mixer still sees order, not distance. Permuting the past leaves the last output unchanged after one layer, not after
+two.
 """
 
 from torch import Tensor
@@ -19,14 +19,10 @@ class PlainAttention(SoftmaxAttention):
     """(B, T, D) -> (B, T, D).
 
     Args:
-        site: where the mixer stands.
         heads: query heads; must divide `dim`.
         kv_heads: key/value heads; must divide `heads`. As many as `heads` if not given.
         bias: all projections have a bias, as in 2017 and in GPT-2.
         dropout: probability of dropping an attention weight in training.
-
-    Raises:
-        ValueError: for head counts that do not divide.
     """
 
     def __init__(

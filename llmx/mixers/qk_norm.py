@@ -4,9 +4,8 @@
     y_t = W_o concat_h  sum_{s <= t} softmax_s(q_t . k_s / sqrt(K)) v_s
 
 The scores are bounded by sqrt(K) times the gains. So they cannot grow until the softmax saturates, which makes large
-learning rates diverge. Time O(T^2 D) a sequence, memory O(T D) with the fused kernel. The state grows with the length:
-2 G K numbers a token. The trap: the norm is over one head's K numbers and comes before the rotation. A gain applied
-after it would pull the rotated pairs apart.
+learning rates diverge. Time O(T^2 D), memory O(T D) with the fused kernel. The state grows by 2 G K numbers a token.
+The trap: the norm comes before the rotation. A gain applied after it would pull the rotated pairs apart.
 """
 
 from torch import Tensor
@@ -21,16 +20,12 @@ class QKNormAttention(SoftmaxAttention):
     """(B, T, D) -> (B, T, D).
 
     Args:
-        site: where the mixer stands.
         heads: query heads; must divide `dim` into even parts.
         kv_heads: key/value heads; must divide `heads`. As many as `heads` if not given.
         rotary_base: base of the rotary frequencies.
         eps: of the norms.
         dropout: probability of dropping an attention weight in training.
         out_std: of the initialisation of W_o; 0.02 / sqrt(2 depth) if not given.
-
-    Raises:
-        ValueError: for head counts that do not divide.
     """
 
     def __init__(

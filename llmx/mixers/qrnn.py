@@ -6,8 +6,8 @@
 
 An LSTM that reads x_{t-1} instead of h_{t-1}: nothing recurrent is inside a nonlinearity, so all gates are one matrix
 product for the whole text, and c is a scan. Unlike the convolutions of later models this one mixes channels. Time
-O(T w D^2), memory O(T D). The state is c and the last w - 1 inputs, w D numbers a sequence. The trap: a centred
-convolution, the padding of most libraries, shows each gate the next token. This one sees back only.
+O(T w D^2), memory O(T D). The state is c and the last w - 1 inputs, w D numbers. The trap: a centred convolution, the
+padding of most libraries, shows each gate the next token. This one sees back only.
 """
 
 from typing import NamedTuple

@@ -1,14 +1,13 @@
 """Retention, the mixer of RetNet (arXiv 2307.08621): linear attention with rotary positions and a fixed decay a head.
 
     S_t = g_h S_{t-1} + (R_t k_t) v_t^T,     g_h = 1 - 2^(-5 - h), h = 0 .. H - 1,     S: (K, V) a head
-    y_t = W_o (swish(W_g x_t) * norm_h(S_t^T R_t q_t / sqrt(K)))
+    y_t = W_o (swish(W_g x_t) * norm_h(S_t^T R_t q_t / sqrt(K)))      norm_h: LayerNorm over the V channels of a head
 
 K = D / H, V = 2 D / H. R turns query and key by their position. With the decay this is the paper's xPos with one decay
-a head. norm_h is a LayerNorm over the V channels of one head and token. Time O(T K D) a sequence, memory O(T c) a head
-for chunks of c = 32. The state is S, K V H numbers a sequence. The paper's other scales, the root of the row sums of
-decays and max(|row sum|, 1), are left out: the norm divides by them anyway. The traps: a group norm on (B, H V, T)
-takes its statistics over time and shows each token its future. The slowest head forgets half in 177 tokens at H = 4, so
-within a short window retention is almost undecayed.
+a head. Time O(T K D), memory O(T c) a head for chunks of c = 32. The state is S, K V H numbers. The paper's other
+scales, the root of the row sums of decays and max(|row sum|, 1), are left out: the norm divides by them anyway. The
+traps: a group norm on (B, H V, T) takes its statistics over time and shows each token its future. The slowest head
+forgets half in 177 tokens at H = 4, so within a short window retention is almost undecayed.
 """
 
 import torch

@@ -5,15 +5,12 @@
     h_t = a_t * h_{t-1} + sqrt(1 - a_t^2) * (i_t * u_t)
     y_t = W_o (h_t * gelu(W_g x_t))
 
-Between the projections each channel stands by itself. sqrt(1 - a^2) keeps the size of h whatever the decay. L starts
-where a^8, the decay of a fully open gate, is uniform in 0.9 to 0.999, as in the paper. RecurrentGemma's code has a
-there. Time O(T D F), memory O(T F). The state is h and the last 3 inputs of the convolution, 4 F numbers a sequence.
-The traps: near a = 1, 1 - a^2 is all rounding, so it is -expm1(2 log a), whose root has an infinite slope at 0. The
-first token of a text, with nothing to average with, enters without the root, as in RecurrentGemma (the paper is
-silent), so positions matter even here.
+Between the projections each channel stands by itself. sqrt(1 - a^2) keeps the size of h at any decay. L starts where
+a^8, the decay of a fully open gate, is uniform in 0.9 to 0.999, as in the paper. RecurrentGemma's code has a there.
+Time O(T D F), memory O(T F). The state is h and the last 3 inputs of the convolution, 4 F numbers. The traps: near
+a = 1, 1 - a^2 is all rounding, so it is -expm1(2 log a), whose root has an infinite slope at 0. The first token of a
+text, with nothing to average, enters without the root, as in RecurrentGemma (the paper is silent), so positions matter.
 """
-
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,18 +21,13 @@ from llmx.parts.init import normal_, residual_std
 from llmx.parts.precision import at_least_float32, exact_zeros
 from llmx.parts.scan import scan
 from llmx.parts.short_convolution import ShortConvolution
+from llmx.parts.states import ConvolvedState
 from llmx.protocol import Context, Hidden, Site, StatefulMixer
 
 SHARPNESS = 8.0  # c in the paper: log a = -c softplus(L) r
-SLOWEST, FASTEST = 0.999, 0.9  # a^c at the start
 
 
-class RGLRUState(NamedTuple):
-    convolution: Tensor  # (B, w - 1, F)
-    hidden: Tensor  # (B, F), h
-
-
-class RGLRU(StatefulMixer[RGLRUState]):
+class RGLRU(StatefulMixer[ConvolvedState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
@@ -53,7 +45,7 @@ class RGLRU(StatefulMixer[RGLRUState]):
         self.convolution = ShortConvolution(hidden, convolution, bias=True)
         self.gates = nn.Parameter(torch.randn(heads, block, 2 * block) * block**-0.5)  # r and i
         self.gate_bias = nn.Parameter(torch.zeros(heads, 2 * block))
-        rate = -torch.empty(hidden).uniform_(FASTEST, SLOWEST).log() / SHARPNESS
+        rate = -torch.empty(hidden).uniform_(0.9, 0.999).log() / SHARPNESS
         self.decay = nn.Parameter(rate.expm1().log())  # L: softplus(L) is the rate
         self.out = nn.Linear(hidden, site.dim)
         normal_(self.project, site.dim**-0.5)
@@ -62,25 +54,25 @@ class RGLRU(StatefulMixer[RGLRUState]):
     def forward(self, x: Hidden, context: Context) -> Hidden:
         return self.prefill(x, None, context)[0]
 
-    def init_state(self, batch_size: int, max_length: int) -> RGLRUState:
+    def init_state(self, batch_size: int, max_length: int) -> ConvolvedState:
         hidden = exact_zeros(self.decay, batch_size, len(self.decay))
-        return RGLRUState(self.convolution.init_state(batch_size), hidden)
+        return ConvolvedState(self.convolution.init_state(batch_size), hidden)  # (B, w - 1, F), (B, F)
 
-    def step(self, x: Tensor, state: RGLRUState, context: Context) -> tuple[Tensor, RGLRUState]:
+    def step(self, x: Tensor, state: ConvolvedState, context: Context) -> tuple[Tensor, ConvolvedState]:
         u, gate = self.project(x).chunk(2, -1)
         u, convolution = self.convolution.step(u, state.convolution)
         a, b = self._recurrence(u, context.positions)
-        hidden = a * state.hidden + b
+        hidden = a * state.memory + b
         y = self.out(hidden.to(gate.dtype) * F.gelu(gate, approximate="tanh"))
-        return y, RGLRUState(convolution, hidden)
+        return y, ConvolvedState(convolution, hidden)
 
-    def prefill(self, x: Hidden, state: RGLRUState | None, context: Context) -> tuple[Hidden, RGLRUState]:
+    def prefill(self, x: Hidden, state: ConvolvedState | None, context: Context) -> tuple[Hidden, ConvolvedState]:
         convolution, start = state or (None, None)
         u, gate = self.project(x).chunk(2, -1)
         u, convolution = self.convolution.prefill(u, convolution)
         hidden = scan(*self._recurrence(u, context.positions), start)
         y = self.out(hidden.to(gate.dtype) * F.gelu(gate, approximate="tanh"))
-        return y, RGLRUState(convolution, hidden[:, -1])
+        return y, ConvolvedState(convolution, hidden[:, -1])
 
     def _recurrence(self, u: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """a_t and the added term, in float32 at least: u (B, T, F), positions (B or 1, T), without T in `step`."""

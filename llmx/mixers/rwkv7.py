@@ -7,11 +7,11 @@
     S_t = S_{t-1} (diag(w_t) - e_t (a_t * e_t)^T) + v_t k_t^T        (K, K) a head
     y_t = W_o (g_t * (norm(S_t r_t) + (r_t . (m_r * k_t)) v_t))      the norm in each head, and the bonus of the token
 
-The maps f are of low rank. exp(-exp(-softplus(-f) - 1/2)) is the same w, which stays above 0.545. Time O(T D (D + K)) a
-sequence in chunks, memory O(T (D + c H)). The state is S and the last x, D (K + 1) numbers a sequence. The traps: the
-erased value is read from S_{t-1} before it fades. v^(1) has to be there in every form. The start decides: output 0,
-orthogonal maps, rates spread over channels and layers. The rest of the paper is left to the network: a norm after the
-embedding, no weight decay on the low-rank maps, twice the learning rate for the bias of w.
+The maps f are of low rank. exp(-exp(-softplus(-f) - 1/2)) is the same w, which stays above 0.545. Time O(T D (D + K))
+in chunks, memory O(T (D + c H)). The state is S and the last x, D (K + 1) numbers. The traps: the erased value is read
+from S_{t-1} before it fades. v^(1) has to be there in every form. The start decides: output 0, orthogonal maps, rates
+spread over channels and layers. The rest of the paper is left to the network: a norm after the embedding, no weight
+decay on the low-rank maps, twice the learning rate for the bias of w.
 """
 
 import math
@@ -47,9 +47,7 @@ class Inputs(NamedTuple):
 
 
 class RWKV7(StatefulMixer[RWKV7State]):
-    """(B, T, D) -> (B, T, D): the paper's time mixing.
-
-    All layers need the same width, so that the first layer's values fit.
+    """(B, T, D) -> (B, T, D): the paper's time mixing. All layers need one width, so that the first's values fit.
 
     Args:
         site: where the mixer stands; the one with occurrence 0 is the first.
@@ -139,15 +137,13 @@ class RWKV7(StatefulMixer[RWKV7State]):
         """The inputs and the gate (..., D), from x and the x of the token before, both (..., D)."""
         change = shifted - x
         for_r, for_w, for_k, for_v, for_a, for_g = (torch.addcmul(x, change, m.to(x.dtype)) for m in self.shifts)
-        key = self.key(for_k)
-        value = self.value(for_v)
+        key, value = self.key(for_k), self.value(for_v)
         if self.share is None:
             context.store[FIRST_VALUE] = value
         else:
             value = value + self.share(for_v).sigmoid() * (context.store[FIRST_VALUE] - value)
         rate = self.rate(for_a).sigmoid()
-        decay = self.decay(for_w)
-        log_decay = FASTEST * at_least_float32(decay).sigmoid()
+        log_decay = FASTEST * at_least_float32(self.decay(for_w)).sigmoid()
         erase = F.normalize(self._heads(key * self.erase_scale), dim=-1)
         key = key * (1 + (rate - 1) * self.rate_scale)
         heads = self._heads
@@ -167,14 +163,7 @@ class RWKV7(StatefulMixer[RWKV7State]):
 
 
 class LowRank(nn.Module):
-    """bias + U f(V x), with a short V x; at the start the bias alone.
-
-    Args:
-        dim: D.
-        rank: of U and V.
-        activation: f.
-        bias: (D,), where it starts.
-    """
+    """bias + U f(V x), with U and V of a rank, f the activation; at the start the bias alone."""
 
     def __init__(self, dim: int, rank: int, activation: nn.Module, bias: Tensor | None = None):
         super().__init__()

@@ -5,10 +5,9 @@
     K_l = 2 Re sum_n C_n (exp(dt A_n) - 1) / A_n exp(l dt A_n),   v = K * u + E u,   y_t = GLU(W gelu(v_t) + b)
 
 Start (S4D-Lin): A_n = -1/2 + i pi n, dt log-uniform over channels in 0.001 to 0.1, C normal, B = 1, absorbed by C. Time
-O(T (log T + N) D) by transforms padded to 2 T, memory O(T D + T^0.5 N D). The state is h, N D numbers a sequence. There
-are no positions. The traps: unpadded transforms wrap the end of the text round to its beginning. exp(dt A) - 1 loses
-its digits where dt is small, so it is expm1. Half of the modes stand for their conjugates, hence the 2. The authors
-train A and dt at a smaller rate. Here all share one.
+O(T (log T + N) D) by transforms padded to 2 T, memory O(T D + T^0.5 N D). The state is h, N D numbers. The traps:
+unpadded transforms wrap the text's end to its beginning. exp(dt A) - 1 loses its digits at small dt, so it is expm1.
+Half the modes stand for conjugates, hence the 2. The authors train A and dt at a smaller rate. All share one here.
 """
 
 import math

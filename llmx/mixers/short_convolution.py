@@ -3,9 +3,9 @@
     y_t = W_o (silu(W_g x_t) * sum_{j < w} c_j * (W_v x)_{t-j})         c_j (D,), each channel by itself
 
 A baseline for longer memories (gated convolutions, arXiv 1612.08083); H3, Hyena and Mamba have this operator inside. A
-stack of L layers sees L (w - 1) tokens back. Time O(T D (D + w)) a sequence, memory O(T D). The state is the last w - 1
-inputs of the convolution, (w - 1) D numbers a sequence. The traps: a convolution padded on both sides, as in image
-networks, reads the future. One padded anew at each piece forgets the last piece.
+stack of L layers sees L (w - 1) tokens back. Time O(T D (D + w)), memory O(T D). The state is the last w - 1 inputs of
+the convolution, (w - 1) D numbers. The traps: a convolution padded on both sides, as in image networks, reads the
+future. One padded anew at each piece forgets the last piece.
 """
 
 import torch.nn.functional as F

@@ -3,9 +3,9 @@
     y_t = W_o concat_h  sum_s exp(a_ts) v_s / (exp(b_h) + sum_s exp(a_ts)),     a_ts = R_t q_t . R_s k_s / sqrt(K)
 
 A head with nothing to say puts its probability into b_h, one number a head, instead of into the first token of the
-text. Time O(T^2 D) or O(T w D), memory O(T^2 H) or O(T w H), because the scores are written out. The state grows with
-the length: 2 G K numbers a token, up to w tokens with a window. The trap: the sink has no value. A key of zeros
-appended instead would fix its score at 0 and rotate with the text.
+text. Time O(T^2 D) or O(T w D), memory O(T^2 H) or O(T w H), because the scores are written out. The state grows by 2 G
+K numbers a token, up to w tokens with a window. The trap: the sink has no value. A key of zeros appended instead would
+fix its score at 0 and rotate with the text.
 """
 
 import torch
@@ -21,15 +21,11 @@ class SinkAttention(SoftmaxAttention):
     """Over the whole past: (B, T, D) -> (B, T, D).
 
     Args:
-        site: where the mixer stands.
         heads: query heads; must divide `dim` into even parts.
         kv_heads: key/value heads; must divide `heads`. As many as `heads` if not given.
         bias: all projections have a bias.
         rotary_base: base of the rotary frequencies.
         dropout: probability of dropping an attention weight in training.
-
-    Raises:
-        ValueError: for head counts that do not divide.
     """
 
     def __init__(
@@ -58,16 +54,12 @@ class SinkWindowAttention(SoftmaxAttention):
     """Over the last `window` positions: (B, T, D) -> (B, T, D).
 
     Args:
-        site: where the mixer stands.
         heads: query heads; must divide `dim` into even parts.
         kv_heads: key/value heads; must divide `heads`. As many as `heads` if not given.
         window: positions that a query sees, its own among them.
         bias: all projections have a bias.
         rotary_base: base of the rotary frequencies.
         dropout: probability of dropping an attention weight in training.
-
-    Raises:
-        ValueError: for head counts that do not divide, or a window below 1.
     """
 
     def __init__(

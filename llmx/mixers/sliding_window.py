@@ -2,10 +2,10 @@
 
     y_t = W_o concat_h  sum_{t - w < s <= t} softmax_s(R_t q_t . R_s k_s / sqrt(K)) v_s
 
-Time O(T w D) a sequence, memory O(T w H). The state is a ring of w slots: at most 2 G K w numbers a sequence, whatever
-its length. Depth widens the view: after L layers a position has heard from L (w - 1) before it. The traps: a window of
-w counts the query's own position, so the farthest key is w - 1 away. A prefill must attend before it writes the ring,
-which otherwise loses what the first queries of the piece still see.
+Time O(T w D), memory O(T w H). The state is a ring of w slots: at most 2 G K w numbers, whatever its length. Depth
+widens the view: after L layers a position has heard from L (w - 1) before it. The traps: a window of w counts the
+query's own position, so the farthest key is w - 1 away. A prefill must attend before it writes the ring, which
+otherwise loses what the first queries of the piece still see.
 """
 
 from torch import Tensor
@@ -20,15 +20,11 @@ class SlidingWindowAttention(SoftmaxAttention):
     """(B, T, D) -> (B, T, D).
 
     Args:
-        site: where the mixer stands.
         heads: query heads; must divide `dim` into even parts.
         kv_heads: key/value heads; must divide `heads`. As many as `heads` if not given.
         window: positions that a query sees, its own among them.
         rotary_base: base of the rotary frequencies.
         dropout: probability of dropping an attention weight in training.
-
-    Raises:
-        ValueError: for head counts that do not divide, or a window below 1.
     """
 
     def __init__(

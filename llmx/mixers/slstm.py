@@ -5,12 +5,11 @@
     z_t, o_t = tanh, sigmoid of W x_t + R h_{t-1} + b        R block-diagonal: (K, K) for each head and gate
     c_t = f_t c_{t-1} + i_t z_t,   n_t = f_t n_{t-1} + i_t,   h_t = o_t * c_t / n_t,   y_t = norm of h_t in each head
 
-Truly sequential: h_{t-1} goes through the gates of step t, so `forward` is a loop over time. One product before it
-covers all that does not depend on h. Time O(T D (D + K)) in T dependent steps, memory O(T D). The state is h, c, n, m
-and 3 inputs of the convolution, 7 D numbers a sequence. The trap: exp overflows. A stabiliser
-m_t = max(log f_t + m_{t-1}, log i_t) is taken out of both gates and cancels in c / n. It starts at minus infinity: from
-m_0 = 0 a first i_t below e^-88 would round to nothing and give 0 / 0. So n_t >= 1 at every step. There is no output
-projection: the paper's block goes from the norm straight to its feed-forward.
+Truly sequential: h_{t-1} goes through the gates of step t, so `forward` loops over time, after one product for the
+rest. Time O(T D (D + K)) in T dependent steps, memory O(T D). The state is h, c, n, m and 3 inputs of the convolution,
+7 D numbers. The trap: exp overflows. A stabiliser m_t = max(log f_t + m_{t-1}, log i_t) is taken out of both gates and
+cancels in c / n. It starts at minus infinity: from m_0 = 0 a first i_t below e^-88 would round to 0 and give 0 / 0. So
+n_t >= 1 always. There is no output projection: the paper's block goes from the norm to its feed-forward.
 """
 
 from typing import NamedTuple

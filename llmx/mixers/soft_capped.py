@@ -3,8 +3,8 @@
     y_t = W_o concat_h  sum_s softmax_s(c tanh(R_t q_t . R_s k_s / (c sqrt(K)))) v_s,       s <= t, or t - w < s <= t
 
 No score leaves (-c, c), so no weight of one key over another exceeds e^(2 c). Time O(T^2 D) or O(T w D), memory
-O(T^2 H) or O(T w H), because the scores are written out. The state grows with the length: 2 G K numbers a token, up to
-w tokens with a window. The trap: the cap comes before the mask, because tanh would make a finite score of -inf.
+O(T^2 H) or O(T w H), because the scores are written out. The state grows by 2 G K numbers a token, up to w tokens with
+a window. The trap: the cap comes before the mask, because tanh would make a finite score of -inf.
 """
 
 from torch import Tensor
@@ -19,15 +19,11 @@ class SoftCappedAttention(SoftmaxAttention):
     """Over the whole past: (B, T, D) -> (B, T, D).
 
     Args:
-        site: where the mixer stands.
         heads: query heads; must divide `dim` into even parts.
         kv_heads: key/value heads; must divide `heads`. As many as `heads` if not given.
-        cap: the bound of the scores.
+        cap: the bound of the scores, above 0.
         rotary_base: base of the rotary frequencies.
         dropout: probability of dropping an attention weight in training.
-
-    Raises:
-        ValueError: for head counts that do not divide, or a cap that is not positive.
     """
 
     def __init__(
@@ -58,16 +54,12 @@ class SoftCappedWindowAttention(SoftmaxAttention):
     """Over the last `window` positions: (B, T, D) -> (B, T, D).
 
     Args:
-        site: where the mixer stands.
         heads: query heads; must divide `dim` into even parts.
         kv_heads: key/value heads; must divide `heads`. As many as `heads` if not given.
         window: positions that a query sees, its own among them.
-        cap: the bound of the scores.
+        cap: the bound of the scores, above 0.
         rotary_base: base of the rotary frequencies.
         dropout: probability of dropping an attention weight in training.
-
-    Raises:
-        ValueError: for head counts that do not divide, a window below 1, or a cap that is not positive.
     """
 
     def __init__(

@@ -9,10 +9,9 @@
 M' is M at the end of the mini-batch before, of b = 8 tokens. Within one, a query reads a masked attention over errors,
 whose weights are a product of two triangles of decays, eta's and 1 - alpha's. T / b dependent steps of matrix products,
 time O(T (b + K) D), memory O(T K D / b). The state is M', M, S and the last 3 inputs of the convolution, 3 K D + 9 D
-numbers a sequence. The first M is learned. There are no positions. The memory is linear here, the shallowest of the
-paper's. The paper leaves open how the rates depend on x, and there are the traps: b gradients at one M' overshoot b
-times over where keys agree, and momentum 1 / (1 - eta) times more; theta divides both out. And S moves M at each token,
-written or not, so padding inside a mini-batch has to hold M still.
+numbers. The first M is learned. The memory is linear, the paper's shallowest. The paper leaves open how the rates
+depend on x. The traps: b gradients at one M' overshoot b times over where keys agree, and momentum 1 / (1 - eta) times
+more; theta divides both out. S moves M at each token, written or not, so padding in a mini-batch must hold M still.
 """
 
 import math
@@ -30,8 +29,6 @@ from llmx.parts.norm import RMSNorm
 from llmx.parts.precision import at_least_float32, exact_dtype
 from llmx.parts.short_convolution import ShortConvolution
 from llmx.protocol import Context, Hidden, Site, StatefulMixer
-
-FASTEST, SLOWEST = 0.1, 0.001  # alpha at the start, from head to head
 
 
 class TitansState(NamedTuple):
@@ -70,7 +67,7 @@ class Titans(StatefulMixer[TitansState]):
         self.widths = (3 * site.dim, site.dim, 3 * heads)  # q, k, v; gate; a, e, r
         self.project = nn.Linear(site.dim, sum(self.widths), bias=False)
         self.convolution = ShortConvolution(3 * site.dim, convolution)
-        forgets = torch.linspace(math.log(SLOWEST), math.log(FASTEST), heads).exp()
+        forgets = torch.linspace(math.log(0.001), math.log(0.1), heads).exp()  # alpha at the start, from head to head
         self.rates = nn.Parameter(torch.cat((forgets.logit(), torch.zeros(2 * heads))))  # c
         self.memory = nn.Parameter(torch.empty(heads, self.head_dim, self.head_dim))  # the first M
         self.norm = RMSNorm(self.head_dim)

@@ -6,12 +6,11 @@
     y_t = W_o norm(f(q_t; S_t))                                               norm: LayerNorm over all D channels
 
 S' is S at the end of the mini-batch before, j = 1 .. b the place in this one. All its gradients are taken at S', so
-those of b = 16 tokens are one product of matrices, and a query reads q_t S' less a masked attention over the gradients
-(the dual form). From mini-batch to mini-batch there is no shortcut, as S' is inside LN: the method itself takes T / b
-dependent steps. Time O(T (b + K) D), memory O(T K D / b) for the S' that the backward pass needs. The state is S' and
-the sum of gradients so far, 2 (K + 1) D numbers a sequence. The first S' is learned. The traps: with the S of the
-mini-batch's end instead of S_t, a token reads the gradients of later ones. Mini-batches are counted from the start of
-the text, or the outputs depend on how it was cut.
+those of b = 16 tokens are one matrix product, and a query reads q_t S' less a masked attention over the gradients (the
+dual form). Between mini-batches there is no shortcut, as S' is inside LN: the method takes T / b dependent steps. Time
+O(T (b + K) D), memory O(T K D / b) for the S' that backward needs. The state is S' and the sum of gradients so far, 2
+(K + 1) D numbers. The first S' is learned. The traps: with the S of the mini-batch's end instead of S_t, a token reads
+the gradients of later ones. Mini-batches count from the start of the text, or the outputs depend on how it was cut.
 """
 
 from typing import NamedTuple

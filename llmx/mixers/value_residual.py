@@ -24,9 +24,7 @@ FIRST_VALUE = "first value"  # in the context's store: (B, T, G K), no T in `ste
 
 
 class ValueResidualAttention(SoftmaxAttention):
-    """Multi-head causal attention with rotary positions, its values mixed with those of the first such layer.
-
-    All layers need the same `heads` and `kv_heads`, so that their values have one width.
+    """(B, T, D) -> (B, T, D). All layers need the same `heads` and `kv_heads`, so that their values have one width.
 
     Args:
         site: where the mixer stands; occurrence 0 is the first layer of this kind.
@@ -36,9 +34,6 @@ class ValueResidualAttention(SoftmaxAttention):
         dropout: probability of dropping an attention weight in training.
         norm: factory of a norm for each head's query and key, from K, before the rotation; none if not given.
         out_std: of the initialisation of W_o; 0.02 / sqrt(2 depth) if not given.
-
-    Raises:
-        ValueError: for head counts that do not divide.
     """
 
     def __init__(
