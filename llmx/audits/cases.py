@@ -1,18 +1,85 @@
-"""How the causality audit runs a network: a copy in float64 under equal conditions, one length and mode at a time."""
+"""How the causality audit runs a network: a copy in float64 under equal conditions, one length and mode at a time.
 
+It can record the calls of all modules in two passes, and so find the first module that leaks.
+"""
+
+from collections import Counter
+from collections.abc import Callable
 from functools import cached_property, partial
+from itertools import product
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmx.audits.causality_report import Breach
 from llmx.audits.copies import copy_network, exact_copy, perturbed_copy, seed_cpu
 from llmx.audits.inputs import MAX_ROWS, chunk_boundaries, largest_prime, random_windows, token_budget
-from llmx.audits.module_calls import ForwardPass, ModuleCall, ModuleCalls, Part, first_leaking_module, record_calls
-from llmx.audits.rounding import MIN_LOG_PROBABILITY, SAME_SHAPE_TOLERANCE, RoundingWatch
+from llmx.audits.rounding import MIN_LOG_PROBABILITY, SAME_SHAPE_TOLERANCE, RoundingWatch, relative_change
 from llmx.protocol import Logits, Network, Tokens
 
 MAX_TOKENS = 2048  # in one pass
+
+
+class ModuleCall(NamedTuple):
+    """One call of a module: its input and output tensors as they were."""
+
+    module: str
+    module_class: str
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+
+
+Calls = dict[tuple[str, int], ModuleCall]  # by module and number of its call, in the order in which calls end
+Pass = Callable[..., Logits]  # AuditedNetwork.run with all arguments but `calls` given
+Part = Callable[[Tensor], list[Tensor]]  # what must not change in a tensor; several readings if axes are ambiguous
+
+
+def record_calls(network: Network, calls: Calls) -> None:
+    """Makes every module of a network write its calls into `calls`."""
+    names = {module: name for name, module in network.named_modules()}
+    entered: list[list[Tensor]] = []
+    count: Counter[str] = Counter()
+
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        entered.append(_tensors((args, kwargs)))
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        name = names[module]
+        calls[name, count[name]] = ModuleCall(name, type(module).__name__, entered.pop(), _tensors(output))
+        count[name] += 1
+
+    for module in names:
+        module.register_forward_pre_hook(enter, with_kwargs=True)
+        module.register_forward_hook(leave)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """Copies of the tensors in nested containers, real and in float64."""
+    if isinstance(value, Tensor):
+        real = torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
+        return [real.detach().to(torch.float64, copy=True)]
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, tuple | list) else []
+
+
+def first_leaking_module(first: Pass, second: Pass, part: Part, part2: Part, tolerance: float) -> ModuleCall | None:
+    """The first module whose output differs between two passes although its inputs agree."""
+    calls, calls2 = Calls(), Calls()
+    first(calls=calls)
+    second(calls=calls2)
+
+    def differ(tensors: list[Tensor], tensors2: list[Tensor]) -> bool:
+        for one, two in zip(tensors, tensors2, strict=False):
+            pairs = [(a, b) for a, b in product(part(one), part2(two)) if a.shape == b.shape and a.numel()]
+            # tensors differ only if every reading does: a wrong reading includes what may change
+            if pairs and min(relative_change(a, b).max().item() for a, b in pairs) > tolerance:
+                return True
+        return False
+
+    both = [(call, calls2[key]) for key, call in calls.items() if key in calls2]
+    return next((a for a, b in both if differ(a.outputs, b.outputs) and not differ(a.inputs, b.inputs)), None)
 
 
 class AuditedNetwork:
@@ -45,17 +112,11 @@ class AuditedNetwork:
         return copy_network(self.source, share_parameters=True).train(training)
 
     def run(
-        self,
-        tokens: Tokens,
-        training: bool,
-        after: Tokens | None = None,
-        draw: int = 0,
-        calls: ModuleCalls | None = None,
+        self, tokens: Tokens, training: bool, after: Tokens | None = None, draw: int = 0, calls: Calls | None = None
     ) -> Logits:
         """(B, T) -> (B, T, V) log probabilities in float64; the logits themselves if some are not finite.
 
-        The same copy first reads the batch `after`; `draw` seeds its random numbers; `calls` receives the calls of all
-        modules.
+        The copy reads the batch `after` first. `draw` seeds its random numbers. `calls` receives all modules' calls.
         """
         network = self.fresh_copy(training)
         if after is not None:
@@ -114,19 +175,9 @@ class AuditCase:
         self.network.skipped.setdefault(check, reason)
 
     def breached(
-        self,
-        check: str,
-        change: Tensor,
-        changed: int,
-        first: ForwardPass,
-        second: ForwardPass,
-        part: Part,
-        part2: Part | None = None,
+        self, check: str, change: Tensor, changed: int, first: Pass, second: Pass, part: Part, part2: Part | None = None
     ) -> bool:
-        """Whether two passes differ in what they must share, by `change` (rows, positions, V). Records a breach then.
-
-        Without `part2` the passes have the same shape.
-        """
+        """Records a breach if two passes, of one shape without `part2`, differ by a `change` (rows, positions, V)."""
         tolerance = self.network.same_tolerance if part2 is None else self.network.tolerance
         if change.max() <= tolerance:
             return False

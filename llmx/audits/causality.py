@@ -28,11 +28,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from llmx.audits.cases import AuditCase, AuditedNetwork
+from llmx.audits.cases import AuditCase, AuditedNetwork, Calls, Part, Pass, first_leaking_module
 from llmx.audits.causality_report import CHECKS, CausalityReport
 from llmx.audits.copies import preserve_rng_state, seed_cpu
 from llmx.audits.inputs import MAX_ROWS
-from llmx.audits.module_calls import ForwardPass, ModuleCalls, Part, first_leaking_module
 from llmx.audits.rounding import MIN_LOG_PROBABILITY, relative_change
 from llmx.errors import UserError
 from llmx.protocol import Logits, Network, Tokens
@@ -43,15 +42,11 @@ LOSS_TOLERANCE = 1e-4  # nats, between a loss in float32 and the cross-entropy
 def audit_causality(network: Network, max_length: int, seed: int = 0, text: Tensor | None = None) -> CausalityReport:
     """Looks for outputs that depend on later tokens, on other rows, or on earlier batches.
 
-    The network and the caller's random state stay as they are. A network of 10 M parameters takes some seconds.
-
-    Args:
-        network: in any mode, on any device.
-        max_length: the longest sequence to try, usually the window. Large networks get shorter ones: see the report.
-        seed: of weights, tokens and cuts.
-        text: token ids (L,) for half of the rows. Text repeats words and ends paragraphs, random tokens do not.
-
-    Raises UserError for a length below 1, and whatever the network's own forward raises.
+    The network, in any mode and on any device, and the caller's random state stay as they are. A network of 10 M
+    parameters takes some seconds. The longest sequence to try is usually the window. Large networks get shorter ones:
+    see the report. `seed` seeds weights, tokens and cuts. `text`, token ids (L,), fills half of the rows: text repeats
+    words and ends paragraphs, random tokens do not. Raises UserError for a length below 1, and whatever the network's
+    own forward raises.
     """
     if max_length < 1:
         raise UserError(f"data.window: {max_length} tokens are too few to audit a network; give at least 1")
@@ -62,29 +57,28 @@ def audit_causality(network: Network, max_length: int, seed: int = 0, text: Tens
             for training in (False, True):
                 case = AuditCase(audited, length, training)
                 check_finite(case, case.tokens, case.outputs)
-                if case.outputs.isfinite().all():
-                    for check in (check_losses, check_batch, check_memory, check_suffix, check_prefix):
-                        check(case)
+                checks = (check_losses, check_batch, check_memory, check_suffix, check_prefix)
+                for check in checks if case.outputs.isfinite().all() else ():
+                    check(case)
         influence = check_gradient(audited)
-        return CausalityReport(
-            breaches=tuple(sorted(audited.breaches.values(), key=lambda breach: CHECKS.index(breach.check))),
-            skipped=tuple(f"{check}: {reason}" for check, reason in audited.skipped.items()),
-            lengths=audited.lengths,
-            tolerance=audited.tolerance,
-            influence=influence,
-            seconds=time.perf_counter() - started,
-        )
+    breaches = tuple(sorted(audited.breaches.values(), key=lambda breach: CHECKS.index(breach.check)))
+    skipped = tuple(f"{check}: {reason}" for check, reason in audited.skipped.items())
+    seconds = time.perf_counter() - started
+    return CausalityReport(breaches, skipped, audited.lengths, audited.tolerance, influence, seconds)
 
 
 # ---------------------------------------------------------------------------------------------------------- the checks
 def check_finite(case: AuditCase, tokens: Tokens, outputs: Logits) -> None:
-    bad = ~outputs.isfinite().all(-1)  # (B, T)
-    if not bad.any() or case.found("finite"):
+    def finite(tensors: list[Tensor]) -> bool:
+        return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+    if finite([outputs]) or case.found("finite"):
         return
-    calls = ModuleCalls()
+    calls = Calls()
     case.run(tokens, calls=calls)
-    culprits = (call for call in calls.values() if not _finite(call.outputs) and _finite(call.inputs))
-    case.record("finite", next(culprits, None), int(bad.any(0).int().argmax()), 0, math.inf)
+    culprits = (call for call in calls.values() if not finite(call.outputs) and finite(call.inputs))
+    position = int((~outputs.isfinite()).any(-1).any(0).int().argmax())
+    case.record("finite", next(culprits, None), position, 0, math.inf)
 
 
 def check_losses(case: AuditCase) -> None:
@@ -191,9 +185,8 @@ def check_gradient(audited: AuditedNetwork) -> Tensor | None:
         case.skip("gradient", "no gradient leads from the outputs to an nn.Embedding of the tokens")
         return None
     influence = torch.stack([gradient.square().flatten(2).sum(-1) for gradient in gradients]).sum(0).sqrt()  # (T, T)
-    bad = ~influence.isfinite()
-    if bad.any():
-        case.record("finite", None, int(bad.any(1).int().argmax()), 0, math.inf)
+    if not influence.isfinite().all():
+        case.record("finite", None, int((~influence.isfinite()).any(1).int().argmax()), 0, math.inf)
         return influence
     size = (influence.triu(1).max() / influence.max().clamp_min(torch.finfo().tiny)).item()
     if size > audited.tolerance:
@@ -207,7 +200,7 @@ def check_gradient(audited: AuditedNetwork) -> Tensor | None:
 
 
 # ------------------------------------------------------------------------------------------------------ passes, parts
-def _suffix_passes(case: AuditCase, tokens: Tokens, other: Tokens, cut: int) -> tuple[ForwardPass, ForwardPass, Part]:
+def _suffix_passes(case: AuditCase, tokens: Tokens, other: Tokens, cut: int) -> tuple[Pass, Pass, Part]:
     """Replaces all rows from the same position on, so that no row can change another before it."""
     changed = torch.where(torch.arange(case.length) >= cut, other, tokens)
     part = partial(_time_parts, rows=len(tokens), length=case.length, keep=cut)
@@ -228,10 +221,6 @@ def _row_parts(tensor: Tensor, rows: int, keep: list[int]) -> list[Tensor]:
     if tensor.ndim and tensor.shape[0] != rows and tensor.shape[0] % rows == 0:
         readings.append(tensor.unflatten(0, (rows, -1)))
     return [reading[keep] for reading in readings]
-
-
-def _finite(tensors: list[Tensor]) -> bool:
-    return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def _gradients(network: Network, tokens: Tokens, projection: Tensor) -> list[Tensor]:

@@ -35,25 +35,18 @@ CHECKS = tuple(SENTENCES)
 class Breach:
     """One way in which the network cheats, or fails (`finite`).
 
-    check:         one of CHECKS
-    mode:          "train" or "eval"
-    length:        tokens in a sequence
-    module:        dotted name of the first module in forward order that turns unchanged inputs into a changed output;
-                   the network's class if it is none of its parts, or for `losses` and `run`, which do not look for it
-    module_class:  its class
-    position:      the output position that changed most
-    changed:       the first input position that was replaced, cut off, or differentiated by
-    size:          the change, relative to the largest output; in nats for `losses`, inf for `finite`
+    `module` is the dotted name of the first module in forward order that turns unchanged inputs into a changed output;
+    the network's class if it is none of its parts, or for `losses` and `run`, which do not look for it.
     """
 
-    check: str
-    mode: str
-    length: int
+    check: str  # one of CHECKS
+    mode: str  # "train" or "eval"
+    length: int  # tokens in a sequence
     module: str
     module_class: str
-    position: int
-    changed: int
-    size: float
+    position: int  # the output position that changed most
+    changed: int  # the first input position that was replaced, cut off, or differentiated by
+    size: float  # the change, relative to the largest output; in nats for `losses`, inf for `finite`
 
     def __str__(self) -> str:
         sentence = SENTENCES[self.check].format(**vars(self))
@@ -66,20 +59,13 @@ class Breach:
 
 @dataclass(frozen=True)
 class CausalityReport:
-    """What the audit found.
+    """What the audit found. `influence` (T, T) is the norm of the gradient of output t with respect to the embedding
+    at s; None if skipped."""
 
-    breaches:   in the order of CHECKS, one for each check and mode, at the first length; empty for an honest network
-    skipped:    checks that could not run, each with its reason
-    lengths:    tokens in the sequences tried
-    tolerance:  changes up to this relative size count as rounding
-    influence:  (T, T), norm of the gradient of output t with respect to the embedding at s; None if skipped
-    seconds:    duration of the audit
-    """
-
-    breaches: tuple[Breach, ...]
-    skipped: tuple[str, ...]
-    lengths: tuple[int, ...]
-    tolerance: float
+    breaches: tuple[Breach, ...]  # in the order of CHECKS, one for each check and mode, at the first length
+    skipped: tuple[str, ...]  # checks that could not run, each with its reason
+    lengths: tuple[int, ...]  # tokens in the sequences tried
+    tolerance: float  # changes up to this relative size count as rounding
     influence: Tensor | None = field(repr=False)
     seconds: float
 
@@ -89,10 +75,9 @@ class CausalityReport:
 
     def summary(self) -> str:
         """A short paragraph for people."""
+        lengths = ", ".join(map(str, self.lengths))
         verdict = f"LEAKING: {self.describe()}" if self.leaking else "no leak."
-        text = (
-            f"causality: lengths {', '.join(map(str, self.lengths))}, train and eval, {self.seconds:.1f} s: {verdict}"
-        )
+        text = f"causality: lengths {lengths}, train and eval, {self.seconds:.1f} s: {verdict}"
         if self.skipped:
             text += f" Skipped: {'; '.join(self.skipped)}."
         if self.tolerance > TOLERANCE:
@@ -106,12 +91,10 @@ class CausalityReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for a run's record, without the influence map."""
+        breaches = [asdict(breach) for breach in self.breaches]
         return {
             "leaking": self.leaking,
-            "breaches": [
-                {**asdict(breach), "size": breach.size if math.isfinite(breach.size) else None}
-                for breach in self.breaches
-            ],
+            "breaches": [breach | ({} if math.isfinite(breach["size"]) else {"size": None}) for breach in breaches],
             "skipped": list(self.skipped),
             "lengths": list(self.lengths),
             "tolerance": self.tolerance,
@@ -142,18 +125,16 @@ def influence_figure(report: CausalityReport) -> Figure:
     if report.influence is None:
         raise ValueError("the report has no influence map: " + "; ".join(report.skipped))
     influence = report.influence.nan_to_num(0, 0, 0).numpy()
-    length = len(influence)
     largest = float(influence.max()) or 1.0
     figure = Figure(figsize=(5.6, 4.8), dpi=110, layout="constrained")
     axes = figure.add_subplot()
     above_rounding = np.ma.masked_less_equal(influence, report.tolerance * largest)
     colors = axes.imshow(above_rounding, norm=LogNorm(largest * 1e-6, largest), cmap="viridis")
-    edges = np.arange(length) + 0.5
+    edges = np.arange(len(influence)) + 0.5
     future = axes.fill_between(edges, edges, -0.5, step="post", facecolor="none", edgecolor="crimson", alpha=0.6)
     future.set(hatch="//", linewidth=1.0)
-    axes.set_xlabel("input position s")
-    axes.set_ylabel("output position t")
     seen_by = ", ".join(dict.fromkeys(breach.check for breach in report.breaches))
-    axes.set_title(f"LEAKING ({seen_by})" if report.leaking else "causal")
+    title = f"LEAKING ({seen_by})" if report.leaking else "causal"
+    axes.set(xlabel="input position s", ylabel="output position t", title=title)
     figure.colorbar(colors, label="norm of d output t / d embedding s")
     return figure

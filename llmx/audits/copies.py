@@ -15,12 +15,8 @@ from torch import Tensor
 
 from llmx.protocol import Network
 
-EXACT = {
-    torch.float16: torch.float64,
-    torch.bfloat16: torch.float64,
-    torch.float32: torch.float64,
-    torch.complex64: torch.complex128,
-}
+EXACT = dict.fromkeys((torch.float16, torch.bfloat16, torch.float32), torch.float64)
+EXACT[torch.complex64] = torch.complex128
 
 
 def copy_network(network: Network, share_parameters: bool = False) -> Network:

@@ -28,19 +28,13 @@ ROWS = 2
 
 @dataclass(frozen=True)
 class Divergence:
-    """Two forms that differ.
+    """Two forms that differ. `component` is the dotted name and class of the first mixer or feed-forward whose own
+    forms differ; the network's class if each of them is right."""
 
-    what:       "outputs", or "gradients of NAME"
-    lengths:    the segmentation that differs from the parallel form
-    component:  dotted name and class of the first mixer or feed-forward whose own forms differ; the network's class
-                if each of them is right
-    size:       the difference, relative to the largest number
-    """
-
-    what: str
-    lengths: tuple[int, ...]
+    what: str  # "outputs", or "gradients of NAME"
+    lengths: tuple[int, ...]  # the segmentation that differs from the parallel form
     component: str
-    size: float
+    size: float  # the difference, relative to the largest number
 
     def __str__(self) -> str:
         pieces = "step by step" if set(self.lengths) == {1} else f"in pieces of {', '.join(map(str, self.lengths))}"
@@ -62,25 +56,18 @@ class EquivalenceReport:
 
     def summary(self) -> str:
         """One line for people."""
-        head = f"forms: length {self.length}, {self.seconds:.1f} s: "
-        if self.skipped:
-            return f"{head}skipped, {self.skipped}."
-        if not self.failing:
-            return f"{head}forward, prefill and step are one function."
-        return f"{head}DIFFERENT: {'; '.join(map(str, self.divergences))}."
+        verdict = f"skipped, {self.skipped}" if self.skipped else "forward, prefill and step are one function"
+        if self.failing:
+            verdict = f"DIFFERENT: {'; '.join(map(str, self.divergences))}"
+        return f"forms: length {self.length}, {self.seconds:.1f} s: {verdict}."
 
 
 def audit_equivalence(network: Network, max_length: int, seed: int = 0) -> EquivalenceReport:
-    """Compares the recurrent form of a network with its parallel form.
+    """Compares the recurrent form of a network with its parallel form, over at most `max_length` tokens, the window.
 
-    The network and the caller's random state stay as they are.
-
-    Args:
-        network: in any mode, on any device.
-        max_length: the window; the audit tries at most 37 tokens, and 300 without gradients.
-        seed: of weights and tokens.
-
-    Raises UserError if the network writes into its state in place while gradients are on, and whatever it raises.
+    The network, in any mode and on any device, and the caller's random state stay as they are. `seed` seeds weights and
+    tokens. Raises UserError if the network writes into its state in place while gradients are on, and whatever the
+    network raises.
     """
     started = time.perf_counter()
     length = min(max_length, MAX_LENGTH)
@@ -115,18 +102,16 @@ def _compare(network: Network, tokens: Tokens, weights: Tensor | None) -> tuple[
     def differentiated(logits: Logits) -> tuple[Tensor, dict[str, Tensor]]:
         if weights is None or not parameters:
             return logits.detach(), {}
-        gradients = torch.autograd.grad(
-            (logits * weights).sum(), list(parameters.values()), allow_unused=True, materialize_grads=True
-        )
+        total, wanted = (logits * weights).sum(), tuple(parameters.values())
+        gradients = torch.autograd.grad(total, wanted, allow_unused=True, materialize_grads=True)
         return logits.detach(), dict(zip(parameters, gradients, strict=True))
 
     outputs, gradients = differentiated(network(tokens))
     scale = max((gradient.abs().max().item() for gradient in gradients.values()), default=1.0)
     for lengths in segmentations(tokens.shape[1]):
         try:
-            outputs2, gradients2 = differentiated(
-                torch.cat([logits for _, logits in _in_pieces(network, tokens, lengths)], 1)
-            )
+            pieces = torch.cat([logits for _, logits in _in_pieces(network, tokens, lengths)], 1)
+            outputs2, gradients2 = differentiated(pieces)
         except RuntimeError as error:
             if "inplace operation" not in str(error):
                 raise
@@ -149,9 +134,8 @@ def _in_pieces(
     state, start = part.init_state(len(x), x.shape[1]), 0
     for length in lengths:
         piece = slice(start, start + length)
-        where = start if length == 1 else piece
-        extra = () if context is None else (context.at(where),)
-        output, state = (part.step if length == 1 else part.prefill)(x[:, where], state, *extra)
+        form, where = (part.step, start) if length == 1 else (part.prefill, piece)
+        output, state = form(x[:, where], state, *(() if context is None else (context.at(where),)))
         yield piece, output[:, None] if length == 1 else output
         start += length
 

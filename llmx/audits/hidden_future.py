@@ -19,12 +19,12 @@ from llmx.protocol import Network
 
 
 class HiddenFutureLoss(NamedTuple):
-    """loss: nats a token, mean over the draws; spread: their standard deviation; predictions: tokens counted."""
+    """What hidden_future_loss measured."""
 
-    loss: float
-    spread: float
+    loss: float  # nats a token, mean over the draws
+    spread: float  # their standard deviation
     draws: int
-    predictions: int
+    predictions: int  # tokens counted
 
 
 def hidden_future_loss(
@@ -38,27 +38,19 @@ def hidden_future_loss(
 ) -> HiddenFutureLoss:
     """Evaluates a split with the future hidden: each of its L - 1 predictable tokens once, in disjoint windows.
 
-    The network runs on its own device in evaluation mode, always at the full window. Its mode is restored.
-
-    Args:
-        network: leaking or not.
-        tokens: (L,) integers, the whole split.
-        unigram: (V,) probabilities or counts of the tokens in the training split.
-        window: tokens in a sequence.
-        draws: futures drawn for each prediction.
-        seed: of the draws.
-        batch_tokens: tokens in one forward; more do not fit in a processor's cache.
-
-    Raises UserError if nothing is left to measure, or `unigram` is no distribution.
+    The network, leaking or not, runs on its own device in evaluation mode, always at the full window. Its mode is
+    restored. `tokens` (L,) is the whole split; `unigram` (V,) holds probabilities or counts of the tokens in the
+    training split. Each prediction draws `draws` futures, with this seed. One forward has `batch_tokens`; more do not
+    fit in a processor's cache. Raises UserError if nothing is left to measure, or `unigram` is no distribution.
     """
     weights = torch.as_tensor(unigram, dtype=torch.float64, device="cpu")
     if weights.shape != (network.vocab_size,) or not (weights >= 0).all() or not 0 < weights.sum() < torch.inf:
         raise UserError(f"unigram: give one probability or count for each of the {network.vocab_size} tokens")
     if len(tokens) < 2:
         raise UserError(f"data.split: a split of {len(tokens)} tokens has nothing to predict; give it at least 2")
-    if window < 1 or draws < 1:
-        name, value = ("data.window", window) if window < 1 else ("draws", draws)
-        raise UserError(f"{name}: {value} is below 1")
+    for name, value in (("data.window", window), ("draws", draws)):
+        if value < 1:
+            raise UserError(f"{name}: {value} is below 1")
     device = next((tensor.device for tensor in (*network.parameters(), *network.buffers())), torch.device("cpu"))
     generator = torch.Generator().manual_seed(seed)
     predictions = len(tokens) - 1

@@ -36,21 +36,12 @@ def audit_live_run(
     tokens: int = 8192,
     seed: int = 0,
 ) -> Breach | None:
-    """Looks for losses that depend on later text, in evaluation mode.
+    """Looks for losses that depend on later text, in evaluation mode. Returns the largest change that is not rounding.
 
-    The network and the caller's random state stay as they are.
-
-    Args:
-        network: whole, not sharded.
-        window: the length to try, in two rows at least.
-        autocast: the precision of the run.
-        text: token ids (L,); random ones if not given.
-        device: of the run.
-        perturb: move the weights first, because a projection that starts at zero hides any leak behind it.
-        tokens: the most in one pass; a large network gets fewer.
-        seed: of rows, cuts and weights.
-
-    Returns the largest change that is not rounding.
+    The network, whole and not sharded, and the caller's random state stay as they are. The audit tries sequences as
+    long as the window, two at least, with the run's precision (`autocast`) and device. `text` has token ids (L,),
+    random ones if not given. `perturb` moves the weights first, because a projection that starts at zero hides any leak
+    behind it. One pass has at most `tokens`; a large network gets fewer. `seed` seeds rows, cuts and weights.
     """
     if window < 2 or network.vocab_size < 2:
         return None
@@ -86,8 +77,7 @@ def audit_live_run(
         exact_change = _change(before, after)[0].masked_fill(~earlier[row], 0.0)
         if exact_change.max() > max(EXACT_TOLERANCE, rounding.tolerance):
             return _breach(network, window, exact_change, int(cuts[row]))
-        large = CAST_TOLERANCE[torch.bfloat16]
-        if ((change > large).sum(1) > MANY * earlier.sum(1)).any():
+        if ((change > CAST_TOLERANCE[torch.bfloat16]).sum(1) > MANY * earlier.sum(1)).any():
             return _breach(network, window, change[row], int(cuts[row]))
     return None
 

@@ -19,16 +19,11 @@ TOO_HIGH = 1.0  # nats above ln V: beyond, a head or embedding starts too large
 
 @dataclass(frozen=True)
 class ParametersReport:
-    """What the parameter audit found.
+    """What the parameter audit found."""
 
-    silent:        names of the parameters that no gradient reaches
-    initial_loss:  nats, of the initialised network on random tokens
-    uniform_loss:  ln V
-    """
-
-    silent: tuple[str, ...]
-    initial_loss: float
-    uniform_loss: float
+    silent: tuple[str, ...]  # names of the parameters that no gradient reaches
+    initial_loss: float  # nats, of the initialised network on random tokens
+    uniform_loss: float  # ln V
     seconds: float
 
     @property
@@ -49,12 +44,8 @@ class ParametersReport:
 def audit_parameters(network: Network, max_length: int, seed: int = 0) -> ParametersReport:
     """Looks for parameters without a gradient, and for an initial loss far above ln V.
 
-    The network and the caller's random state stay as they are.
-
-    Args:
-        network: in any mode, on any device, with its initial weights.
-        max_length: the window; the audit tries at most 32 tokens.
-        seed: of weights and tokens.
+    The network has its initial weights, and may be in any mode and on any device. It and the caller's random state stay
+    as they are. Of the window, `max_length`, the audit tries at most 32 tokens. `seed` seeds weights and tokens.
     """
     started = time.perf_counter()
     with preserve_rng_state():

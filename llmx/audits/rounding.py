@@ -8,11 +8,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 TOLERANCE = 1e-9  # relative to the largest output; a convolution by FFT reaches 4e-16
-CAST_TOLERANCE = {
-    torch.float32: 1e-5,
-    torch.float16: 3e-2,
-    torch.bfloat16: 3e-2,
-}  # for a network that casts down inside
+# for a network that casts down inside
+CAST_TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-2, torch.bfloat16: 3e-2}
 SAME_SHAPE_TOLERANCE = 1e-6  # equal shapes round alike even after such a cast, but not in FFTs
 MIN_LOG_PROBABILITY = -100.0  # nats; lower values count as equal
 
@@ -30,10 +27,8 @@ class RoundingWatch(TorchFunctionMode):
     The rounding of a cast is no leak. In a Fourier transform the rounding of each number depends on all others.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.tolerance = TOLERANCE
-        self.transforms = False
+    tolerance = TOLERANCE
+    transforms = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))

@@ -31,16 +31,11 @@ STDLIB_MODULES = (  # plain ASCII, in Python since 3.11: about 1 MB
 
 @dataclass(frozen=True)
 class Published:
-    """A text to download.
+    """A text to download."""
 
-    sha256:   of the text
-    archive:  SHA-256 of the zip file at the url, whose member of the corpus' name is the text; None: the url serves
-              the text itself
-    """
-
-    url: str
-    sha256: str
-    archive: str | None = None
+    url: str  # of the text itself, or of a zip file, if `archive` has the file's SHA-256
+    sha256: str  # of the text
+    archive: str | None = None  # the text is the zip file's member of the corpus' name
     tokenizer: Literal["character", "byte"] = "character"
     split: tuple[float, float, float] = SPLIT
 
@@ -101,15 +96,12 @@ def cache_folder() -> Path:
 
 
 def load_corpus(name: str, root: str | Path = "data", offline_corpus: str | None = None) -> Corpus:
-    """Loads a corpus.
+    """Loads `tinyshakespeare`, `text8`, `enwik8`, `stdlib`, a text file, or a folder whose *.txt files are joined in
+    order of their path.
 
-    Args:
-        name: `tinyshakespeare`, `text8`, `enwik8`, `stdlib`, a text file, or a folder whose *.txt files are joined in
-            order of their path.
-        root: The project's data folder, the first place to look for a named corpus.
-        offline_corpus: Stands in for a named corpus that is neither on disk nor downloadable.
-
-    Raises UserError if the corpus does not exist, cannot be had, is empty, is not UTF-8 or has a wrong checksum.
+    `root`, the project's data folder, is the first place to look for a named corpus. `offline_corpus` stands in for one
+    that is neither on disk nor downloadable. Raises UserError if the corpus does not exist, cannot be had, is empty, is
+    not UTF-8 or has a wrong checksum.
     """
     try:
         return _load(name, Path(root), "data.corpus")
@@ -120,15 +112,12 @@ def load_corpus(name: str, root: str | Path = "data", offline_corpus: str | None
 
 
 def _load(name: str, root: Path, key: str) -> Corpus:
-    published = PUBLISHED.get(name)
-    if published is not None:
-        text, source = _published(name, root)
-    else:
-        text, source = _stdlib() if name == "stdlib" else _local(name, key)
+    if name in PUBLISHED:
+        return _published(name, PUBLISHED[name], root)
+    text, source = _stdlib() if name == "stdlib" else _local(name, key)
     if not text:
         raise UserError(f"{key}: {source} is empty; a corpus needs text")
-    corpus = Corpus(name, text, hashlib.sha256(text.encode()).hexdigest(), source, requested=name)
-    return corpus if published is None else replace(corpus, tokenizer=published.tokenizer, split=published.split)
+    return Corpus(name, text, hashlib.sha256(text.encode()).hexdigest(), source, requested=name)
 
 
 def _read(path: Path, key: str) -> str:
@@ -140,10 +129,8 @@ def _read(path: Path, key: str) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{key}: {path} is not UTF-8 text: the byte at offset {error.start} is 0x{data[error.start]:02x}; "
-            "convert the file to UTF-8"
-        ) from None
+        place = f"the byte at offset {error.start} is 0x{data[error.start]:02x}"
+        raise UserError(f"{key}: {path} is not UTF-8 text: {place}; convert the file to UTF-8") from None
 
 
 def _local(name: str, key: str) -> tuple[str, str]:
@@ -167,16 +154,14 @@ def _stdlib() -> tuple[str, str]:
     return "".join(text for text in texts if text.isascii()), f"Python's standard library in {folder}"
 
 
-def _published(name: str, root: Path) -> tuple[str, str]:
-    published = PUBLISHED[name]
+def _published(name: str, published: Published, root: Path) -> Corpus:
     file = Path(name, "input.txt")
     shared = os.environ.get("LLMX_DATA_PATH") or str(CHECKOUT.parent / "shared" / "data")
-    cache = cache_folder()
-    folders = [root, *(Path(folder) for folder in shared.split(os.pathsep) if folder), cache]
+    folders = [root, *(Path(folder) for folder in shared.split(os.pathsep) if folder), cache_folder()]
     found = next((folder / file for folder in folders if (folder / file).is_file()), None)
+    path = found or folders[-1] / file
     if found is None:
-        _download(name, cache / file, folders)
-    path = found or cache / file
+        _download(name, published, path, folders)
     text = _read(path, "data.corpus")
     digest = hashlib.sha256(text.encode()).hexdigest()
     if digest != published.sha256:
@@ -184,12 +169,12 @@ def _published(name: str, root: Path) -> tuple[str, str]:
             f"data.corpus: {path} is not the published {name}: its sha256 is {digest} instead of "
             f"{published.sha256}; delete or replace the file, or pass the path itself as data.corpus"
         )
-    return text, published.url if found is None else str(path)
+    source = published.url if found is None else str(path)
+    return Corpus(name, text, digest, source, name, published.tokenizer, published.split)
 
 
-def _download(name: str, path: Path, folders: list[Path]) -> None:
+def _download(name: str, published: Published, path: Path, folders: list[Path]) -> None:
     """Downloads a published corpus to `path`. The file appears only when it is complete."""
-    published = PUBLISHED[name]
     served = path if published.archive is None else path.with_suffix(".zip")
     try:
         # pooch writes to a temporary file beside `served` and renames it once the checksum is right
@@ -201,17 +186,16 @@ def _download(name: str, path: Path, folders: list[Path]) -> None:
             downloader=pooch.HTTPDownloader(progressbar=True, timeout=(CONNECT_TIMEOUT, READ_TIMEOUT)),
         )
     except OSError as error:  # requests' errors are OSErrors too
-        root, file = folders[0], Path(name, path.name)
+        file = Path(name, path.name)
         raise Unreachable(
-            f"data.corpus: {name} is in none of {', '.join(str(folder) for folder in folders)}, and cannot "
-            f"be downloaded ({type(error).__name__}: {error}). Place the file by hand as {root / file} "
+            f"data.corpus: {name} is in none of {', '.join(map(str, folders))}, and cannot be downloaded "
+            f"({type(error).__name__}: {error}). Place the file by hand as {folders[0] / file} "
             f"(from {published.url}{', unpacked' if published.archive else ''}), name a folder that has {file} in "
             "LLMX_DATA_PATH, or use a corpus that needs no network: --data.corpus stdlib"
         ) from None
     except ValueError as error:  # pooch's message has both checksums
-        raise UserError(
-            f"data.corpus: the download of {published.url} for {path} is not the published file: {error}"
-        ) from None
+        where = f"the download of {published.url} for {path}"
+        raise UserError(f"data.corpus: {where} is not the published file: {error}") from None
     if published.archive is not None:
         with tempfile.TemporaryDirectory(dir=path.parent) as temporary, zipfile.ZipFile(served) as archive:
             os.replace(archive.extract(name, temporary), path)

@@ -118,10 +118,8 @@ class TextDataModule(LightningDataModule):
         if isinstance(self.source, TokenCorpus):
             own = self.source.tokenizer.to_config()
             if self._tokenizer not in (None, own, own["kind"]):
-                raise UserError(
-                    f"data.tokenizer is not the one that the token files of {self.source.source} were written with; "
-                    "leave it out"
-                )
+                written = f"the one that the token files of {self.source.source} were written with"
+                raise UserError(f"data.tokenizer is not {written}; leave it out")
             return self.source.tokens
         try:
             return cached_tokens(self.source, self.tokenizer)
@@ -147,7 +145,7 @@ class TextDataModule(LightningDataModule):
         last = max(index for index, fraction in enumerate(fractions) if fraction > 0)  # takes what rounding leaves
         ends = [length if index >= last else int(sum(fractions[: index + 1]) * length) for index in range(3)]
         index = SPLITS.index(split)
-        return ends[index - 1] if index else 0, ends[index]
+        return (0, *ends)[index], ends[index]
 
     def beginning(self, most: int = 2**20) -> Tensor:
         """The first token ids of the training split, (L,): the split may be too large to hold."""
@@ -185,10 +183,8 @@ class TextDataModule(LightningDataModule):
         }
 
     def prepare(self) -> None:
-        """Loads and encodes the corpus and checks that it can be trained on, before anything is written.
-
-        Raises UserError if the corpus cannot be had or encoded, or a split is too short for the window.
-        """
+        """Loads and encodes the corpus and checks that it can be trained on, before anything is written. Raises
+        UserError if the corpus cannot be had or encoded, or a split is too short for the window."""
         count_windows(len(self.tokens("train")), self.window, "train")
         if len(self.tokens("val")):
             count_windows(len(self.tokens("val")), self.window, "val")
@@ -201,23 +197,17 @@ class TextDataModule(LightningDataModule):
         """Fails early if the stage lacks something. Prediction needs the tokenizer only."""
         if stage == "predict":
             self.predict_dataloader()
-        elif stage == "validate":
-            self._evaluation("val")
-        elif stage == "test":
-            self._evaluation("test")
+        elif stage in ("validate", "test"):
+            self._evaluation("val" if stage == "validate" else "test")
         else:
             self.prepare()
 
     def train_dataloader(self) -> TrainingBatches:
-        trainer = self.trainer
-        return TrainingBatches(
-            self.tokens("train"),
-            self.window,
-            self.sampler,
-            lambda: 0 if trainer is None else trainer.global_step,
-            1 if trainer is None else trainer.accumulate_grad_batches,
-            *self._rank_and_world_size,
-        )
+        trainer, data = self.trainer, (self.tokens("train"), self.window, self.sampler)
+        if trainer is None:
+            return TrainingBatches(*data, lambda: 0)
+        accumulate = trainer.accumulate_grad_batches
+        return TrainingBatches(*data, lambda: trainer.global_step, accumulate, *self._rank_and_world_size)
 
     def val_dataloader(self) -> EvaluationBatches | list[EvaluationBatches]:
         """The whole validation split; an empty list, which Lightning skips, if the split is empty."""
@@ -252,10 +242,8 @@ def _check_arguments(given: Mapping[str, Any]) -> None:
             raise UserError(f"data.{key} is {given[key]}, but must be at least 1")
     split = given["split"]
     if split is not None and (len(split) != 3 or min(split) < 0 or abs(sum(split) - 1) > 1e-9):
-        raise UserError(
-            f"data.split is {split}, but must be three fractions, for training, validation and test, that are not "
-            "negative and add up to 1"
-        )
+        needed = "three fractions, for training, validation and test, that are not negative and add up to 1"
+        raise UserError(f"data.split is {split}, but must be {needed}")
     if given["seed"] is not None and given["seed"] < 0:
         raise UserError(f"data.seed is {given['seed']}, but must not be negative")
     if given["val_stride"] is not None:

@@ -13,14 +13,9 @@ ROUNDS = 8
 
 
 def permuted(index: np.ndarray, size: int, key: tuple[int, ...]) -> np.ndarray:
-    """Where a keyed permutation of [0, size) sends some indices.
+    """Where the permutation of [0, size) with this key sends some indices: (N,) -> (N,) int64, with memory O(N).
 
-    Args:
-        index: (N,) integers in [0, size).
-        size: at most 2**62.
-        key: integers that are not negative; each gives another permutation.
-
-    Returns (N,) int64. Memory O(N), whatever the size.
+    The size is at most 2**62. A key has integers that are not negative; each key gives another permutation.
     """
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     keys = np.random.default_rng(key).integers(2**64, size=ROUNDS, dtype=np.uint64)

@@ -15,15 +15,10 @@ from llmx.errors import UserError
 
 
 class Prompts(NamedTuple):
-    """A batch of prompts of equal length.
+    """A batch of prompts of equal length."""
 
-    tokens:   (B, T) int64
-    indices:  the number of each row's prompt
-    texts:    the prompts themselves
-    """
-
-    tokens: Tensor
-    indices: list[int]
+    tokens: Tensor  # (B, T) int64
+    indices: list[int]  # the number of each row's prompt
     texts: list[str]
 
 
@@ -32,10 +27,9 @@ class PromptBatches:
 
     def __init__(self, encoded: list[tuple[str, np.ndarray]], samples: int, batch_size: int, rank: int, world: int):
         rows = [(index, text, ids) for index, (text, ids) in enumerate(encoded) for _ in range(samples)]
-        batches = []
-        for _, group in groupby(sorted(rows, key=lambda row: len(row[2])), key=lambda row: len(row[2])):
-            same = list(group)
-            batches += [same[first : first + batch_size] for first in range(0, len(same), batch_size)]
+        rows.sort(key=lambda row: len(row[2]))
+        groups = [list(group) for _, group in groupby(rows, key=lambda row: len(row[2]))]
+        batches = [group[first : first + batch_size] for group in groups for first in range(0, len(group), batch_size)]
         self.batches = batches[rank::world]
 
     def __len__(self) -> int:
@@ -48,13 +42,8 @@ class PromptBatches:
 
 
 def encoded_prompts(prompts: list[str] | str | None, tokenizer: Tokenizer) -> list[tuple[str, np.ndarray]]:
-    """Each prompt with its token ids.
-
-    Args:
-        prompts: a list, a UTF-8 file with one prompt a line, or one prompt; None: a newline.
-
-    Raises UserError if there is no prompt, or one is empty or has a character outside the vocabulary.
-    """
+    """Each prompt of a list, of a UTF-8 file with one prompt a line, or the one prompt, with its token ids. None is a
+    newline. Raises UserError if there is no prompt, or one is empty or has a character outside the vocabulary."""
     encoded = []
     for number, prompt in enumerate(_read(prompts)):
         if not prompt:
@@ -67,15 +56,13 @@ def encoded_prompts(prompts: list[str] | str | None, tokenizer: Tokenizer) -> li
 
 
 def _read(prompts: list[str] | str | None) -> list[str]:
-    if prompts is None:
-        return ["\n"]
-    if isinstance(prompts, str):
-        if not os.path.isfile(prompts):
-            return [prompts]
-        try:
-            return Path(prompts).read_text("utf-8").removesuffix("\n").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"data.prompts: {prompts} cannot be read as UTF-8 text: {error}") from None
-    if not prompts:
+    if prompts == []:
         raise UserError("data.prompts is an empty list: give at least one prompt, or null for a newline")
-    return prompts
+    if not isinstance(prompts, str):
+        return prompts or ["\n"]
+    if not os.path.isfile(prompts):
+        return [prompts]
+    try:
+        return Path(prompts).read_text("utf-8").removesuffix("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.prompts: {prompts} cannot be read as UTF-8 text: {error}") from None

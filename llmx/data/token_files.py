@@ -10,9 +10,10 @@ import json
 import mmap
 import sys
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -56,15 +57,17 @@ class _Maps:
             if len(self._open) == OPEN_MAPS:
                 self._open.clear()
             try:
-                self._open[index] = _mapped(file)
+                with file.path.open("rb") as content:
+                    mapped = mmap.mmap(content.fileno(), 0, access=mmap.ACCESS_READ)
+                if sys.platform != "win32":
+                    mapped.madvise(mmap.MADV_RANDOM)  # otherwise each window reads 128 KiB
+                self._open[index] = np.frombuffer(mapped, file.dtype, file.length, file.offset)
             except (OSError, ValueError) as error:
                 raise UserError(f"data.corpus: {file.path} cannot be read any more: {error}") from None
         tokens = np.array(self._open[index][where])
         if tokens.size and tokens.max() >= self.vocab_size:
-            raise UserError(
-                f"data.corpus: {file.path} has the token {tokens.max()}, but the vocabulary of {TOKENIZER} beside it "
-                f"has {self.vocab_size}"
-            )
+            known = f"the vocabulary of {TOKENIZER} beside it has {self.vocab_size}"
+            raise UserError(f"data.corpus: {file.path} has the token {tokens.max()}, but {known}")
         return tokens
 
     def count(self, mapped: int) -> None:
@@ -74,21 +77,13 @@ class _Maps:
             self._mapped = 0
 
 
-def _mapped(file: TokenFile) -> np.ndarray:
-    with file.path.open("rb") as content:
-        mapped = mmap.mmap(content.fileno(), 0, access=mmap.ACCESS_READ)
-    if sys.platform != "win32":
-        mapped.madvise(mmap.MADV_RANDOM)  # otherwise each window reads 128 KiB
-    return np.frombuffer(mapped, file.dtype, file.length, file.offset)
-
-
+@dataclass(frozen=True, eq=False)
 class TokenStream:
     """A stretch of the stream, (L,), with `len`, slices and `take` as of an array; np.asarray reads it all."""
 
-    def __init__(self, maps: _Maps, begin: int, end: int):
-        self._maps = maps
-        self._begin = begin
-        self._end = end
+    _maps: _Maps
+    _begin: int
+    _end: int
 
     def __len__(self) -> int:
         return self._end - self._begin
@@ -133,14 +128,11 @@ class TokenCorpus:
     tokens: TokenStream
     sha256: str
     source: str
+    substituted = False
 
     @property
     def requested(self) -> str:
         return self.name
-
-    @property
-    def substituted(self) -> bool:
-        return False
 
     @property
     def characters(self) -> int:
@@ -158,10 +150,8 @@ def is_token_folder(name: str) -> bool:
 
 
 def open_tokens(name: str) -> TokenCorpus:
-    """Opens a folder of token files, in a time that does not depend on their size.
-
-    Raises UserError if the tokenizer or a file cannot be read, a file has another type, or there is no token.
-    """
+    """Opens a folder of token files, in a time that does not depend on their size. Raises UserError if the tokenizer or
+    a file cannot be read, a file has another type, or there is no token."""
     folder = Path(name).expanduser()
     try:
         tokenizer = tokenizer_from_config(json.loads((folder / TOKENIZER).read_text("utf-8")))
@@ -179,8 +169,7 @@ def open_tokens(name: str) -> TokenCorpus:
             for start in (file.offset, max(file.offset, file.path.stat().st_size - SAMPLED_BYTES)):
                 content.seek(start)
                 digest.update(content.read(SAMPLED_BYTES))
-    maps = _Maps(files, tokenizer.vocab_size)
-    stream = TokenStream(maps, 0, int(maps.ends[-1]))
+    stream = TokenStream(_Maps(files, tokenizer.vocab_size), 0, sum(file.length for file in files))
     return TokenCorpus(name, tokenizer, stream, digest.hexdigest(), f"{folder} ({len(files)} files)")
 
 
@@ -193,46 +182,36 @@ def _opened(path: Path, dtype: np.dtype) -> TokenFile:
     except (OSError, ValueError) as error:
         raise UserError(f"data.corpus: {path} cannot be read as tokens of type {dtype}: {error}") from None
     if tokens.ndim != 1 or tokens.dtype not in (np.dtype("u1"), np.dtype("<u2")):
-        raise UserError(
-            f"data.corpus: {path} has shape {tokens.shape} and type {tokens.dtype}, but token files have one axis and "
-            "the type uint8 or uint16, little-endian"
-        )
+        needed = "token files have one axis and the type uint8 or uint16, little-endian"
+        raise UserError(f"data.corpus: {path} has shape {tokens.shape} and type {tokens.dtype}, but {needed}")
     return TokenFile(path, tokens.dtype, tokens.offset, len(tokens))
 
 
 def write_tokens(folder: str | Path, texts: Iterable[str], tokenizer: Tokenizer, file_tokens: int = 2**28) -> None:
     """Encodes a text that comes in pieces, such as the lines of a file, into a folder of token files.
 
-    Args:
-        folder: Is created; must not have token files yet.
-        texts: Pieces of the text, in order; only one at a time is in memory.
-        tokenizer: Encodes the text; the folder keeps its description.
-        file_tokens: Tokens in each file but the last.
-
-    Raises UserError if the folder has token files, or a piece of the text has no ids.
+    Only one piece at a time is in memory. Each file but the last has `file_tokens`. The folder keeps the tokenizer's
+    description. Raises UserError if the folder has token files already, or a piece of the text has no ids.
     """
     folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     taken = UserError(f"{folder} has token files already; give an empty folder")
     if any(folder.rglob("*.bin")) or any(folder.rglob("*.npy")):
         raise taken
-    file: BinaryIO | None = None
     number = left = 0
     try:
-        for text in texts:
-            ids = tokenizer.encode(text)
-            while len(ids):
-                if file is None or not left:
-                    if file is not None:
-                        file.close()
-                    file, left, number = (folder / f"{number:06}.bin").open("xb"), file_tokens, number + 1
-                part, ids = ids[:left], ids[left:]
-                file.write(part.astype(part.dtype.newbyteorder("<")).tobytes())
-                left -= len(part)
+        with ExitStack() as opened:
+            for text in texts:
+                ids = tokenizer.encode(text)
+                while len(ids):
+                    if not left:
+                        opened.close()
+                        file = opened.enter_context((folder / f"{number:06}.bin").open("xb"))
+                        left, number = file_tokens, number + 1
+                    part, ids = ids[:left], ids[left:]
+                    file.write(part.astype(part.dtype.newbyteorder("<")).tobytes())
+                    left -= len(part)
     except FileExistsError:  # another process writes here at the same time
         raise taken from None
-    finally:
-        if file is not None:
-            file.close()
     # last, so that a half-written folder is no corpus
     (folder / TOKENIZER).write_text(json.dumps(tokenizer.to_config()) + "\n", "utf-8")

@@ -47,17 +47,15 @@ class CharacterTokenizer(Tokenizer):
     """One id a character. `vocabulary` has the distinct characters in the order of their ids."""
 
     def __init__(self, vocabulary: str):
-        if not vocabulary:
-            raise UserError("data.tokenizer: the vocabulary is empty")
-        if len(set(vocabulary)) != len(vocabulary):
-            raise UserError("data.tokenizer: a character stands twice in the vocabulary")
-        if len(vocabulary) > 65536:
-            raise UserError(
-                f"data.tokenizer: {len(vocabulary)} different characters are more than the 65536 that fit two bytes; "
-                "use the byte tokenizer"
-            )
         self.vocabulary = vocabulary
         self.vocab_size = len(vocabulary)
+        if not vocabulary:
+            raise UserError("data.tokenizer: the vocabulary is empty")
+        if len(set(vocabulary)) != self.vocab_size:
+            raise UserError("data.tokenizer: a character stands twice in the vocabulary")
+        if self.vocab_size > 65536:
+            number = f"{self.vocab_size} different characters are more than the 65536 that fit two bytes"
+            raise UserError(f"data.tokenizer: {number}; use the byte tokenizer")
         self._codes = _code_points(vocabulary)
         self._ids = np.full(int(self._codes.max()) + 2, -1, np.int32)  # by code point; the last entry stays unknown
         self._ids[self._codes] = np.arange(self.vocab_size)
@@ -74,11 +72,9 @@ class CharacterTokenizer(Tokenizer):
             piece = self._ids[np.minimum(codes, len(self._ids) - 1)]
             unknown = np.flatnonzero(piece < 0)
             if unknown.size:
-                position = start + int(unknown[0])
-                raise UserError(
-                    f"the character {text[position]!r} at position {position} is not among the {self.vocab_size} of "
-                    "the tokenizer's vocabulary"
-                )
+                at = start + int(unknown[0])
+                known = f"the {self.vocab_size} of the tokenizer's vocabulary"
+                raise UserError(f"the character {text[at]!r} at position {at} is not among {known}")
             ids[start : start + len(piece)] = piece
         return ids
 
@@ -99,10 +95,8 @@ class ByteTokenizer(Tokenizer):
         try:
             return np.frombuffer(text.encode(), np.uint8)
         except UnicodeEncodeError as error:
-            raise UserError(
-                f"the character {text[error.start]!r} at position {error.start} is half a surrogate pair and has no "
-                "bytes in UTF-8"
-            ) from None
+            where = f"the character {text[error.start]!r} at position {error.start}"
+            raise UserError(f"{where} is half a surrogate pair and has no bytes in UTF-8") from None
 
     def decode(self, ids: Ids) -> str:
         return _array(ids).astype(np.uint8).tobytes().decode(errors="replace")
@@ -118,10 +112,8 @@ def tokenizer_from_config(config: dict[str, Any]) -> Tokenizer:
             return CharacterTokenizer(vocabulary)
         case {"kind": "byte", **rest} if not rest:
             return ByteTokenizer()
-    raise UserError(
-        f"data.tokenizer: {config!r:.200} describes no tokenizer; "
-        "write {kind: byte} or {kind: character, vocabulary: ...}"
-    )
+    known = "write {kind: byte} or {kind: character, vocabulary: ...}"
+    raise UserError(f"data.tokenizer: {config!r:.200} describes no tokenizer; {known}")
 
 
 def cached_tokens(corpus: Corpus, tokenizer: Tokenizer) -> np.ndarray:
@@ -131,13 +123,21 @@ def cached_tokens(corpus: Corpus, tokenizer: Tokenizer) -> np.ndarray:
     written again. Several processes may build it at once. If the cache folder is unusable, the tokens stay in memory.
     """
     folder = cache_folder() / "tokens"
-    key = _digest(corpus.sha256, json.dumps(tokenizer.to_config(), sort_keys=True))
+    name = f"{corpus.sha256}\n{json.dumps(tokenizer.to_config(), sort_keys=True)}"
+    key = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:16]
     try:
         for path in folder.glob(f"{key}-*.npy"):
             held = _held_tokens(path, key, tokenizer)
             if held is not None:
                 return held
-        return np.load(_store(tokenizer.encode(corpus.text), folder, key), mmap_mode="r")
+        tokens = tokenizer.encode(corpus.text)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            file = Path(temporary, "tokens.npy")
+            np.save(file, tokens)
+            path = folder / f"{key}-{_file_digest(file)}.npy"
+            os.replace(file, path)
+        return np.load(path, mmap_mode="r")
     except OSError:
         tokens = tokenizer.encode(corpus.text)
         tokens.flags.writeable = False
@@ -154,20 +154,6 @@ def _held_tokens(path: Path, key: str, tokenizer: Tokenizer) -> np.ndarray | Non
         return None
     fits = tokens.dtype == tokenizer.dtype and tokens.ndim == 1 and tokens.size > 0
     return tokens if fits and tokens.max() < tokenizer.vocab_size else None
-
-
-def _store(tokens: np.ndarray, folder: Path, key: str) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        file = Path(temporary, "tokens.npy")
-        np.save(file, tokens)
-        path = folder / f"{key}-{_file_digest(file)}.npy"
-        os.replace(file, path)
-    return path
-
-
-def _digest(*parts: str) -> str:
-    return hashlib.sha256("\n".join(parts).encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 def _file_digest(path: Path) -> str:

@@ -20,17 +20,14 @@ from llmx.protocol import IGNORE
 
 
 class Batch(NamedTuple):
-    """One micro-batch.
+    """One micro-batch. Its training loss is the sum of its counted losses times `share`.
 
-    inputs:   (B, T) int64
-    targets:  (B, T) int64, IGNORE where not counted
-    share:    the training loss of a micro-batch is the sum of its counted losses times share. In training, share is
-              slots / (counted targets of the whole step) with slots = accumulate * world_size. Lightning and DDP
-              average over the slots, and so get the exact mean over the tokens of the step. 1 in evaluation.
+    In training, share is slots / (counted targets of the whole step) with slots = accumulate * world_size. Lightning
+    and DDP average over the slots, and so get the exact mean over the tokens of the step. In evaluation, share is 1.
     """
 
-    inputs: Tensor
-    targets: Tensor
+    inputs: Tensor  # (B, T) int64
+    targets: Tensor  # (B, T) int64, IGNORE where not counted
     share: float
 
 
@@ -46,22 +43,16 @@ def count_windows(length: int, window: int, split: str) -> int:
 
 def check_stride(stride: int, window: int) -> None:
     if not 1 <= stride <= window:
-        raise UserError(
-            f"data.val_stride is {stride}, but must lie between 1 and data.window, {window}: a longer stride skips "
-            "characters"
-        )
+        bounds = f"must lie between 1 and data.window, {window}"
+        raise UserError(f"data.val_stride is {stride}, but {bounds}: a longer stride skips characters")
 
 
 @dataclass(eq=False)
 class WindowSampler(ABC):
-    """Chooses the windows of each training step: a pure function of (seed, step).
+    """Chooses the windows of each training step: a pure function of (seed, step)."""
 
-    windows:     how many there are
-    batch_size:  windows a step, over all devices
-    """
-
-    windows: int
-    batch_size: int
+    windows: int  # how many there are
+    batch_size: int  # windows a step, over all devices
     seed: int
 
     @property
@@ -112,24 +103,15 @@ class TrainingBatches:
 
     Slot m * world_size + rank of a step, for micro-batch m, is a contiguous slice of the step's windows. Every
     micro-batch has batch_size / (accumulate * world_size) rows: rows that count nothing pad a smaller global batch.
-    Resuming, or another number of devices, gives the same global batches.
-
-    Args:
-        tokens: The training split, (L,), in memory or in files.
-        window: Tokens a window, T.
-        sampler: Chooses the windows of each step.
-        start_step: Gives the global step to begin at, when iteration begins.
-        accumulate: Micro-batches a step.
-        rank: This process, of `world_size`.
-
-    Raises UserError if the batch cannot be cut into accumulate * world_size equal slices.
+    Resuming, or another number of devices, gives the same global batches. Raises UserError if the batch cannot be cut
+    into accumulate * world_size equal slices.
     """
 
-    tokens: np.ndarray | TokenStream
-    window: int
+    tokens: np.ndarray | TokenStream  # the training split, (L,), in memory or in files
+    window: int  # T
     sampler: WindowSampler
-    start_step: Callable[[], int]
-    accumulate: int = 1
+    start_step: Callable[[], int]  # gives the global step to begin at, when iteration begins
+    accumulate: int = 1  # micro-batches a step
     rank: int = 0
     world_size: int = 1
 
@@ -137,10 +119,10 @@ class TrainingBatches:
         self.slots = self.accumulate * self.world_size
         self.rows, rest = divmod(self.sampler.batch_size, self.slots)
         if rest:
+            parts = f"trainer.accumulate_grad_batches {self.accumulate} x {self.world_size} devices"
             raise UserError(
                 f"data.batch_size is {self.sampler.batch_size} windows a step over all devices, which cannot be cut "
-                f"into {self.slots} equal parts (trainer.accumulate_grad_batches {self.accumulate} x {self.world_size} "
-                f"devices): choose a multiple of {self.slots}"
+                f"into {self.slots} equal parts ({parts}): choose a multiple of {self.slots}"
             )
 
     def __len__(self) -> int:
@@ -148,8 +130,7 @@ class TrainingBatches:
         return self.sampler.steps_per_epoch * self.accumulate
 
     def __iter__(self) -> Iterator[Batch]:
-        first = self.start_step()
-        steps = self.sampler.steps_per_epoch
+        first, steps = self.start_step(), self.sampler.steps_per_epoch
         for step in range(first, (first // steps + 1) * steps):
             starts = self.sampler.starts(step)
             share = self.slots / (len(starts) * self.window)
@@ -181,22 +162,13 @@ class EvaluationBatches:
     Windows start every `stride` tokens. With `count` "new" each of the L - 1 predictable tokens counts exactly once:
     the first window counts all its targets, a later one its last `stride`, and the last window is cut off at the end
     of the split. With "all" only full windows are taken and all their targets counted, so a token counts as often as
-    windows cover it. All batches have the same shape; rows beyond the last window count nothing.
-
-    Args:
-        tokens: The split, (L,), at least window + 1 of them.
-        window: Tokens a window, T.
-        batch_size: Rows a batch, over all ranks; rounded up to a multiple of `world_size`.
-        stride: Tokens from one window to the next; with `window`, windows do not overlap.
-        count: Which targets of overlapping windows count.
-        rank: This process, of `world_size`.
-
-    Raises UserError if the stride is not in [1, window], or the split is shorter than a window.
+    windows cover it. All batches have the same shape; rows beyond the last window count nothing. Raises UserError if
+    the stride is not in [1, window], or the split is not longer than a window.
     """
 
-    tokens: np.ndarray | TokenStream
-    window: int
-    batch_size: int
+    tokens: np.ndarray | TokenStream  # the split, (L,)
+    window: int  # T
+    batch_size: int  # rows a batch, over all ranks; rounded up to a multiple of `world_size`
     stride: int
     count: Literal["new", "all"] = "new"
     rank: int = 0
