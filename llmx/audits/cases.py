@@ -1,7 +1,4 @@
-"""How the causality audit runs a network: a copy in float64 under equal conditions, one length and mode at a time.
-
-It can record the calls of all modules in two passes, and so find the first module that leaks.
-"""
+"""How the causality audit runs a network, a copy in float64 under equal conditions, and finds the module that leaks."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -177,7 +174,7 @@ class AuditCase:
     def breached(
         self, check: str, change: Tensor, changed: int, first: Pass, second: Pass, part: Part, part2: Part | None = None
     ) -> bool:
-        """Records a breach if two passes, of one shape without `part2`, differ by a `change` (rows, positions, V)."""
+        """Whether `change` (rows, positions, V) is a breach. Records it then. Without `part2` the shapes are equal."""
         tolerance = self.network.same_tolerance if part2 is None else self.network.tolerance
         if change.max() <= tolerance:
             return False

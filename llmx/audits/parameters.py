@@ -56,13 +56,11 @@ def audit_parameters(network: Network, max_length: int, seed: int = 0) -> Parame
             exact = exact_copy(network).eval()
             initial = exact.losses(tokens, targets)[0].mean().item()
             moved = perturbed_copy(exact, 0.1, generator)
-        trained = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
-        parameters = dict(moved.named_parameters())
-        for name in trained:
-            parameters[name].requires_grad_(True)
+        names = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+        trained = {name: weight.requires_grad_(True) for name, weight in moved.named_parameters() if name in names}
         seed_cpu(seed)
         losses, auxiliary = moved.train().losses(tokens, targets)
         if trained:
             (losses.double().mean() + auxiliary).backward()
-    silent = [name for name in trained if (grad := parameters[name].grad) is None or not grad.any()]
+    silent = [name for name, weight in trained.items() if weight.grad is None or not weight.grad.any()]
     return ParametersReport(tuple(silent), initial, math.log(network.vocab_size), time.perf_counter() - started)

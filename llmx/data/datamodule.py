@@ -168,19 +168,14 @@ class TextDataModule(LightningDataModule):
     @property
     def protocol(self) -> dict[str, Any]:
         """How the run is trained and measured, as plain data. Runs compare only if it is the same."""
+        settings = ("split", "window", "batch_size", "sampling", "val_stride", "val_count")
         return {
             "corpus": self.source.name,
             "requested": self.source.requested,
             "sha256": self.source.sha256,
             "characters": self.source.characters,
             "vocab_size": self.tokenizer.vocab_size,
-            "split": self.split,
-            "window": self.window,
-            "batch_size": self.batch_size,
-            "sampling": self.sampling,
-            "val_stride": self.val_stride,
-            "val_count": self.val_count,
-        }
+        } | {name: getattr(self, name) for name in settings}
 
     def prepare(self) -> None:
         """Loads and encodes the corpus and checks that it can be trained on, before anything is written. Raises

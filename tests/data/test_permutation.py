@@ -3,7 +3,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from llmx.data.permutation import permuted
+from llmx.data.windows import permuted
 
 
 @given(size=st.integers(1, 5000), seed=st.integers(0, 2**64), epoch=st.integers(0, 9))
