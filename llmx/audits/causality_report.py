@@ -62,7 +62,7 @@ class CausalityReport:
     """What the audit found. `influence` (T, T) is the norm of the gradient of output t with respect to the embedding
     at s; None if skipped."""
 
-    breaches: tuple[Breach, ...]  # in the order of CHECKS, one for each check and mode, at the first length
+    breaches: tuple[Breach, ...]  # in the order of CHECKS, one for each check and mode, at the first length; or none
     skipped: tuple[str, ...]  # checks that could not run, each with its reason
     lengths: tuple[int, ...]  # tokens in the sequences tried
     tolerance: float  # changes up to this relative size count as rounding

@@ -95,7 +95,6 @@ def permuted(index: np.ndarray, size: int, key: tuple[int, ...]) -> np.ndarray:
     """Where the permutation of [0, size) with this key sends some indices: (N,) -> (N,) int64, with memory O(N).
 
     The size is at most 2**62. A key has integers that are not negative; each key gives another permutation.
-
     A Feistel network is a bijection of the numbers of 2w bits, whatever its round function (Luby and Rackoff, SIAM J.
     Comput. 17(2), 1988). A number outside [0, size) passes again until it falls inside, which makes a bijection of
     [0, size) (cycle walking: Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002). With the
@@ -204,7 +203,7 @@ class EvaluationBatches:
     tokens: np.ndarray | TokenStream  # the split, (L,)
     window: int  # T
     batch_size: int  # rows a batch, over all ranks; rounded up to a multiple of `world_size`
-    stride: int
+    stride: int  # if it is `window`, windows do not overlap
     count: Literal["new", "all"] = "new"
     rank: int = 0
     world_size: int = 1
