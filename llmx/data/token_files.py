@@ -190,8 +190,8 @@ def _opened(path: Path, dtype: np.dtype) -> TokenFile:
 def write_tokens(folder: str | Path, texts: Iterable[str], tokenizer: Tokenizer, file_tokens: int = 2**28) -> None:
     """Encodes a text that comes in pieces, such as the lines of a file, into a folder of token files.
 
-    Creates the folder. Only one piece at a time is in memory. Each file but the last has `file_tokens`. The folder keeps
-    the tokenizer's description. Raises UserError if it has token files already, or a piece of the text has no ids.
+    Creates the folder. Only one piece at a time is in memory. Each file but the last has `file_tokens`. The folder
+    keeps the tokenizer's description. Raises UserError if it has token files already, or a piece has no ids.
     """
     folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
