@@ -23,7 +23,7 @@ from benchmarks.harness import Case, Contender, Measure, finish, measure_in_turn
 from benchmarks.peers import SETTINGS, hf_gpt2, hf_llama, ours
 from llmx.generation import Decode, Sampling, decode, generate
 from llmx.protocol import Network, State, Tokens
-from llmx.training.compilation import compiled_decode
+from llmx.training.hardware import compiled_decode
 
 WINDOWS = (32, 256)
 Generate = Callable[["Text"], Tensor]  # -> prompts and continuations, or continuations alone

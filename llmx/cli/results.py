@@ -11,7 +11,7 @@ from llmx.cli.resume import Checkpoint
 from llmx.data.datamodule import Split, TextDataModule
 from llmx.errors import UserError
 from llmx.runs.folder import last_checkpoint
-from llmx.runs.predictions import write_predictions
+from llmx.runs.record import write_predictions
 from llmx.training.logger import run_folder
 from llmx.training.metrics import bits, perplexity
 from llmx.training.module import LanguageModel

@@ -13,8 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from llmx.errors import UserError
-from llmx.runs.events import Curve
-from llmx.runs.record import Run, read_run
+from llmx.runs.record import Curve, Run, read_run
 
 TAGS = ("train/loss", "val/loss", "val/perplexity", "lr")
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ import numpy as np
 from llmx.config.command import config_arguments
 from llmx.config.yaml import parse_yaml, read_yaml
 from llmx.errors import UserError
-from llmx.runs.events import Curve, read_curves
-from llmx.runs.folder import CONFIG, METRICS, RECORD, VAL_LOSSES, last_checkpoint, write_json
+from llmx.runs.folder import CONFIG, METRICS, PREDICTIONS, RECORD, VAL_LOSSES, last_checkpoint, write_json
 
+Curve = list[tuple[int, float]]  # (step, value)
 # what losses were measured on: keys of the record's `data`
 PROTOCOL = ("corpus", "sha256", "split", "vocab_size", "window", "val_stride", "val_count")
 # what is read of each file, by key
@@ -227,6 +228,20 @@ def _values_at(content: Any, keys: Sequence[str]) -> Iterator[Any]:
         yield from _values_at(content[keys[0]], keys[1:])
 
 
+def read_events(folder: str | Path) -> dict[str, list[Any]]:
+    """All scalars by tag, as TensorBoard's events with step, value and wall_time."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 1, "tensors": 1})  # 0: all of them
+    events.Reload()
+    return {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+
+
+def read_curves(folder: str | Path) -> dict[str, Curve]:
+    """All scalars by tag."""
+    return {tag: [(event.step, event.value) for event in events] for tag, events in read_events(folder).items()}
+
+
 def begin_run(folder: Path, config: str, record: dict[str, Any]) -> None:
     """Writes the configuration (YAML) and the record of a new run."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -276,6 +291,19 @@ def end_run(folder: Path, metrics: dict[str, Any]) -> None:
 def write_losses(folder: Path, losses: np.ndarray) -> None:
     """losses (N,): nats of each predicted character of the validation split, in order."""
     np.save(folder / VAL_LOSSES, losses)
+
+
+def write_predictions(run: Path, records: list[dict[str, Any]], sampling: dict[str, Any]) -> Path:
+    """Writes `predictions/N.jsonl`, a line for each record with the sampling's settings, and `N.txt`; N is the first
+    free number. Returns the path of the JSON Lines."""
+    folder = run / PREDICTIONS
+    folder.mkdir(exist_ok=True)
+    path = next(path for n in count() if not (path := folder / f"{n}.jsonl").exists())
+    lines = [json.dumps({**record, "sampling": sampling}, ensure_ascii=False) for record in records]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    rule = "\n" + "-" * 80 + "\n"
+    path.with_suffix(".txt").write_text(rule.join(record["text"] for record in records) + "\n", encoding="utf-8")
+    return path
 
 
 def check_same_data(folder: Path, data: dict[str, Any]) -> None:

@@ -10,8 +10,8 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from llmx.runs.events import read_events
 from llmx.runs.folder import EVENTS, claim_version
+from llmx.runs.record import read_events
 from llmx.training.typed import attributes
 
 BY_TOKENS = {"train/loss": "loss_by_tokens/train", "val/loss": "loss_by_tokens/val"}

@@ -29,8 +29,7 @@ from llmx.protocol import Network, Schedule
 from llmx.runs.archive import read_checkpoint
 from llmx.training.auditing import CausalityAudit
 from llmx.training.checkpoints import entry, load_network, restore_entry, shortened
-from llmx.training.compilation import COMPILE_FROM, can_compile
-from llmx.training.hardware import keep_freed_memory
+from llmx.training.hardware import COMPILE_FROM, can_compile, keep_freed_memory
 from llmx.training.learning import learning_of, seed_step
 from llmx.training.metrics import TokenLoss, bits, perplexity
 from llmx.training.optimizers import set_mode

@@ -23,11 +23,11 @@ from llmx.runs.memory import peak_bytes
 from llmx.runs.provenance import code, file_hash, provenance, sources
 from llmx.runs.record import begin_run, continue_run, end_run, write_losses
 from llmx.training.callbacks import Samples
+from llmx.training.checkpoints import BestCheckpoint
 from llmx.training.logger import LAYOUT, run_folder, tensorboard
 from llmx.training.metrics import bits, perplexity
 from llmx.training.module import LanguageModel
 from llmx.training.norms import NORMS_LAYOUT, NormsByLayer
-from llmx.training.saving import BestCheckpoint
 from llmx.training.typed import attributes, language_model
 
 UNCOUNTED = -1.0  # no loss is below 0

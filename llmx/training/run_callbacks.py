@@ -3,8 +3,8 @@
 from lightning.pytorch.callbacks import Callback
 
 from llmx.training.callbacks import LearningRate, Samples, TokensPerSecond
+from llmx.training.checkpoints import BestCheckpoint, LastCheckpoint
 from llmx.training.record import RunRecord, ValidationLosses
-from llmx.training.saving import BestCheckpoint, LastCheckpoint
 from llmx.training.stopping import EndWithValidation, StopOnSignal
 
 

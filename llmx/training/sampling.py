@@ -14,7 +14,7 @@ from llmx.data.prompts import Prompts
 from llmx.errors import UserError
 from llmx.generation import Sampling, check_drafts, generate
 from llmx.protocol import Network, Tokens
-from llmx.training.compilation import COMPILE_DECODING_FROM, can_compile, compiled_decode
+from llmx.training.hardware import COMPILE_DECODING_FROM, can_compile, compiled_decode
 
 if TYPE_CHECKING:
     from llmx.training.module import LanguageModel

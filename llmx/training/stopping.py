@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback
 
 from llmx.errors import UserError
 from llmx.protocol import Network
-from llmx.training.saving import LastCheckpoint
+from llmx.training.checkpoints import LastCheckpoint
 from llmx.training.typed import attributes, language_model
 
 

@@ -11,7 +11,7 @@ from llmx.blocks.prenorm import PreNormBlock
 from llmx.feedforward.swiglu import SwiGLU
 from llmx.generation import Sampling, generate
 from llmx.mixers.hyena import Hyena
-from llmx.training.compilation import can_compile, compiled_decode
+from llmx.training.hardware import can_compile, compiled_decode
 from tests.forms import perturbed
 
 STEPS = """

@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from llmx.runs.events import read_curves
+from llmx.runs.record import read_curves
 from llmx.training.logger import RunLogger
 
 
