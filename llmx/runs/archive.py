@@ -13,10 +13,9 @@ import torch
 
 from llmx.errors import UserError
 
+_DICTS = ("state_dict", "hyper_parameters", "datamodule_hyper_parameters", "llmx", "loops", "callbacks")
 CHECKPOINT: dict[str, type] = {  # the parts of a fit's checkpoint that llmx or Lightning reads
-    **dict.fromkeys(
-        ("state_dict", "hyper_parameters", "datamodule_hyper_parameters", "llmx", "loops", "callbacks"), dict
-    ),
+    **dict.fromkeys(_DICTS, dict),
     **dict.fromkeys(("optimizer_states", "lr_schedulers"), list),
     **dict.fromkeys(("epoch", "global_step"), int),
     "pytorch-lightning_version": str,
@@ -24,20 +23,15 @@ CHECKPOINT: dict[str, type] = {  # the parts of a fit's checkpoint that llmx or 
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Loads a checkpoint of a LanguageModel onto the CPU.
-
-    Raises:
-        UserError: if the file is no checkpoint of a LanguageModel, or `read_archive` refuses it.
-    """
+    """Loads a checkpoint of a LanguageModel onto the CPU. Raises UserError for any other file, as `read_archive`."""
     checkpoint = read_archive(Path(path))
     required = {"state_dict", "hyper_parameters", "pytorch-lightning_version"}
+    other = f"ckpt_path: {path} is not a checkpoint of a LanguageModel"
     if not isinstance(checkpoint, dict) or not required <= checkpoint.keys():
-        raise UserError(f"ckpt_path: {path} is not a checkpoint of a LanguageModel")
+        raise UserError(other)
     for part, kind in CHECKPOINT.items():
         if not isinstance(checkpoint.get(part, kind()), kind):
-            raise UserError(
-                f"ckpt_path: {path} is not a checkpoint of a LanguageModel: its {part} is no {kind.__name__}"
-            )
+            raise UserError(f"{other}: its {part} is no {kind.__name__}")
     if not re.match(r"\d+(\.\d+)+", checkpoint["pytorch-lightning_version"]):
         raise UserError(f"ckpt_path: {path} is damaged: its pytorch-lightning_version is no version")
     return checkpoint
@@ -46,9 +40,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 def read_archive(path: Path) -> Any:
     """Loads what a file holds onto the CPU, with torch's restricted unpickler.
 
-    Raises:
-        UserError: if the file is missing or damaged, holds more than plain data and tensors, or would unpack to more
-            than its size.
+    Raises UserError if the file is missing or damaged, holds more than plain data and tensors, or would unpack to more
+    than its size.
     """
     if (path / ".metadata").is_file():
         raise UserError(
@@ -57,6 +50,7 @@ def read_archive(path: Path) -> Any:
         )
     if not path.is_file():
         raise UserError(f"ckpt_path: no checkpoint at {path}")
+    damaged = f"ckpt_path: {path} is damaged or no checkpoint"
     try:
         _check_archive(path)
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -64,24 +58,15 @@ def read_archive(path: Path) -> Any:
         raise
     except UnpicklingError as error:
         if "Unsupported" in str(error) or "weights_only" in str(error):
-            raise UserError(
-                f"ckpt_path: {path} holds more than tensors and plain data, and was refused without executing it"
-            ) from error
-        raise UserError(f"ckpt_path: {path} is damaged or no checkpoint") from error
+            damaged = f"ckpt_path: {path} holds more than tensors and plain data, and was refused without executing it"
+        raise UserError(damaged) from error
     except Exception as error:  # damaged bytes can raise anything in the unpickler
-        raise UserError(
-            f"ckpt_path: {path} is damaged or no checkpoint ({' '.join(str(error).split())[:120]})"
-        ) from error
+        raise UserError(f"{damaged} ({' '.join(str(error).split())[:120]})") from error
 
 
 def _check_archive(path: Path) -> None:
     """Checks what torch does not. torch stores members uncompressed, so a small file that unpacks to a large one is
-    not torch's. torch writes checksums but never compares them, so it would read a changed weight like any other.
-
-    Raises:
-        UserError: for compressed members, names that lead out of the archive, and a wrong checksum.
-        OSError, zipfile.BadZipFile: if the file cannot be read.
-    """
+    not torch's. torch writes checksums but never compares them, so it would read a changed weight like any other."""
     if not zipfile.is_zipfile(path):
         return  # torch says what is wrong with it
     with zipfile.ZipFile(path) as archive:

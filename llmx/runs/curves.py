@@ -8,8 +8,10 @@ import json
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from llmx.errors import UserError
@@ -34,11 +36,8 @@ def loss_figure(runs: dict[str, Run]) -> Figure:
         loss.plot(steps, values, color=color, alpha=0.45, linewidth=1, label=f"{label}, train")
         loss.plot(*zip(*run.curves["val/loss"], strict=True), color=color, label=f"{label}, val")
         perplexity.plot(*zip(*run.curves["val/perplexity"], strict=True), color=color, label=label)
-    loss.set(xlabel="step", ylabel="nats per character", title="loss", ylim=(0.6, 2.6))
-    perplexity.set(xlabel="step", title="validation perplexity", ylim=(1, 10))
-    for axes in (loss, perplexity):
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+    _finish(loss, ylabel="nats per character", title="loss", ylim=(0.6, 2.6))
+    _finish(perplexity, title="validation perplexity", ylim=(1, 10))
     return figure
 
 
@@ -49,10 +48,14 @@ def schedule_figure(runs: dict[str, Run]) -> Figure:
     for name, run in runs.items():
         if "lr" in run.curves:
             axes.plot(*zip(*run.curves["lr"], strict=True), label=name)
-    axes.set(xlabel="step", ylabel="learning rate", title="schedule", ylim=(0, None))
+    _finish(axes, ylabel="learning rate", title="schedule", ylim=(0, None))
+    return figure
+
+
+def _finish(axes: Axes, **settings: Any) -> None:
+    axes.set(xlabel="step", **settings)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    return figure
 
 
 def main() -> None:
@@ -85,8 +88,7 @@ def _smooth(curve: Curve, width: int = 15) -> tuple[np.ndarray, np.ndarray]:
 def _thin(curve: Curve, most: int = 200) -> Curve:
     """At most that many points, the last one included; values have five digits."""
     stride = -(-len(curve) // most)
-    kept = curve[::-1][::stride][::-1]
-    return [(step, float(f"{value:.5g}")) for step, value in kept]
+    return [(step, float(f"{value:.5g}")) for step, value in curve[::-1][::stride][::-1]]
 
 
 if __name__ == "__main__":

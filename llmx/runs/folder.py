@@ -47,11 +47,7 @@ def run_of(checkpoint: str | Path) -> Path:
 
 
 def newest_run(root: Path) -> Path:
-    """The last checkpoint of the newest run below a root folder.
-
-    Raises:
-        UserError: if no run there has a checkpoint.
-    """
+    """The last checkpoint of the newest run below a root folder; UserError if no run there has one."""
     runs = root / RUNS
     found = {
         int(number): last_checkpoint(run)
@@ -65,13 +61,12 @@ def newest_run(root: Path) -> Path:
 
 def claim_version(runs: Path, first: int) -> int:
     """Creates the folder of a new run and returns its number: `first`, or the next that no other process has taken."""
-    number = first
     while True:
         try:
-            (runs / f"{VERSION}{number}").mkdir(parents=True)
-            return number
+            (runs / f"{VERSION}{first}").mkdir(parents=True)
+            return first
         except FileExistsError:
-            number += 1
+            first += 1
 
 
 def write_json(path: Path, content: Any) -> None:

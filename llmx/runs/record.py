@@ -147,11 +147,7 @@ class Run:
 
 
 def read_run(folder: str | Path) -> Run:
-    """A run that has ended or not.
-
-    Raises:
-        UserError: if the folder is no run, or a file is damaged.
-    """
+    """A run that has ended or not. Raises UserError if the folder is no run, or a file is damaged."""
     folder = Path(folder)
     for name in (RECORD, CONFIG):
         if not (folder / name).is_file():
@@ -163,9 +159,8 @@ def read_run(folder: str | Path) -> Run:
 def read_finished_run(folder: str | Path) -> Run:
     """A run that has ended, with all keys and losses that `compare` needs.
 
-    Raises:
-        UserError: if the folder is no run, the run has not ended, an earlier version kept too little, or the files
-            contradict each other.
+    Raises UserError if the folder is no run, the run has not ended, an earlier version kept too little, or the files
+    contradict each other.
     """
     run = read_run(folder)
     folder = run.folder
@@ -254,14 +249,8 @@ def continue_run(folder: Path, config: str, record: dict[str, Any], step: int) -
     """Notes in the record from which step, and with which other settings, a run continues. Deletes its final numbers
     unless that step is its last.
 
-    Args:
-        folder: of the run; nothing is noted if it has no record or configuration.
-        config: as YAML.
-        record: as `begin_run` would get it.
-        step: optimizer steps done.
-
-    Raises:
-        UserError: for other data than the run began with.
+    Takes what `begin_run` would get, and the optimizer steps done. Notes nothing in a folder without record or
+    configuration. Raises UserError for other data than the run began with.
     """
     check_same_data(folder, record["data"])
     if step < record["steps"]:
@@ -307,11 +296,7 @@ def write_predictions(run: Path, records: list[dict[str, Any]], sampling: dict[s
 
 
 def check_same_data(folder: Path, data: dict[str, Any]) -> None:
-    """Checks that a run in this folder, if there is one, began with this data.
-
-    Raises:
-        UserError: for another text, split, batch or evaluation.
-    """
+    """Raises UserError if a run in this folder began with another text, split, batch or evaluation."""
     if not (folder / RECORD).is_file():
         return
     held = _read_record(folder).get("data", {})

@@ -44,15 +44,10 @@ class CausalityAudit(Callback):
 
 
 def audit_network(model: LanguageModel, data: TextDataModule | None = None) -> None:
-    """Audits the network by itself, once, and notes the report in `model.causality`.
+    """Audits a network that is not yet sharded, by itself and once, and notes the report in `model.causality`.
 
-    Args:
-        model: not yet sharded.
-        data: its training split gives the audit tokens beside the random ones.
-
-    Raises:
-        CausalityError: for a leak, if `model.audit` is `error`.
-        UserError: for a network on the meta device, which cannot be audited.
+    The training split of `data` gives the audit tokens beside the random ones. Raises CausalityError for a leak if
+    `model.audit` is `error`, and UserError for a network on the meta device.
     """
     policy = model.hparams["audit"]
     if policy != "off" and model.causality is None:
@@ -66,11 +61,7 @@ def audit_network(model: LanguageModel, data: TextDataModule | None = None) -> N
 
 
 def audit_start(model: LanguageModel) -> None:
-    """Audits, once, how the network will run in the trainer that it is attached to.
-
-    Raises:
-        CausalityError: for a leak, if `model.audit` is `error`.
-    """
+    """Audits, once, how the network will run in its trainer. Raises CausalityError as `audit_network` does."""
     if not model.run_audited:
         model.run_audited = True
         _audit_run(model, perturb=True)

@@ -28,22 +28,15 @@ PARTIAL = "checkpoint.partial"  # one name: the next write replaces what a kille
 
 
 def load_network(network: Network, path: str | Path) -> dict[str, float]:
-    """Gives a network the weights of a checkpoint.
+    """Gives a network the weights of a checkpoint. Returns text sha256 -> fraction that they were trained on.
 
-    Returns:
-        text sha256 -> fraction that these weights were trained on.
-
-    Raises:
-        UserError: for a checkpoint that cannot be read or holds another network.
+    Raises UserError for a checkpoint that cannot be read or holds another network.
     """
     checkpoint = read_checkpoint(path)
-    weights = {
-        key.removeprefix("network."): value
-        for key, value in checkpoint["state_dict"].items()
-        if key.startswith("network.")
-    }
+    prefix = "network."
+    held = checkpoint["state_dict"].items()
     try:
-        network.load_state_dict(weights)
+        network.load_state_dict({key.removeprefix(prefix): x for key, x in held if key.startswith(prefix)})
     except RuntimeError as error:
         raise UserError(f"model.warm_start: {path} holds another network: {shortened(error)}") from error
     return checkpoint.get("llmx", {}).get("trained_on", {})
@@ -68,11 +61,7 @@ def entry(model: LanguageModel) -> dict[str, Any]:
 
 
 def restore_entry(model: LanguageModel, held: dict[str, Any]) -> None:
-    """Takes from an `entry` what the model has to know.
-
-    Raises:
-        UserError: for a fit with another accumulation of gradients than that of its run.
-    """
+    """Takes from an `entry` what the model has to know. Raises UserError if a fit accumulates gradients otherwise."""
     model.leaking = model.leaking or held.get("leaking", False)
     model.trained_on = held.get("trained_on", {})
     if model._trainer is not None and model.trainer.state.fn == "fit":
@@ -88,11 +77,7 @@ class CheckpointFiles(TorchCheckpointIO):
     safely, since forked processes hand back bare weights."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Writes the whole file, or leaves the former one.
-
-        Raises:
-            UserError: if it cannot be written, as on a full disk.
-        """
+        """Writes the whole file, or leaves the former one and raises UserError, as on a full disk."""
         path = Path(path)
         partial = path.with_name(PARTIAL)
         try:
@@ -102,10 +87,15 @@ class CheckpointFiles(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)
-            _sync_folder(path.parent)
+            if os.name == "posix":  # where folders can be opened: the renamed entry goes to the disk too
+                descriptor = os.open(path.parent, os.O_RDONLY)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
         except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError for a full disk
             partial.unlink(missing_ok=True)
-            reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+            reason = getattr(error, "strerror", None) or shortened(error)[:200]
             raise UserError(
                 f"{path}: the checkpoint could not be written ({reason}); the one before it, if any, is still there"
             ) from error
@@ -116,22 +106,9 @@ class CheckpointFiles(TorchCheckpointIO):
         return read_archive(Path(path))
 
 
-def _sync_folder(folder: Path) -> None:
-    """Writes a renamed entry to the disk, where the system can open folders."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 class RunCheckpoint(ModelCheckpoint):
-    """Writes the curves before the checkpoint, for a resumed run does not log the steps before it again.
-
-    It deletes files in the run's own folder only: a resumed run takes the name of its previous file from a checkpoint,
-    and that may lie elsewhere.
-    """
+    """Writes the curves before the checkpoint, for a resumed run does not log the steps before it again. Deletes files
+    in the run's own folder only: a checkpoint tells a resumed run its previous file, which may lie elsewhere."""
 
     def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
         board = tensorboard(trainer)
@@ -154,10 +131,7 @@ class BestCheckpoint(RunCheckpoint):
 
 class LastCheckpoint(RunCheckpoint):
     """`checkpoints/step=N.ckpt` before the first step and at every validation. The last one is kept, and `last.ckpt`
-    links to it.
-
-    The link moves to the new file in one step, before the old file is deleted. It is never missing and never dangles.
-    """
+    links to it. The link moves to the new file in one step, before the old file is deleted: it never dangles."""
 
     def __init__(self) -> None:
         super().__init__(monitor=None, filename="{step}", save_top_k=1, save_last="link", enable_version_counter=False)

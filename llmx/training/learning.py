@@ -55,7 +55,7 @@ class GradientLearning:
     needs_counting = False
 
     def count(self, data: TextDataModule) -> None:
-        """Nothing: the steps do the learning."""
+        """Does nothing: the steps do the learning."""
 
     def audits(self, model: LanguageModel) -> list[ParametersReport]:
         """Audits how the network learns, at the weights that it starts from."""
@@ -75,14 +75,10 @@ class GradientLearning:
         groups = parameter_groups(model.network, model.hparams["weight_decay_on"])
         optimizer = build(model.hparams["optimizer"], groups, "model.optimizer")
         self._configured = settings(optimizer)
-        schedule = build(model.hparams["schedule"], model.total_steps, "model.schedule")
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": LambdaLR(optimizer, schedule), "interval": "step", "name": "lr"},
-        }
+        schedule = LambdaLR(optimizer, build(model.hparams["schedule"], model.total_steps, "model.schedule"))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"}}
 
     def before_fit(self, trainer: pl.Trainer) -> None:
-        """Ends the run at its last step, also if it is given in epochs."""
         if trainer.max_steps < 0 < (trainer.max_epochs or 0):
             # a checkpoint of the last step is within its epoch: Lightning would train on from it
             trainer.fit_loop.epoch_loop.max_steps = self.total_steps(trainer)
@@ -116,7 +112,7 @@ class GradientLearning:
 
 class CountingLearning:
     """Counting: one process reads the training split once, before the audit. The run that follows has one step, for
-    the validation and the checkpoint that go with it."""
+    its validation and its checkpoint."""
 
     single_process = True
     fixed_shapes = False  # tables grow with the text
@@ -139,22 +135,10 @@ class CountingLearning:
     def total_steps(self, trainer: pl.Trainer) -> int:
         return 1
 
-    def tokens_per_step(self, data: TextDataModule) -> int | None:
-        return None
+    def _nothing(self, *_: Any) -> Any:
+        """A network that counts has no tokens a step, no optimizer, no rates and no gradients."""
 
-    def configure_optimizers(self, model: LanguageModel) -> OptimizerLRScheduler:
-        return None
-
-    def before_fit(self, trainer: pl.Trainer) -> None:
-        pass
-
-    def before_first_step(self, model: LanguageModel) -> None:
-        pass
-
-    def clip_gradients(
-        self, model: LanguageModel, optimizer: Optimizer, value: float | None, algorithm: str | None
-    ) -> None:
-        pass
+    tokens_per_step = configure_optimizers = before_fit = before_first_step = clip_gradients = _nothing
 
 
 Learning = GradientLearning | CountingLearning

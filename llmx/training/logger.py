@@ -31,8 +31,7 @@ class RunLogger(TensorBoardLogger):
     with different batches can be compared.
 
     Args:
-        save_dir: the parent of the folder of all runs.
-        name: name of the folder of all runs.
+        save_dir: the parent of the folder of all runs, which `name` names.
         version: the run to continue; a new one if not given.
         purge_step: a continued run keeps its curves up to this step.
         tokens_per_step: over all devices; None if steps do not count what the network has seen.
@@ -60,11 +59,11 @@ class RunLogger(TensorBoardLogger):
         if self.tokens_per_step is None:
             return super().experiment
         # TensorBoard drops all points after purge_step, which are nearly all points of the curves by tokens
-        kept = self._losses(self.purge_step)
+        events = read_events(self.log_dir)
         board = super().experiment
-        for tag, events in kept.items():
-            for event in events:
-                if self._tokens(event.step) >= self.purge_step:
+        for tag in BY_TOKENS.keys() & events.keys():
+            for event in events[tag]:
+                if event.step < self.purge_step <= self._tokens(event.step):
                     board.add_scalar(BY_TOKENS[tag], event.value, self._tokens(event.step), event.wall_time)
         return board
 
@@ -86,13 +85,6 @@ class RunLogger(TensorBoardLogger):
     def _tokens(self, step: int) -> int:
         """Tokens seen after that step; steps count from 0."""
         return (step + 1) * (self.tokens_per_step or 0)
-
-    def _losses(self, before: int) -> dict[str, list[Any]]:
-        """The curves of the run so far, as TensorBoard's events."""
-        events = read_events(self.log_dir)
-        return {
-            tag: [event for event in events[tag] if event.step < before] for tag in BY_TOKENS.keys() & events.keys()
-        }
 
     def _get_next_version(self) -> int:
         version = super()._get_next_version()

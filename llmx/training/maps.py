@@ -44,10 +44,6 @@ class MixerMaps(Callback):
 
     Args:
         sentence: what the network reads, at most a window long; the beginning of the validation split if not given.
-
-    Raises:
-        UserError: before the first step, for a sentence that is too long or has a character outside the vocabulary,
-            and for a network without layers.
     """
 
     def __init__(self, sentence: str = ""):
@@ -57,12 +53,10 @@ class MixerMaps(Callback):
         self.check(language_model(pl_module))
 
     def check(self, model: LanguageModel) -> None:
-        """Refuses what cannot be drawn; see `Raises` above."""
+        """Raises UserError for a sentence too long or outside the vocabulary, and for a network without layers."""
         if not model.network.layers:
             name = type(model.network).__name__
             raise UserError(f"trainer.callbacks: MixerMaps draws the mixers of layers, and {name} has no layers")
-        if not self.sentence:
-            return
         try:
             length = len(model.tokenizer.encode(self.sentence))
         except UserError as error:

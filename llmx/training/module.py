@@ -48,6 +48,7 @@ class LanguageModel(pl.LightningModule):
     Components are factories: classes, `functools.partial(Class, key=value)`, or the same as plain data,
     `{"class_path": ..., "init_args": {...}}`. The annotations leave plain data out, because the command line's parser
     would accept any dictionary then. A checkpoint holds the components as plain data and rebuilds all by itself.
+    Raises UserError for components that cannot be written as plain data, and for a network that cannot be built.
 
     Args:
         network: factory of the network, from `vocab_size`.
@@ -64,9 +65,6 @@ class LanguageModel(pl.LightningModule):
         gradient_checkpointing: recompute activations in the backward pass, to save memory.
         warm_start: a checkpoint whose weights the network starts from.
         sampling: how `predict` and `generate` draw.
-
-    Raises:
-        UserError: for components that cannot be written as plain data, and for a network that cannot be built.
     """
 
     def __init__(
@@ -145,11 +143,7 @@ class LanguageModel(pl.LightningModule):
             rank_zero_info("No C++ compiler was found: the network runs without compilation.")
 
     def configure_model(self) -> None:
-        """Describes the network, and shards it over all processes if the strategy is a ModelParallelStrategy.
-
-        Raises:
-            UserError: for what a sharded network cannot do.
-        """
+        """Describes the network, and shards it over all processes if the strategy is a ModelParallelStrategy."""
         fn = self.trainer.state.fn
         if fn == "fit" and self.trainer.is_global_zero and self.description is None:  # averaging callbacks come first
             try:
@@ -262,15 +256,10 @@ class LanguageModel(pl.LightningModule):
         return predictions(self, batch)
 
     def generate(self, prompt: str, **sampling: Any) -> str:
-        """Returns the prompt and its continuation.
+        """Returns the prompt and its continuation. `sampling`: the fields of `Sampling` that differ from the model's.
 
-        Args:
-            prompt: at least one character, all of them in the vocabulary.
-            **sampling: fields of `Sampling` that differ from the model's own.
-
-        Raises:
-            UserError: for an empty prompt, a character outside the vocabulary, or a sampling value out of range or
-                beyond the network.
+        Raises UserError for an empty prompt, a character outside the vocabulary, or a sampling value out of range or
+        beyond the network.
         """
         return continued(self, prompt, sampling)
 
@@ -285,25 +274,14 @@ class LanguageModel(pl.LightningModule):
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]  # Lightning's takes a file of hyperparameters too
-        cls,
-        checkpoint_path: str | Path,
-        map_location: torch.device | str = "cpu",
-        strict: bool = True,
-        **changes: Any,
+        cls, checkpoint_path: str | Path, map_location: torch.device | str = "cpu", strict: bool = True, **changes: Any
     ) -> LanguageModel:
-        """Rebuilds the model that a checkpoint holds.
+        """Rebuilds the model that a file of `fit` or `Trainer.save_checkpoint` holds.
 
-        This executes nothing in the file and imports nothing outside llmx: import a mixer of your own first.
-
-        Args:
-            checkpoint_path: a file that `fit` or `Trainer.save_checkpoint` wrote.
-            map_location: the device that the model is put on.
-            strict: refuse missing and unexpected weights.
-            **changes: constructor arguments in place of the checkpoint's.
-
-        Raises:
-            UserError: for a file that is missing, damaged or holds code, for classes whose module is not imported,
-                and for weights of another network.
+        This executes nothing in the file and imports nothing outside llmx: import a mixer of your own first. `strict`
+        refuses missing and unexpected weights, and `changes` replace constructor arguments of the checkpoint. Raises
+        UserError for a file that is missing, damaged or holds code, for classes whose module is not imported, and for
+        weights of another network.
         """
         checkpoint = read_checkpoint(checkpoint_path)
         arguments = {**checkpoint["hyper_parameters"], **changes}

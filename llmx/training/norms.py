@@ -11,10 +11,7 @@ from llmx.protocol import Network
 from llmx.training.typed import language_model, logs_this_step
 
 NORMS_LAYOUT = {
-    "norms by layer": {
-        "gradients": ["Multiline", ["^gradient_norm/"]],
-        "weights": ["Multiline", ["^weight_norm/"]],
-    }
+    "norms by layer": {"gradients": ["Multiline", ["^gradient_norm/"]], "weights": ["Multiline", ["^weight_norm/"]]}
 }
 
 

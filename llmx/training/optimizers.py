@@ -17,46 +17,33 @@ def parameter_groups(network: Network, decayed: Literal["matrices", "all"]) -> l
     """Every trainable parameter of a network, once, in up to three groups that an optimizer takes.
 
     The `hidden` group holds the weights of the linear layers (`nn.Linear`) in the blocks: orthogonalising optimizers
-    are made for these. Embedding, head, gains, biases, kernels of convolutions and experts are in the others.
-
-    Args:
-        network: the owner of the parameters.
-        decayed: which parameters decay; the others get a group with a weight decay of 0.
+    are made for these. Embedding, head, gains, biases, kernels of convolutions and experts are in the others. A
+    parameter that is not `decayed` is in a group with a weight decay of 0.
     """
     parts = [part for part in network.modules() if isinstance(part, Component)]
     excepted = {part.get_parameter(name) for part in parts for name in part.undecayed}
     layers = [layer for part in parts if isinstance(part, Block) for layer in part.modules()]
     linear = {layer.weight for layer in layers if isinstance(layer, nn.Linear)}
-    hidden: list[nn.Parameter] = []
-    matrices: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
+    hidden: dict[str, Any] = {"params": [], "hidden": True}
+    matrices: dict[str, Any] = {"params": [], "hidden": False}
+    others: dict[str, Any] = {"params": [], "hidden": False} | ({"weight_decay": 0.0} if decayed == "matrices" else {})
     for parameter in network.parameters():
-        if not parameter.requires_grad:
-            continue
-        if parameter.ndim < 2 or parameter in excepted:
-            others.append(parameter)
-        elif parameter in linear:
-            hidden.append(parameter)
-        else:
-            matrices.append(parameter)
-    groups: list[dict[str, Any]] = [
-        {"params": hidden, "hidden": True},
-        {"params": matrices, "hidden": False},
-        {"params": others, "hidden": False} | ({"weight_decay": 0.0} if decayed == "matrices" else {}),
-    ]
-    return [group for group in groups if group["params"]]
+        if parameter.requires_grad:
+            outside = parameter.ndim < 2 or parameter in excepted
+            group = others if outside else hidden if parameter in linear else matrices
+            group["params"].append(parameter)
+    return [group for group in (hidden, matrices, others) if group["params"]]
 
 
 class Hybrid(Optimizer):
     """Two optimizers as one: the first for the linear layers of the blocks, the second for all other parameters.
 
+    Raises ValueError for a network without linear layers in blocks.
+
     Args:
         params: groups as `parameter_groups` makes them.
         hidden: factory of the optimizer of the `hidden` groups.
         rest: factory of the optimizer of the others.
-
-    Raises:
-        ValueError: for a network without linear layers in blocks.
     """
 
     def __init__(

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
 
 from llmx.audits.causality_report import influence_figure
-from llmx.data.datamodule import TextDataModule
 from llmx.data.windows import Batch
 from llmx.parts.counting import count_parameters
 from llmx.protocol import IGNORE
@@ -59,11 +58,7 @@ class ValidationLosses(Callback):
 
 class RunRecord(Callback):
     """Records where a run comes from, how it was continued, and its final numbers; fills TensorBoard's HParams tab.
-
-    Args:
-        config: the run's full configuration as YAML; without one (in a notebook) it is made from the objects.
-        command: that started the run, if it is not the command of this process.
-    """
+    Without the config as YAML, as in a notebook, it makes one from the objects."""
 
     def __init__(self, config: str | None = None, command: list[str] | None = None):
         self.config = config
@@ -121,7 +116,7 @@ class RunRecord(Callback):
         best: Any = next((c for c in trainer.checkpoint_callbacks if isinstance(c, BestCheckpoint)), None)
         losses = [] if best is None else [self.final.get("val/loss"), best.best_model_score]
         samples = next((c for c in attributes(trainer).callbacks if isinstance(c, Samples)), None)
-        per_step = model.learning.tokens_per_step(_data(trainer))
+        per_step = model.learning.tokens_per_step(attributes(trainer).datamodule)
         device = model.device
         seconds = time.perf_counter() - self.started
         metrics = {
@@ -139,24 +134,22 @@ class RunRecord(Callback):
         board = tensorboard(trainer)
         if board is not None:
             # TensorBoard shows the first five metrics by name
-            final = {name.removeprefix("val/"): value for name, value in self.final.items()}
-            final |= {"parameters": count_parameters(model.network), "seconds": seconds}
+            final = self.final | {"parameters": count_parameters(model.network), "seconds": seconds}
             for name, value in final.items():
-                board.add_scalar(f"final/{name}", value, trainer.global_step - 1)  # the step of val/loss
-            _, _, end = hparams({}, {})
-            board._get_file_writer().add_summary(end)
+                board.add_scalar(f"final/{name.removeprefix('val/')}", value, trainer.global_step - 1)  # as val/loss
+            board._get_file_writer().add_summary(hparams({}, {})[2])  # the end of its session
 
     def _record(self, trainer: pl.Trainer, model: LanguageModel) -> dict[str, Any]:
         """All but the warm start, whose file may be gone when a run continues."""
         assert model.description is not None
-        parts = [*model.network.modules(), *trainer.optimizers, *attributes(trainer).callbacks]
+        parts: list[Any] = [*model.network.modules(), *trainer.optimizers, *attributes(trainer).callbacks]
         for scheduler in trainer.lr_scheduler_configs:
             parts += getattr(scheduler.scheduler, "lr_lambdas", [])
         report = model.causality
         return {
             **provenance(),
             **({} if self.command is None else {"command": self.command}),
-            "data": _data(trainer).protocol,
+            "data": attributes(trainer).datamodule.protocol,
             "parameters": count_parameters(model.network),
             "network": {key: value for key, value in model.description.to_dict().items() if key != "layers"},
             "precision": str(trainer.precision),
@@ -176,15 +169,14 @@ def _show(board: Any, trainer: pl.Trainer, model: LanguageModel) -> None:
     board.add_custom_scalars(LAYOUT | (NORMS_LAYOUT if norms else {}))
     settings: dict[str, Any] = {
         "model": dict(model.hparams),
-        "data": _data(trainer).protocol,
+        "data": attributes(trainer).datamodule.protocol,
         "seed": torch.initial_seed(),
         "steps": model.total_steps,
         "leaking": model.leaking,
     }
     # without torch's list of all columns, TensorBoard collects the settings of all runs. With it, the first run's
     # columns would stand for the whole folder, though each network has settings of its own
-    _, start, _ = hparams(_flat(settings), {})
-    board._get_file_writer().add_summary(start)
+    board._get_file_writer().add_summary(hparams(_flat(settings), {})[1])  # the start of a session
     if model.causality is not None and model.causality.influence is not None:
         board.add_figure("audit/influence", influence_figure(model.causality), 0)
 
@@ -201,19 +193,14 @@ def _config_of_objects(trainer: pl.Trainer, model: LanguageModel) -> str:
         if not isinstance(callback, ProgressBar | ModelSummary) and not module.startswith("llmx."):
             names.append(f"{module}.{kind.__qualname__}")
     kept = ("max_steps", "max_epochs", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
-    settings = {key: getattr(trainer, key) for key in kept}
-    settings["callbacks"] = [{"class_path": name} for name in names]
+    callbacks = [{"class_path": name} for name in names]
     content = {
         "seed_everything": None if seed is None else int(seed),
-        "trainer": settings,
+        "trainer": {**{key: getattr(trainer, key) for key in kept}, "callbacks": callbacks},
         "model": arguments | {"warm_start": model.warm_start},
-        "data": dict(_data(trainer).hparams),
+        "data": dict(attributes(trainer).datamodule.hparams),
     }
     return yaml.safe_dump(json.loads(json.dumps(content, default=str)), sort_keys=False)  # paths as text
-
-
-def _data(trainer: pl.Trainer) -> TextDataModule:
-    return attributes(trainer).datamodule
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -13,18 +13,8 @@ def run_callbacks(
 ) -> list[Callback]:
     """The callbacks of a run. With them and a RunLogger, `compare` reads the run and `fit --ckpt_path` continues it.
 
-    Args:
-        config: the run's config as YAML; if not given, as in a notebook, one is made from the objects.
-        command: the command that started the run, if it is not that of this process.
-        checkpoints: whether the run keeps checkpoints.
+    `config` is the run's config as YAML, `command` the command that started it, if not that of this process.
     """
-    callbacks = [
-        LearningRate(),
-        TokensPerSecond(),
-        Samples(),
-        EndWithValidation(),
-        StopOnSignal(),
-        ValidationLosses(),
-        RunRecord(config, command),
-    ]
-    return [*callbacks, *([BestCheckpoint(), LastCheckpoint()] if checkpoints else [])]
+    shown = [LearningRate(), TokensPerSecond(), Samples(), EndWithValidation(), StopOnSignal()]
+    kept = [BestCheckpoint(), LastCheckpoint()] if checkpoints else []
+    return [*shown, ValidationLosses(), RunRecord(config, command), *kept]

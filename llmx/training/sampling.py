@@ -23,11 +23,7 @@ KEY = "model.sampling."
 
 
 def sampling_from(settings: Sampling | dict[str, Any], key: str = KEY) -> Sampling:
-    """Settings from plain data, or as they are.
-
-    Raises:
-        UserError: for a value out of range, and for what is neither; the message starts with the key.
-    """
+    """Settings from plain data, or as they are. Raises UserError, which starts with the key, for any other value."""
     if isinstance(settings, dict):
         with _naming(key):
             return Sampling(**settings)

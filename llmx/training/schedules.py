@@ -1,4 +1,7 @@
-"""Learning-rate schedules: the factor on the optimizer's rates as a function of the step."""
+"""Learning-rate schedules: the factor on the optimizer's rates as a function of the step.
+
+They raise ValueError for a negative warm-up, or a share or ratio outside [0, 1].
+"""
 
 import math
 
@@ -6,16 +9,12 @@ from llmx.protocol import Schedule
 
 
 class Cosine(Schedule):
-    """Linear warm-up, then half a cosine from 1 to `minimum_ratio`, reached when the last step is done
-    (arXiv 1608.03983).
+    """Linear warm-up, then half a cosine from 1 to `minimum_ratio` at the end of the last step (arXiv 1608.03983).
 
     Args:
         total_steps: optimizer steps in the run.
         warmup_steps: steps of the linear rise; the first step has 1 / (warmup_steps + 1).
         minimum_ratio: last rate over highest rate.
-
-    Raises:
-        ValueError: for a negative warm-up or a ratio outside [0, 1].
     """
 
     def __init__(self, total_steps: int, warmup_steps: int = 0, minimum_ratio: float = 0.1):
@@ -40,9 +39,6 @@ class WarmupStableDecay(Schedule):
         warmup_steps: steps of the linear rise; the first step has 1 / (warmup_steps + 1).
         decay: the last share of the run, in which the rate falls; with 0 it never falls.
         minimum_ratio: last rate over highest rate.
-
-    Raises:
-        ValueError: for a negative warm-up, or a share or ratio outside [0, 1].
     """
 
     def __init__(self, total_steps: int, warmup_steps: int = 0, decay: float = 0.2, minimum_ratio: float = 0.0):

@@ -21,19 +21,10 @@ from llmx.protocol import Block, Network
 
 
 def sharded(network: Network, build: Callable[[], Network], trainer: pl.Trainer, device: str) -> Network:
-    """The network in shards over all processes of a trainer.
+    """The network in shards over all processes of a trainer; UserError if it cannot be sharded.
 
-    A network on the meta device is built here, block by block, from the current state of the random numbers. No
-    process ever holds it whole.
-
-    Args:
-        network: with the same weights in every process, or on the meta device.
-        build: makes it anew.
-        trainer: its processes and precision.
-        device: the type of device.
-
-    Raises:
-        UserError: for a network that cannot be sharded.
+    The network has the same weights in every process, or is on the meta device. In the second case `build` makes it
+    anew, block by block, from the current state of the random numbers. No process ever holds it whole.
     """
     mesh = init_device_mesh(device, (trainer.world_size,))
     mixed = policy(str(trainer.precision))
@@ -58,8 +49,7 @@ def policy(precision: str) -> MixedPrecisionPolicy:
 def shard(network: Network, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> Network:
     """Shards a network that every process holds with the same weights: each block, and the rest together.
 
-    Raises:
-        ValueError: for a parameter without dimensions, which cannot be cut.
+    Raises ValueError for a parameter without dimensions, which cannot be cut.
     """
     for module in reversed(list(network.modules())):  # a block inside another one first
         if isinstance(module, Block):
@@ -72,9 +62,7 @@ def build_sharded(build: Callable[[], Network], mesh: DeviceMesh, policy: MixedP
 
     The components initialise themselves, as ever. Under one seed the weights are therefore the same as those of a
     network that is built whole. A process holds at most one block and the parts outside the blocks whole at a time.
-
-    Raises:
-        ValueError: for a parameter without dimensions, which cannot be cut.
+    Raises ValueError as `shard` does.
     """
 
     def shard_block(parent: nn.Module, name: str, module: Any) -> None:

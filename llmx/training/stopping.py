@@ -27,11 +27,8 @@ def stop_together(trainer: pl.Trainer, error: BaseException) -> NoReturn:
 
 
 def stop_diverged(trainer: pl.Trainer, what: str) -> NoReturn:
-    """Ends all processes of a run whose numbers are no longer finite.
-
-    Raises:
-        UserError: always, with the last good checkpoint.
-    """
+    """Ends all processes of a run whose numbers are no longer finite, with a UserError that names the last good
+    checkpoint."""
     paths = [
         getattr(callback, name, "")
         for name in ("last_model_path", "best_model_path")
@@ -129,11 +126,7 @@ class StopOnSignal(Callback):
         self.exit(trainer, f"at step {trainer.global_step}: {saved}")
 
     def exit(self, trainer: pl.Trainer, what: str) -> NoReturn:
-        """Ends all processes, the first with the signal's code, after it has said what the signal did.
-
-        Raises:
-            SystemExit: always.
-        """
+        """Ends all processes, the first with the signal's code, after it has said what the signal did."""
         if trainer.is_global_zero:
             print(f"{signal.Signals(self.signal).name} {what}", file=sys.stderr, flush=True)
             if self.signal == self.requeue:

@@ -11,10 +11,9 @@ import torch
 
 from llmx import display
 from llmx.audits.causality import audit_causality
-from llmx.audits.equivalence import EquivalenceReport, audit_equivalence
+from llmx.audits.equivalence import audit_equivalence
 from llmx.audits.hidden_future import hidden_future_loss
 from llmx.audits.live_run import audit_live_run
-from llmx.audits.parameters import ParametersReport
 from llmx.data.datamodule import TextDataModule
 from llmx.runs.archive import read_checkpoint
 from llmx.training.module import LanguageModel
@@ -34,7 +33,7 @@ class Trainer(pl.Trainer):
 
         Returns whether the network passes them all.
         """
-        others: list[EquivalenceReport | ParametersReport] = [*model.learning.audits(model)]
+        parameters = model.learning.audits(model)
         checkpoint = {} if ckpt_path is None else read_checkpoint(ckpt_path)
         if checkpoint:
             model.load_state_dict(checkpoint["state_dict"])
@@ -45,8 +44,8 @@ class Trainer(pl.Trainer):
         breach = audit_live_run(model.network, model.window, autocast(), text, perturb=not checkpoint)
         if breach is not None:
             report = replace(report, breaches=(*report.breaches, breach))
-        others.insert(0, audit_equivalence(model.network, model.window))
-        for summary in (report.summary(), *(other.summary() for other in others)):
+        equivalence = audit_equivalence(model.network, model.window)
+        for summary in (report.summary(), equivalence.summary(), *(audit.summary() for audit in parameters)):
             rich.print(summary)
         if checkpoint and report.leaking:
             counts = np.bincount(np.asarray(datamodule.tokens("train")), minlength=model.tokenizer.vocab_size)
@@ -58,7 +57,7 @@ class Trainer(pl.Trainer):
                 f"mean of {honest.draws} draws (spread {display.loss(honest.spread)}) "
                 f"over {honest.predictions:,} characters"
             )
-        return not (report.leaking or any(other.failing for other in others))
+        return not (report.leaking or equivalence.failing or any(audit.failing for audit in parameters))
 
     def describe(
         self, model: LanguageModel, length: int | None = None, format: Literal["table", "json"] = "table"
