@@ -192,32 +192,27 @@ def _token_by_token(
 def _speculate(network: Network, text: Tokens, end: int, window: int, sampling: Sampling, noise: Noise) -> None:
     """Fills the text from `end` on, with several tokens a prefill where drafts stand."""
     drafts = text[:, :0]  # (B, n), for the places from `end` on
-    state: State | None = None  # after the tokens from `begin` to `read`
+    state = network.init_state(text.shape[0], window)  # after the tokens from `begin` to `read`
     begin = read = max(0, end - window)
+    most = sampling.speculate
     while end < text.shape[1]:
         if end - begin > window:
             begin = read = end - max(1, window // 2)
             drafts = text[:, :0]
-            state = None
-        if state is None:
             state = network.init_state(text.shape[0], window)
         drafts = drafts[:, : min(begin + window, text.shape[1] - 1) - end]
         n = drafts.shape[1]
-        if n and end - read > sampling.speculate + 1:  # too many tokens to read repeatedly
+        if n and end - read > most + 1:  # too many tokens to read repeatedly
             state = network.prefill_ahead(text[:, read : end - 1], state, 1)[1]
             read = end - 1
         seen = torch.cat((text[:, read:end], drafts), 1)
         before = tree_map(torch.clone, state) if n else state
         logits, after = network.prefill_ahead(seen, before, n + 1)  # (B, n + 1, 1 + drafts, V)
-        noises = torch.stack(noise.at(end, end + n + 1 + sampling.speculate), 1)  # (B, n + 1 + speculate, V)
+        noises = torch.stack(noise.at(end, end + n + 1 + most), 1)  # (B, n + 1 + most, V)
         chosen = choose(logits[:, :, 0], sampling, noises[:, : n + 1])
         stand = int((chosen[:, :n] == drafts).all(0).cumprod(0).sum())
         text[:, end : end + stand + 1] = chosen[:, : stand + 1]
         if stand == n:
             state, read = after, end + n
-        drafts = choose(
-            logits[:, stand, 1 : 1 + sampling.speculate],
-            sampling,
-            noises[:, stand + 1 : stand + 1 + sampling.speculate],
-        )
+        drafts = choose(logits[:, stand, 1 : 1 + most], sampling, noises[:, stand + 1 : stand + 1 + most])
         end += stand + 1

@@ -7,15 +7,14 @@ The stream stays on the sphere, and each layer steps along it. The "eigen learni
 and not negative, start at 0.05 and are stored as 1 / sqrt(D). There is no other norm, not even the network's last one.
 Time O(T D), no state beside its components'. The traps: normalise the branch before the difference, or its length sets
 the step. h has length 1 from the embedding on, so embedding, head, mixer and feed-forward have to be made for it.
-Dropout of the embedding breaks it. Weight decay and warm-up control lengths, which are fixed here: the paper has
-neither.
+Dropout of the embedding breaks it. Weight decay and warm-up control lengths, fixed here: the paper has neither.
 """
 
 from torch import Tensor
 
 from llmx.blocks.residual import ResidualBlock
 from llmx.parts.checks import check_positive
-from llmx.parts.unit_norm import LearnedScale, unit_norm
+from llmx.parts.norm import LearnedScale, unit_norm
 from llmx.protocol import Branch, NewFeedForward, NewMixer, Site
 
 

@@ -1,5 +1,4 @@
-"""The post-norm residual block of the first Transformer (arXiv 1706.03762): norm(x + mixer(x)), then
-norm(x + feed_forward(x)).
+"""The post-norm block of the first Transformer (arXiv 1706.03762): norm(x + mixer(x)), then norm(x + feed_forward(x)).
 
 A norm follows every branch, so nothing grows with depth. But every path from the loss to a lower layer crosses norms:
 deep stacks need warm-up (arXiv 2002.04745). The last norm of the decoder has to be `NoNorm`.

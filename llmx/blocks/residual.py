@@ -19,13 +19,7 @@ class BlockState(NamedTuple):
 
 
 class ResidualBlock(Block[BlockState]):
-    """A block that defines its wiring once, in `connect`, for `forward`, `step` and `prefill` alike.
-
-    Args:
-        mixer: factory of the token mixer.
-        feed_forward: factory of the channel mixer.
-        dropout: probability of dropping a number of either branch before it is added, in training.
-    """
+    """A block that defines its wiring once, in `connect`, for `forward`, `step` and `prefill` alike."""
 
     def __init__(self, site: Site, mixer: NewMixer, feed_forward: NewFeedForward, dropout: float = 0.0):
         super().__init__()

@@ -13,7 +13,7 @@ from torch import nn
 
 from llmx.parts.checks import hidden_width
 from llmx.parts.init import normal_
-from llmx.parts.unit_norm import LearnedScale, renormalise_
+from llmx.parts.norm import LearnedScale, renormalise_
 from llmx.protocol import Context, Hidden, Pointwise, Site
 
 

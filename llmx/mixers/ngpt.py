@@ -12,9 +12,9 @@ has a variance of 1 / K. W_o is normalised along its other axis; a square matrix
 
 from torch import Tensor
 
+from llmx.parts.norm import LearnedScale, renormalise_, unit_norm
 from llmx.parts.rotary import rotate
 from llmx.parts.softmax_attention import Heads, SoftmaxAttention
-from llmx.parts.unit_norm import LearnedScale, renormalise_, unit_norm
 from llmx.protocol import Context, Site
 
 

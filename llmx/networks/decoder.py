@@ -73,11 +73,10 @@ class Decoder(Network[DecoderState]):
         return all(block.stateful for block in self.layers)
 
     def hidden(self, tokens: Tokens) -> tuple[Hidden, Context]:
-        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        x = self._embed(tokens, positions)
-        context = Context(tokens, positions, x)
+        context = self._embed(tokens, torch.arange(tokens.shape[1], device=tokens.device)[None])
         fill = recomputed if self.gradient_checkpointing and torch.is_grad_enabled() else kept
-        return self.norm(self.stack(x, [fill(block, context) for block in self._in_order])), context
+        x = self.stack(context.embedding, [fill(block, context) for block in self._in_order])
+        return self.norm(x), context
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.head(hidden)
@@ -126,11 +125,11 @@ class Decoder(Network[DecoderState]):
         self, tokens: Tensor, positions: Tensor, advances: Sequence[Advance], state: DecoderState
     ) -> tuple[Tensor, tuple[State, ...]]:
         """Embedding, stack and norm, each block in its `step` or `prefill`."""
-        x = self._embed(tokens, positions)
-        context = Context(tokens, positions, x)
+        context = self._embed(tokens, positions)
         after: list[State] = []
         calls = [fill_in(*pair, context, after) for pair in zip(advances, state.blocks, strict=True)]
-        return self.norm(self.stack(x, calls)), tuple(after)
+        return self.norm(self.stack(context.embedding, calls)), tuple(after)
 
-    def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        return F.dropout(self.embedding(tokens, positions), self.dropout, self.training and self.dropout > 0)
+    def _embed(self, tokens: Tensor, positions: Tensor) -> Context:
+        x = F.dropout(self.embedding(tokens, positions), self.dropout, self.training and self.dropout > 0)
+        return Context(tokens, positions, x)

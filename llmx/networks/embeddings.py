@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from llmx.parts.checks import check_sizes
 from llmx.parts.init import normal_
+from llmx.parts.norm import renormalise_
 from llmx.parts.rotary import rotary_table
-from llmx.parts.unit_norm import renormalise_
 from llmx.protocol import Embedding
 
 
@@ -47,10 +47,9 @@ class LearnedPositionEmbedding(Embedding):
         normal_(self.positions, 0.01)
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        if positions.ndim == 2 and positions.shape[1] > self.positions.num_embeddings:
-            raise ValueError(
-                f"max_length: {positions.shape[1]} tokens for {self.positions.num_embeddings} learned positions"
-            )
+        most = self.positions.num_embeddings
+        if positions.ndim == 2 and positions.shape[1] > most:
+            raise ValueError(f"max_length: {positions.shape[1]} tokens for {most} learned positions")
         return self.table(tokens) + self.positions(positions)
 
 

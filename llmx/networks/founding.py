@@ -11,7 +11,7 @@ with h = W1 x; interleaved rotary pairs; no last norm; PyTorch's own initialisat
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from llmx.parts.attention import causal_attention
 from llmx.parts.norm import RMSNorm
 from llmx.parts.precision import exact_dtype
-from llmx.protocol import Block, Context, FeedForward, Hidden, Mixer, Network, Pointwise, Site, Tokens
+from llmx.protocol import Block, Context, Hidden, Mixer, Network, NewFeedForward, NewMixer, Pointwise, Site, Tokens
 
 
 class FoundingNorm(nn.Module):
@@ -101,9 +101,7 @@ class FoundingFeedForward(Pointwise):
 class FoundingBlock(Block):
     """x = norm(x); x = x + mixer(x); x = norm(x); x = x + feed_forward(x), with the same norm twice."""
 
-    def __init__(
-        self, site: Site, window: int, mixer: Callable[[Site], Mixer], feed_forward: Callable[[Site], FeedForward]
-    ):
+    def __init__(self, site: Site, window: int, mixer: NewMixer, feed_forward: NewFeedForward):
         super().__init__()
         self.norm = FoundingNorm(window, site.dim)
         self.mixer = site.place(mixer)
@@ -117,14 +115,13 @@ class FoundingBlock(Block):
 
 
 class FoundingNetwork(Network):
-    """Embedding, blocks, head with bias. Its norm has a weight for each position, so more than `window` tokens are an
-    error."""
+    """Embedding, blocks, head with bias. More than `window` tokens are an error: the norm has a weight for each."""
 
     def __init__(
         self,
         vocab_size: int,
-        mixer: Callable[[Site], Mixer] = FoundingAttention,
-        feed_forward: Callable[[Site], FeedForward] = FoundingFeedForward,
+        mixer: NewMixer = FoundingAttention,
+        feed_forward: NewFeedForward = FoundingFeedForward,
         dim: int = 128,
         depth: int = 4,
         window: int = 32,
@@ -133,10 +130,8 @@ class FoundingNetwork(Network):
         self.vocab_size = vocab_size
         self.window = window
         self.embedding = nn.Embedding(vocab_size, dim)
-        self.blocks = nn.ModuleList(
-            FoundingBlock(Site(dim=dim, layer=layer, depth=depth), window, mixer, feed_forward)
-            for layer in range(depth)
-        )
+        sites = (Site(dim=dim, layer=layer, depth=depth) for layer in range(depth))
+        self.blocks = nn.ModuleList(FoundingBlock(site, window, mixer, feed_forward) for site in sites)
         self.head = nn.Linear(dim, vocab_size)
 
     @property

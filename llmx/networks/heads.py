@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from llmx.parts.checks import check_positive
 from llmx.parts.init import normal_
-from llmx.parts.unit_norm import LearnedScale, renormalise_
+from llmx.parts.norm import LearnedScale, renormalise_
 from llmx.protocol import Head
 
 

@@ -45,12 +45,11 @@ class MultiTokenHead(Head):
         return self.linear(hidden)
 
     def auxiliary(self, hidden: Hidden, targets: Tokens) -> Tensor:
-        further = self.tokens - 1
         logits = self._further(hidden).flatten(0, 2).float()  # (B T (n - 1), V)
-        shifted = F.pad(targets, (0, further), value=IGNORE).unfold(1, self.tokens, 1)[..., 1:]  # (B, T, n - 1)
+        shifted = F.pad(targets, (0, self.drafts), value=IGNORE).unfold(1, self.tokens, 1)[..., 1:]  # (B, T, n - 1)
         losses = F.cross_entropy(logits, shifted.flatten(), ignore_index=IGNORE, reduction="none")
         counted = (shifted != IGNORE).sum((0, 1))  # (n - 1,)
-        return self.weight * (losses.view(-1, further).sum(0) / counted.clamp_min(1)).sum()
+        return self.weight * (losses.view(-1, self.drafts).sum(0) / counted.clamp_min(1)).sum()
 
     @property
     def drafts(self) -> int:

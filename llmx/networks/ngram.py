@@ -32,8 +32,7 @@ class NGram(CountingNetwork[NGramState]):
     """Tokens (B, T) -> log-probabilities (B, T, V) in float64, from the last n - 1 tokens at each position.
 
     Args:
-        order: n, tokens of the longest n-gram, the predicted one among them; at least 2. The V^n n-grams have to fit
-            into 64 bits.
+        order: n, tokens of the longest n-gram, the predicted one among them; at least 2, and V^n fits into 64 bits.
     """
 
     stateful = True
@@ -106,14 +105,11 @@ class NGram(CountingNetwork[NGramState]):
 class Level(nn.Module):
     """One order: its counted n-grams, which turn the probabilities of the order below into its own.
 
-    keys:    (N,) int64, sorted: number of the context * V + token
-    counts:  (N,) int64
-
-    A checkpoint holds these two alone. The other tables follow from them, and their size from the text.
+    A checkpoint holds `keys` and `counts` alone. The other tables follow from them, and their size from the text.
     """
 
-    keys: Tensor
-    counts: Tensor
+    keys: Tensor  # (N,) int64, sorted: number of the context * V + token
+    counts: Tensor  # (N,) int64
     contexts: Tensor  # (C + 1,) int64, sorted; the last stands for all unseen contexts
     bounds: Tensor  # (C + 2,) int64, where the successors of each context begin and end
     successors: Tensor  # (N + V,) int64, tokens; padded by V, so that a row of V can always be read

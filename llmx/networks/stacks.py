@@ -32,10 +32,7 @@ class UNet(Stack):
     These are the skips of U-ViT (arXiv 2209.12152), as modded-nanogpt has them in a language model: a sum with one
     weight a skip, 1 at the start. Block l of the lower half belongs to block L - 1 - l. With an odd depth the middle
     block has no skip. No cost, no state. The trap: the upper half meets the outputs in reverse, so the innermost skip
-    comes first. With an even depth that skip adds the stream to itself, and is a learned gain.
-
-    Args:
-        site: `dim` and `depth` of the decoder; a depth of at least 2.
+    comes first. With an even depth that skip adds the stream to itself, and is a learned gain. The depth is at least 2.
     """
 
     def __init__(self, site: Site):

@@ -53,9 +53,8 @@ class WindowMLP(Network[WindowMLPState]):
 
     def hidden(self, tokens: Tokens) -> tuple[Hidden, Context]:
         x = self.embedding(tokens)
-        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         embedded = torch.cat((self.init_state(*tokens.shape).past, x), 1)
-        return self._read(embedded), Context(tokens, positions, x)
+        return self._read(embedded), Context(tokens, torch.arange(tokens.shape[1], device=tokens.device)[None], x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.head(hidden)

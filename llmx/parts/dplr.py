@@ -1,5 +1,4 @@
-"""A memory whose transition is a diagonal plus a rank-one matrix, in chunks: RWKV-7, and delta rules with a decay a
-channel.
+"""A memory whose transition is diagonal plus rank one, in chunks: RWKV-7, and delta rules with a decay a channel.
 
     S_t = diag(a_t) S_{t-1} + b_t (S_{t-1}^T r_t)^T + k_t v_t^T          (K, V) a head, a_t = exp(log_decay_t)
     o_t = S_t^T q_t
@@ -13,8 +12,7 @@ From chunk to chunk S -> M S + C. Time O(T (c + K) (K + V)) a head in T / c depe
 K (K + V) numbers for each chunk. The traps: u_t reads S_{t-1} before it has faded by a_t, the query after. exp(-G_s)
 alone overflows. exp(G_t - m) and exp(m - G_s) do not where the decay has a floor: with log a > -0.61, as in RWKV-7,
 c = 32 and m half of what a chunk can fade, both are below e^9.7, and no factor loses precision by being large. m is not
-the middle of the decays at hand, which would let rounding see the future. Sums are float32 at least, under autocast
-too.
+the middle of the decays at hand: then rounding would see the future. Sums are float32 at least, under autocast too.
 """
 
 import math
@@ -23,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmx.parts.delta import unit_lower_inverse
 from llmx.parts.linear_attention import carry_moved, chunked, joined
-from llmx.parts.triangular import unit_lower_inverse
 
 
 def dplr(

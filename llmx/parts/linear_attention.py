@@ -94,8 +94,7 @@ def chunked(x: Tensor, chunk: int) -> Tensor:
 def reading(left: Tensor, right: Tensor, dtype: torch.dtype, more: Tensor | None = None) -> Tensor:
     """left @ right + more, for outputs only, never for the state.
 
-    Where `dtype`, that of the outputs, is bfloat16, so are the factors: such products are about twice as fast and still
-    sum in float32.
+    If the outputs' `dtype` is bfloat16, so are the factors: about twice as fast, and sums stay in float32.
     """
     if dtype == torch.bfloat16:
         left, right = left.to(dtype), right.to(dtype)

@@ -75,8 +75,7 @@ def _(a: Tensor, h: Tensor, start: Tensor, gradient: Tensor) -> tuple[Tensor, Te
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-    a, _, start = inputs
-    ctx.save_for_backward(a, output, start)
+    ctx.save_for_backward(inputs[0], output, inputs[2])
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:

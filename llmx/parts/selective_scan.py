@@ -46,7 +46,7 @@ def _scan(size: Tensor, x: Tensor, rate: Tensor, write: Tensor, read: Tensor, st
     mixed = torch.empty_like(size)
     states = size.new_empty(len(pieces) + 1, *start.shape)
     states[0] = start
-    decay, h = (_Steps(_length(pieces) + more, start) for more in (0, 1))
+    decay, h = (_Steps(pieces, more, start) for more in (0, 1))
     for i, piece in enumerate(pieces):
         _fill(decay, h, size[piece], x[piece], rate, write[piece], states[i])
         n = len(size[piece])
@@ -70,7 +70,7 @@ def _scan_backward(
     of_size, of_x, of_write, of_read = (torch.empty_like(tensor) for tensor in (size, x, write, read))
     pieces = _pieces(size, rate)
     carried = torch.zeros_like(states[-1]) if of_states is None else of_states[-1]  # of the state after the piece
-    decay, h, of_h = (_Steps(_length(pieces) + more, carried) for more in (0, 1, 0))
+    decay, h, of_h = (_Steps(pieces, more, carried) for more in (0, 1, 0))
     of_rate = torch.zeros_like(decay.whole)
     for i, piece in reversed(list(enumerate(pieces))):
         dt, u, b, y = size[piece], x[piece], write[piece], of_mixed[piece, :, None]
@@ -93,11 +93,11 @@ def _scan_backward(
 
 
 class _Steps:
-    """Room for the states of a piece, (P, B, N, F), reused by all pieces, and a view (B, N, F) of each step. With small
-    steps, new views for every piece would take as long as the arithmetic."""
+    """Room for the states of a piece and `more`, (P, B, N, F), reused by all pieces, and a view (B, N, F) of each step.
+    With small steps, new views for every piece would take as long as the arithmetic."""
 
-    def __init__(self, length: int, state: Tensor):
-        self.whole = state.new_empty(length, *state.shape)
+    def __init__(self, pieces: list[slice], more: int, state: Tensor):
+        self.whole = state.new_empty((pieces[0].stop if pieces else 0) + more, *state.shape)
         self.each = self.whole.unbind()
 
 
@@ -107,10 +107,6 @@ def _pieces(size: Tensor, rate: Tensor) -> list[slice]:
     numbers = PIECE if size.device.type == "cpu" else PIECE_OF_A_DEVICE
     length = max(1, numbers // (batch * rate.numel()))
     return [slice(start, min(start + length, time)) for start in range(0, time, length)]
-
-
-def _length(pieces: list[slice]) -> int:
-    return pieces[0].stop if pieces else 0
 
 
 def _fill(decay: _Steps, h: _Steps, size: Tensor, x: Tensor, rate: Tensor, write: Tensor, start: Tensor) -> None:

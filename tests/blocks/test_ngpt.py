@@ -17,8 +17,7 @@ from llmx.mixers.ngpt import NGPTAttention
 from llmx.networks.decoder import Decoder
 from llmx.networks.embeddings import UnitEmbedding
 from llmx.networks.heads import UnitHead
-from llmx.parts.norm import NoNorm
-from llmx.parts.unit_norm import LearnedScale, unit_norm
+from llmx.parts.norm import LearnedScale, NoNorm, unit_norm
 from llmx.protocol import Site
 from llmx.training.trainer import Trainer
 
