@@ -66,7 +66,7 @@ def load_of(chosen: Tensor, experts: int) -> Tensor:
 
 
 def check_routing(experts: int, top_k: int) -> None:
-    """Raises ValueError unless 2 <= top_k <= experts: a single normalised weight is 1 and teaches the router nothing."""
+    """Raises ValueError unless 2 <= top_k <= experts: one weight, normalised, is 1 and teaches the router nothing."""
     if not 2 <= top_k <= experts:
         raise ValueError(f"top_k: {top_k} is not between 2 and the number of experts, {experts}")
 
