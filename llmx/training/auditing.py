@@ -81,10 +81,9 @@ def _audit_run(model: LanguageModel, perturb: bool = False, tokens: int = 8192, 
         tokens=tokens,
         seed=seed,
     )
-    if breach is None:
-        return
-    model.leaking = True
-    model.causality = replace(model.causality, breaches=(breach,))
-    if model.hparams["audit"] == "error":
-        stop_together(trainer, CausalityError(model.causality))
-    rank_zero_warn(f"LEAKING at step {trainer.global_step}: {breach}.")
+    if breach is not None:
+        model.leaking = True
+        model.causality = replace(model.causality, breaches=(breach,))
+        if model.hparams["audit"] == "error":
+            stop_together(trainer, CausalityError(model.causality))
+        rank_zero_warn(f"LEAKING at step {trainer.global_step}: {breach}.")

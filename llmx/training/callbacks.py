@@ -58,13 +58,10 @@ class TokensPerSecond(Callback):
 
 
 class Samples(Callback):
-    """A sample as text at every validation. It leaves training's random state untouched.
-
-    tokens_per_second: how fast the last sample was generated, as a single row; None before the first
-    """
+    """A sample as text at every validation. It leaves training's random state untouched."""
 
     def __init__(self, prompt: str = "\n", max_new_tokens: int = 200):
-        self.tokens_per_second: float | None = None
+        self.tokens_per_second: float | None = None  # of the last sample, as a single row
         self.prompt = prompt
         self.max_new_tokens = max_new_tokens
 

@@ -47,10 +47,8 @@ def policy(precision: str) -> MixedPrecisionPolicy:
 
 
 def shard(network: Network, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> Network:
-    """Shards a network that every process holds with the same weights: each block, and the rest together.
-
-    Raises ValueError for a parameter without dimensions, which cannot be cut.
-    """
+    """Shards a network that every process holds with the same weights: each block, and the rest together. Raises
+    ValueError for a parameter without dimensions, which cannot be cut."""
     for module in reversed(list(network.modules())):  # a block inside another one first
         if isinstance(module, Block):
             fully_shard(module, mesh=mesh, mp_policy=policy)
