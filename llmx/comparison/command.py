@@ -17,14 +17,12 @@ from llmx.runs.folder import RUNS
 def run(arguments: list[str]) -> int:
     """Prints the table, writes comparison.csv, comparison.json, the figures and report.html, returns the exit code.
 
-    Raises:
-        UserError: for wrong arguments, and runs that cannot be read or may not be ranked.
+    Raises UserError for wrong arguments, and runs that cannot be read or may not be ranked.
     """
     parser = ArgumentParser(prog="main.py compare", description=__doc__)
     parser.add_argument("runs", nargs="+", help=f"run folders, globs, or a folder of runs such as {RUNS}")
-    parser.add_argument(
-        "--baseline", help="the row to take differences to, by its name in the table; by default the first"
-    )
+    baseline = "the row to take differences to, by its name in the table; by default the first"
+    parser.add_argument("--baseline", help=baseline)
     parser.add_argument("--format", choices=("table", "json"), default="table", help="what to print")
     parser.add_argument("--out", type=Path, default=Path("comparison"), help="folder for the files")
     at_equal = "what all runs were given the same amount of; at equal FLOPs or seconds the tokens seen may differ"

@@ -18,8 +18,8 @@ LOSS = "validation loss, nats per character"
 
 def figures(comparison: Comparison, groups: Sequence[Group]) -> dict[str, Figure]:
     """The figures by name, without those that have nothing to draw."""
-    by_name = {group.name: group for group in groups}
-    ordered = [by_name[row.name] for row in comparison.rows]
+    names = [row.name for row in comparison.rows]
+    ordered = sorted(groups, key=lambda group: names.index(group.name))
     drawn = {
         "loss": loss_figure(comparison),
         "curves": curves_figure(ordered),
@@ -43,8 +43,7 @@ def loss_figure(comparison: Comparison) -> Figure:
         axes.plot(row.loss.value, place, "o", color=color)
     axes.set_yticks(range(len(rows)), labels)
     axes.invert_yaxis()
-    colors = "blue over seeds, gray over the text;\nred: LEAKING or UNAUDITED"
-    axes.set(xlabel=f"{LOSS}\n95 %: {colors}")
+    axes.set(xlabel=f"{LOSS}\n95 %: blue over seeds, gray over the text;\nred: LEAKING or UNAUDITED")
     axes.grid(axis="x", alpha=0.3)
     return figure
 
@@ -54,7 +53,7 @@ def curves_figure(groups: Sequence[Group]) -> Figure:
     figure = Figure(figsize=(13, 4.5), layout="constrained")
     panels: list[tuple[str, Callable[[Run], float | None]]] = [
         ("step", lambda run: 1.0),
-        ("training FLOPs", _flops_per_step),
+        ("training FLOPs", lambda run: run.training_flops and run.training_flops / max(1, run.metrics["step"])),
         ("seconds of the fit", lambda run: run.seconds_per_step),
     ]
     for axes, (title, a_step) in zip(figure.subplots(1, 3, sharey=True), panels, strict=True):
@@ -108,10 +107,6 @@ def kind_figure(groups: Sequence[Group]) -> Figure | None:
     axes.grid(axis="y", alpha=0.3)
     axes.legend(fontsize=7)
     return figure
-
-
-def _flops_per_step(run: Run) -> float | None:
-    return None if run.training_flops is None else run.training_flops / max(1, run.metrics["step"])
 
 
 def _style(group: Group, index: int, labelled: bool = True) -> dict[str, Any]:

@@ -55,8 +55,7 @@ def mark(of: Any) -> str:
 def find_runs(patterns: Iterable[str]) -> list[Run]:
     """The runs of folders and globs; a folder that is no run stands for the runs in it (`lightning_logs`).
 
-    Raises:
-        UserError: if a pattern finds nothing, or a named folder is no finished run.
+    Raises UserError if a pattern finds nothing, or a named folder is no finished run.
     """
     folders: dict[Path, None] = {}  # each once, in order
     for pattern in patterns:
@@ -75,11 +74,8 @@ def find_runs(patterns: Iterable[str]) -> list[Run]:
 
 def grouped(runs: Iterable[Run]) -> list[Group]:
     """Groups runs that differ only in their seed. Each group gets a name of its own: equal names are told apart by the
-    settings that differ, else by the protocol, else by the folder.
-
-    Raises:
-        UserError: for two runs of one configuration with one seed.
-    """
+    settings that differ, else by the protocol, else by the folder. Raises UserError for two runs of one configuration
+    with one seed."""
     by_settings: dict[str, list[Run]] = {}
     for run in runs:
         key = json.dumps([run.name, _settings(run), protocol(run)], sort_keys=True)
@@ -114,10 +110,8 @@ def _check_seeds(members: Sequence[Run]) -> None:
         # without a seed two runs are two draws, unless they are copies
         seeded = one.seed is not None and one.seed is not False
         if one.seed == other.seed and (seeded or np.array_equal(one.losses, other.losses)):
-            raise UserError(
-                f"{one.folder} and {other.folder} are one configuration with one seed ({one.seed}), which counts "
-                "once: leave one of them out"
-            )
+            said = f"{one.folder} and {other.folder} are one configuration with one seed ({one.seed})"
+            raise UserError(f"{said}, which counts once: leave one of them out")
 
 
 def _with_differences(name: str, own: dict[str, Any], rivals: Sequence[dict[str, Any]]) -> str:

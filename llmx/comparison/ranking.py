@@ -12,17 +12,10 @@ from typing import Any
 import numpy as np
 
 from llmx import display
+from llmx.comparison import statistics
 from llmx.comparison.groups import Group, mark
 from llmx.comparison.settings import SEEN, changed, comparable
-from llmx.comparison.statistics import (
-    Estimate,
-    difference_of_pairs,
-    difference_over_seeds,
-    difference_over_text,
-    holm,
-    mean_over_seeds,
-    mean_over_text,
-)
+from llmx.comparison.statistics import Estimate
 from llmx.costs.matching import MATCHED, relative_gap
 from llmx.errors import UserError
 from llmx.runs.record import Run
@@ -41,56 +34,40 @@ UNKNOWN = {
 
 @dataclass(frozen=True)
 class Row:
-    """A group of runs: means over them, None for what is unknown.
-
-    rank:            from 1; None if nothing is ranked, or the network leaks or was not audited
-    loss:            nats per character
-    difference:      loss minus that of the baseline; None for the baseline itself
-    adjusted_p:      of the difference, after Holm over all rows
-    parameters_of:   by kind of part
-    seconds:         wall-clock of the fit; None for continued runs
-    generated_tokens_per_second: of one sequence
-    unlike:          key -> (value in the baseline, value here) of settings that differ; None for a missing key
-    code:            shortened hashes of llmx's sources
-    """
+    """A group of runs: means over them, None for what is unknown."""
 
     name: str
-    rank: int | None
+    rank: int | None  # from 1; None if nothing is ranked, or the network leaks or was not audited
     seeds: list[Any]
     leaking: bool
     unaudited: bool
-    loss: Estimate
+    loss: Estimate  # nats per character
     perplexity: float
     bits_per_character: float
-    difference: Estimate | None
-    adjusted_p: float | None
+    difference: Estimate | None  # loss minus that of the baseline; None for the baseline itself
+    adjusted_p: float | None  # of the difference, after Holm over all rows
     parameters: int
-    parameters_of: dict[str, int]
+    parameters_of: dict[str, int]  # by kind of part
     training_flops: float | None
     tokens_per_second: float | None
-    seconds: float | None
+    seconds: float | None  # wall-clock of the fit; None for continued runs
     peak_bytes: float | None
     state_bytes: float | None
-    generated_tokens_per_second: float | None
-    unlike: dict[str, tuple[Any, Any]]
-    code: list[str]
+    generated_tokens_per_second: float | None  # of one sequence
+    unlike: dict[str, tuple[Any, Any]]  # settings that differ -> (baseline's value, own value), None if missing
+    code: list[str]  # shortened hashes of llmx's sources
     folders: list[str]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All rows, best first.
-
-    protocol:  what the runs share
-    differing: protocol key -> row -> value, for keys that they do not share
-    matching:  which of parameters, FLOPs and wall-clock are equal, in words
-    """
+    """All rows, best first."""
 
     rows: list[Row]
     baseline: str
-    protocol: dict[str, Any]
-    differing: dict[str, dict[str, Any]]
-    matching: str
+    protocol: dict[str, Any]  # what the runs share
+    differing: dict[str, dict[str, Any]]  # protocol key -> row -> value, for keys that they do not share
+    matching: str  # which of parameters, FLOPs and wall-clock are equal, in words
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; the ends of an unknown interval are null."""
@@ -100,18 +77,12 @@ class Comparison:
 def compare(
     groups: Sequence[Group], baseline: str | None = None, ranked: bool = True, at_equal: str = TOKENS
 ) -> Comparison:
-    """Compares groups of runs.
+    """Compares groups of runs. Differences are to the baseline, by default the first group.
 
-    Args:
-        groups: what to compare.
-        baseline: the group that differences are taken to; the first one if not given.
-        ranked: if true, refuses groups whose losses may not be ranked. If false, keeps the order given, with neither
-            ranks nor differences.
-        at_equal: tokens or a key of BUDGETS: what all runs were given the same amount of. If it is not tokens, the
-            tokens seen may differ.
-
-    Raises:
-        UserError: for an unknown baseline, protocols that differ, and budgets that differ or are unknown.
+    With `ranked`, it refuses groups whose losses may not be ranked; without, it keeps the order given, with neither
+    ranks nor differences. All runs were given the same amount of `at_equal`: tokens, or a key of BUDGETS, for which the
+    tokens seen may differ. Raises UserError for an unknown baseline, protocols that differ, and budgets that differ or
+    are unknown.
     """
     names = [group.name for group in groups]
     if baseline is not None and baseline not in names:
@@ -122,16 +93,16 @@ def compare(
     if at_equal != TOKENS:
         _check_budget(at_equal, [run for group in groups for run in group.runs])
     if differing and ranked:
-        said = "; ".join(
-            f"{key} is " + ", ".join(f"{display.setting(value)} in {name}" for name, value in values.items())
-            for key, values in differing.items()
-        )
+        by_key = {
+            key: [f"{display.setting(x)} in {name}" for name, x in held.items()] for key, held in differing.items()
+        }
+        said = "; ".join(f"{key} is {', '.join(values)}" for key, values in by_key.items())
         raise UserError(f"these runs may not be ranked: {said}. --unranked shows them side by side")
     if not ranked:
         rows = [_row(group, against, None) for group in groups]
     else:
         differences = [None if group is against else _difference(group, against) for group in groups]
-        ps = iter(holm([d.p for d in differences if d is not None and d.p is not None]))
+        ps = iter(statistics.holm([d.p for d in differences if d is not None and d.p is not None]))
         rows = [_row(g, against, d, None if d is None else next(ps)) for g, d in zip(groups, differences, strict=True)]
         rows.sort(key=lambda row: (row.leaking, row.unaudited, row.loss.value))
         rows = [row if mark(row) else replace(row, rank=rank) for rank, row in enumerate(rows, 1)]
@@ -142,39 +113,38 @@ def compare(
 def _check_budget(budget: str, runs: Sequence[Run]) -> None:
     """Raises UserError if the runs were not given the same amount of it, or it is unknown."""
     spent = BUDGETS[budget]
-    unknown = next((run for run in runs if spent(run) is None), None)
-    if unknown is not None:
-        raise UserError(f"at-equal: {budget} are unknown: {UNKNOWN[budget].format(run=unknown.folder)}")
+    for run in runs:
+        if spent(run) is None:
+            raise UserError(f"at-equal: {budget} are unknown: {UNKNOWN[budget].format(run=run.folder)}")
     if (factor := relative_gap(map(spent, runs))) > MATCHED:
         raise UserError(f"at-equal: {budget} are up to {1 + factor:.2f} times apart in these runs")
 
 
 def _differing(groups: Sequence[Group]) -> dict[str, dict[str, Any]]:
     protocols = {group.name: group.protocol for group in groups}
-    result = {}
-    for key in groups[0].protocol:
-        values = {name: protocol[key] for name, protocol in protocols.items()}
-        # a network that counts has no number of tokens
-        held = {json.dumps(value) for value in values.values() if value is not None or key != SEEN}
-        if len(held) > 1:
-            result[key] = values
-    return result
+    by_key = {key: {name: held[key] for name, held in protocols.items()} for key in groups[0].protocol}
+
+    def differ(key: str, values: Iterable[Any]) -> bool:  # a network that counts has no number of tokens
+        return len({json.dumps(value) for value in values if value is not None or key != SEEN}) > 1
+
+    return {key: values for key, values in by_key.items() if differ(key, values.values())}
 
 
 def _difference(group: Group, baseline: Group) -> Estimate:
     if min(len(group.runs), len(baseline.runs)) > 1:
         here, there = ({run.seed for run in runs} for runs in (group.runs, baseline.runs))
         if here == there and len(here) == len(group.runs) == len(baseline.runs):
-            return difference_of_pairs(group.values, baseline.values)  # both are in the order of their seeds
-        return difference_over_seeds(group.values, baseline.values)
-    return difference_over_text(group.losses, baseline.losses)
+            return statistics.difference_of_pairs(group.values, baseline.values)  # both are in the order of their seeds
+        return statistics.difference_over_seeds(group.values, baseline.values)
+    return statistics.difference_over_text(group.losses, baseline.losses)
 
 
 def _row(group: Group, baseline: Group, difference: Estimate | None, adjusted_p: float | None = None) -> Row:
     runs = group.runs
     record = runs[0].record
-    estimate = mean_over_seeds(group.values) if len(runs) > 1 else mean_over_text(group.losses)
-    loss = replace(estimate, value=float(group.values.mean()), p=None)
+    over_text = len(runs) == 1
+    loss = statistics.mean_over_text(group.losses) if over_text else statistics.mean_over_seeds(group.values)
+    loss = replace(loss, value=float(group.values.mean()), p=None)
     return Row(
         name=group.name,
         rank=None,

@@ -26,22 +26,16 @@ BLOCK = 500  # characters, about a speech: losses further apart are unrelated
 FEWEST = 20  # blocks: with 10 the interval misses twice as often as it says, with 1 it covers nothing
 DRAWS = 2000
 
-Basis = Literal["seeds", "pairs", "text"]
-
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its interval, (-inf, inf) if that is unknown.
-
-    basis: the interval is over `seeds`, `pairs` of runs of one seed, or the validation `text`
-    p:     two-sided, of the hypothesis that the number is 0; None for a mean
-    """
+    """A number with its interval, (-inf, inf) if that is unknown."""
 
     value: float
     low: float
     high: float
-    basis: Basis
-    p: float | None = None
+    basis: Literal["seeds", "pairs", "text"]  # the interval is over seeds, pairs of runs of one seed, or the text
+    p: float | None = None  # two-sided, of the hypothesis that the number is 0; None for a mean
 
     @property
     def half(self) -> float:
@@ -82,11 +76,8 @@ class Spread:
 
 
 def pooled(groups: Iterable[np.ndarray]) -> Spread:
-    """One standard deviation for groups of values (K,), K >= 1, around the mean of each group.
-
-    Raises:
-        ValueError: if no group has two values.
-    """
+    """One standard deviation for groups of values (K,), K >= 1, around the mean of each group. Raises ValueError if no
+    group has two values."""
     groups = list(groups)
     freedom = sum(len(values) - 1 for values in groups)
     if freedom == 0:
@@ -123,10 +114,8 @@ def mean_over_text(losses: np.ndarray, level: float = LEVEL, seed: int = 0) -> E
         return Estimate(float(losses.mean()), -math.inf, math.inf, "text", 1.0)
     means = block_means(losses, seed)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    beyond = min((means <= 0).sum(), (means >= 0).sum())
-    return Estimate(
-        float(losses.mean()), float(low), float(high), "text", float(min(1.0, 2 * (beyond + 1) / (DRAWS + 1)))
-    )
+    p = min(1.0, 2 * (min((means <= 0).sum(), (means >= 0).sum()) + 1) / (DRAWS + 1))
+    return Estimate(float(losses.mean()), float(low), float(high), "text", float(p))
 
 
 def difference_over_text(losses: np.ndarray, baseline: np.ndarray, level: float = LEVEL, seed: int = 0) -> Estimate:

@@ -67,36 +67,30 @@ def measured_on(comparison: Comparison) -> str:
 
 def caption(comparison: Comparison) -> str:
     """Notes on what the numbers mean, and what they do not."""
-    lines = []
     rows = comparison.rows
     bases = {row.loss.basis for row in rows}
-    if "seeds" in bases:
-        lines.append("± 95 % over seeds")
-    if "text" in bases:
-        lines.append(
-            "* 95 % over blocks of the validation text, for want of a second seed: it says nothing about seeds"
-        )
-        if not all(row.loss.known for row in rows):
-            lines.append(f"no interval: fewer than {FEWEST * BLOCK:,} characters were validated")
-    differences = [row.difference for row in rows if row.difference is not None]
-    if differences:
-        pairs = any(difference.basis == "pairs" for difference in differences)
-        paired = ", of runs of the same seed, which read the same windows" if pairs else ""
-        lines.append(f"difference: to {comparison.baseline}{paired}")
-    if any(row.adjusted_p is not None for row in rows):
-        lines.append("p: two-sided, after Holm over all rows")
-    if comparison.differing:
-        lines.append(f"NOT RANKED: {', '.join(comparison.differing)} differ")
-    if any(row.leaking for row in rows):
-        lines.append("LEAKING: the audit found that it sees the future; its loss means nothing and has no rank")
-    if any(row.unaudited for row in rows):
-        lines.append("UNAUDITED: trained with model.audit off; whether it sees the future nobody knows: no rank")
+    differences = {row.difference.basis for row in rows if row.difference is not None}
+    paired = ", of runs of the same seed, which read the same windows" if "pairs" in differences else ""
     by_code = {code: [row.name for row in rows if code in row.code] for of in rows for code in of.code}
-    if len(by_code) > 1:
-        said = "; ".join(f"{code}: {', '.join(names)}" for code, names in by_code.items())
-        lines.append(f"not all trained by the same sources of llmx (run.json: code): {said}")
-    lines.append("FLOPs: of training; memory and state in bytes; writes: tokens/s in generation, one row")
-    return "\n".join([*lines, *([comparison.matching] if comparison.matching else [])])
+    codes = "; ".join(f"{code}: {', '.join(names)}" for code, names in by_code.items())
+    over_text = "* 95 % over blocks of the validation text, for want of a second seed: it says nothing about seeds"
+    unknown = "text" in bases and not all(row.loss.known for row in rows)
+    leaking = "LEAKING: the audit found that it sees the future; its loss means nothing and has no rank"
+    unaudited = "UNAUDITED: trained with model.audit off; whether it sees the future nobody knows: no rank"
+    notes = {
+        "± 95 % over seeds": "seeds" in bases,
+        over_text: "text" in bases,
+        f"no interval: fewer than {FEWEST * BLOCK:,} characters were validated": unknown,
+        f"difference: to {comparison.baseline}{paired}": differences,
+        "p: two-sided, after Holm over all rows": any(row.adjusted_p is not None for row in rows),
+        f"NOT RANKED: {', '.join(comparison.differing)} differ": comparison.differing,
+        leaking: any(row.leaking for row in rows),
+        unaudited: any(row.unaudited for row in rows),
+        f"not all trained by the same sources of llmx (run.json: code): {codes}": len(by_code) > 1,
+        "FLOPs: of training; memory and state in bytes; writes: tokens/s in generation, one row": True,
+        comparison.matching: comparison.matching,
+    }
+    return "\n".join(note for note, holds in notes.items() if holds)
 
 
 def _with_interval(estimate: Estimate, signed: bool = False) -> str:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.hooks import RemovableHandle
 
 from llmx.protocol import Network
 
@@ -33,18 +34,10 @@ class Kept(NamedTuple):
 def kept_activations(
     build: Build, dtype: torch.dtype, autocast: torch.dtype | None, length: int, checkpointing: bool
 ) -> Kept:
-    """Compares passes of two and of three sequences; with a single sequence some copies would be views.
+    """Compares passes of two and of three sequences of `length` tokens; with a single one some copies would be views.
 
-    Args:
-        build: makes the network.
-        dtype: of the parameters.
-        autocast: the type of autocast; None without it.
-        length: tokens of a sequence.
-        checkpointing: whether to use gradient checkpointing.
-
-    Raises:
-        ValueError: for a network without gradient checkpointing.
-        RuntimeError, TypeError: for a network that does not run without numbers.
+    `dtype` is that of the parameters. Raises ValueError for a network without gradient checkpointing, and RuntimeError
+    or TypeError for one that does not run without numbers.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cpu", autocast, enabled=autocast is not None):
         network = build_as(dtype, build)
@@ -78,17 +71,13 @@ def _saved(network: Network, sequences: int, length: int) -> Counter[int]:
             found[inside[-1]] += storage.nbytes()
         return tensor
 
-    def enter(*_: Any) -> None:
-        inside.append(next(runs))
-
     def leave(*_: Any) -> None:
         inside.pop()
 
-    handles = [
-        handle
-        for block in network.layers
-        for handle in (block.register_forward_pre_hook(enter), block.register_forward_hook(leave))
-    ]
+    handles: list[RemovableHandle] = []
+    for block in network.layers:
+        handles.append(block.register_forward_pre_hook(lambda *_: inside.append(next(runs))))
+        handles.append(block.register_forward_hook(leave))
     tokens = torch.zeros(sequences, length, dtype=torch.int64)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         network.losses(tokens, tokens.clone())

@@ -69,27 +69,19 @@ ROWS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """How a run is distributed.
+    """How a run is distributed."""
 
-    devices:    of all nodes together
-    strategy:   ddp or fsdp
-    precision:  a key of PRECISIONS
-    sequences:  of a micro-batch on one device
-    accumulate: micro-batches a step
-    """
-
-    devices: int
-    strategy: str
-    precision: str
-    sequences: int
-    accumulate: int
+    devices: int  # of all nodes together
+    strategy: str  # ddp or fsdp
+    precision: str  # a key of PRECISIONS
+    sequences: int  # of a micro-batch on one device
+    accumulate: int  # micro-batches a step
 
     @classmethod
     def read(cls, trainer: Any, batch_size: int, precision: str) -> Plan:
         """Reads the trainer's parsed settings; `batch_size` is that of the whole step.
 
-        Raises:
-            UserError: for settings that are invalid or not supported here.
+        Raises UserError for settings that are invalid or not supported here.
         """
         devices = _positive("trainer.devices", trainer.devices) * _positive("trainer.num_nodes", trainer.num_nodes)
         named = trainer.strategy if isinstance(trainer.strategy, str) else trainer.strategy["class_path"]
@@ -119,38 +111,25 @@ class Plan:
         return PRECISIONS[self.precision][0]
 
     @property
-    def lower(self) -> torch.dtype | None:
-        """Type of autocast."""
-        return PRECISIONS[self.precision][1]
-
-    @property
     def at_work(self) -> torch.dtype:
         """Type of the parameters that a block reads."""
-        return self.lower if self.sharded and self.lower else self.held
+        lower = PRECISIONS[self.precision][1]
+        return lower if self.sharded and lower else self.held
 
 
 @dataclass(frozen=True)
 class Budget:
-    """The costs of a step on each device; JSON has all fields.
-
-    memory:        bytes, by the keys of ROWS
-    checkpointed:  the same with gradient checkpointing; None for a network without it
-    flops:         of a step on a device, matrix products alone; None if not counted
-    flops_checkpointed: the same with each block's forward pass run twice
-    sent:          bytes that a device sends a step
-    seconds:       the least that arithmetic and communication take; None if the hardware's speed is not given
-    uncounted:     why there are no activations
-    """
+    """The costs of a step on each device; JSON has all fields."""
 
     plan: Plan
     tokens: int  # of a step, over all devices
-    memory: dict[str, int]
-    checkpointed: dict[str, int] | None
-    flops: int | None
-    flops_checkpointed: int | None
-    sent: int
-    seconds: dict[str, float | None]
-    uncounted: str | None
+    memory: dict[str, int]  # bytes, by the keys of ROWS
+    checkpointed: dict[str, int] | None  # memory with gradient checkpointing; None for a network without it
+    flops: int | None  # of a step on a device, matrix products alone; None if not counted
+    flops_checkpointed: int | None  # the same with each block's forward pass run twice
+    sent: int  # bytes that a device sends a step
+    seconds: dict[str, float | None]  # the least for arithmetic and communication; None if the speed is not given
+    uncounted: str | None  # why there are no activations
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -172,17 +151,15 @@ class Budget:
 
     def _notes(self) -> str:
         plan = self.plan
-        lines = [f"Micro-batches: {plan.accumulate} a step, of {plan.sequences:,} sequences."]
+        first = f"Micro-batches: {plan.accumulate} a step, of {plan.sequences:,} sequences."
         if self.uncounted:
-            lines = [f"Activations: not counted, for the network does not run on shapes alone ({self.uncounted})."]
-        arithmetic = "Arithmetic of a device: not counted"
-        if self.flops is not None:
-            arithmetic = f"Arithmetic of a device: {self.flops:.3g} FLOPs"
+            first = f"Activations: not counted, for the network does not run on shapes alone ({self.uncounted})."
+        work = "not counted" if self.flops is None else f"{self.flops:.3g} FLOPs"
         if self.flops_checkpointed is not None:
-            arithmetic += f" ({self.flops_checkpointed:.3g} with gradient checkpointing)"
-        lines.append(arithmetic + _at_least(self.seconds["arithmetic"]))
-        lines.append(f"Communication of a device: {display.size(self.sent)}" + _at_least(self.seconds["communication"]))
-        return "\n".join(lines)
+            work += f" ({self.flops_checkpointed:.3g} with gradient checkpointing)"
+        arithmetic = f"Arithmetic of a device: {work}{_at_least(self.seconds['arithmetic'])}"
+        sent = f"Communication of a device: {display.size(self.sent)}{_at_least(self.seconds['communication'])}"
+        return f"{first}\n{arithmetic}\n{sent}"
 
 
 def budget(
@@ -195,17 +172,9 @@ def budget(
 ) -> Budget:
     """Counts the costs of a step, without memory for weights, however large the network is.
 
-    Args:
-        build: makes the network.
-        optimizer: makes the optimizer of the network's parameters.
-        plan: how the run is distributed.
-        description: of the same network, at the length of the sequences.
-        peak_flops: FLOPs a second of a device.
-        bandwidth: bytes a second that a device sends.
-
-    Raises:
-        UserError: for a network without parameters, an optimizer that refuses them or needs numbers, and a speed
-            that is not above 0.
+    The description has the same network, at the length of the sequences. A device computes `peak_flops` FLOPs and sends
+    `bandwidth` bytes a second. Raises UserError for a network without parameters, an optimizer that refuses them or
+    needs numbers, and a speed that is not above 0.
     """
     for name, value in (("peak_flops", peak_flops), ("bandwidth", bandwidth)):
         if value is not None and not value > 0:
@@ -214,9 +183,9 @@ def budget(
         raise UserError(f"trainer.devices: {description.network} has no parameters, and so no training step")
     memory = _model_states(build, optimizer, plan, description)
     again: dict[str, int] | None = None
-    uncounted = None
+    uncounted = flops = flops_again = None
     try:
-        counted = (build, plan.at_work, plan.lower, description.length)
+        counted = (build, plan.at_work, PRECISIONS[plan.precision][1], description.length)
         kept = kept_activations(*counted, checkpointing=False)
         memory |= {
             "fixed": kept.fixed,
@@ -229,12 +198,9 @@ def budget(
             again = {**memory, "blocks": plan.sequences * (inputs + max(kept.blocks))}
     except (RuntimeError, TypeError) as error:
         uncounted = why_not(error)
-    for column in (memory, again):
-        if column is not None:
-            column["total"] = sum(column.values())
-
+    for column in filter(None, (memory, again)):
+        column["total"] = sum(column.values())
     tokens = plan.devices * plan.accumulate * plan.sequences * description.length
-    flops = flops_again = None
     if description.training_flops_per_token is not None:
         flops = round(description.training_flops_per_token * tokens / plan.devices)
         blocks = sum(layer.flops_per_token or 0 for layer in description.layers)
@@ -258,11 +224,9 @@ def budget(
 
 def _sent(plan: Plan, numbers: int) -> int:
     """Bytes that each device sends a step."""
-    if plan.strategy == "fsdp":
-        whole = plan.accumulate * numbers * (2 * plan.at_work.itemsize + plan.held.itemsize)
-    else:
-        whole = 2 * numbers * plan.held.itemsize
-    return whole * (plan.devices - 1) // plan.devices
+    fsdp = plan.accumulate * (2 * plan.at_work.itemsize + plan.held.itemsize)
+    a_number = fsdp if plan.strategy == "fsdp" else 2 * plan.held.itemsize
+    return numbers * a_number * (plan.devices - 1) // plan.devices
 
 
 def _model_states(build: Build, optimizer: MakeOptimizer, plan: Plan, description: Description) -> dict[str, int]:
@@ -276,15 +240,13 @@ def _model_states(build: Build, optimizer: MakeOptimizer, plan: Plan, descriptio
         try:
             made.step()
         except (RuntimeError, TypeError) as error:
-            raise UserError(
-                f"model.optimizer: {type(made).__name__} makes no step without numbers, so its states are not known"
-            ) from error
-        states = count_bytes(dict(made.state))
-    memory = {
-        "parameters": description.parameters * plan.held.itemsize,
-        "gradients": sum(parameter.nbytes for parameter in trained),
-        "optimizer": states,
-    }
+            what = f"{type(made).__name__} makes no step without numbers, so its states are not known"
+            raise UserError(f"model.optimizer: {what}") from error
+        memory = {
+            "parameters": description.parameters * plan.held.itemsize,
+            "gradients": sum(parameter.nbytes for parameter in trained),
+            "optimizer": count_bytes(dict(made.state)),
+        }
     if not plan.sharded:
         return {**memory, "buffers": memory["gradients"] if plan.devices > 1 else 0}
     block = max((count_parameters(layer) for layer in network.layers), default=0)

@@ -26,38 +26,28 @@ from torch import nn
 
 from llmx import display
 from llmx.costs.flops import Work, count_flops, on_meta, why_not
+from llmx.parts.checks import check_sizes
 from llmx.parts.counting import count_bytes, count_parameters
 from llmx.parts.norm import Norm
 from llmx.protocol import Embedding, FeedForward, Head, Mixer, Network
 
 KINDS = ("embedding", "mixers", "feed-forward", "norms", "head", "other")
-_KIND_OF_TYPE: dict[type, str] = {
-    Embedding: "embedding",
-    nn.Embedding: "embedding",
-    Mixer: "mixers",
-    FeedForward: "feed-forward",
-    Norm: "norms",
-    Head: "head",
-}
+_EMBEDDINGS = {Embedding: "embedding", nn.Embedding: "embedding"}
+_KIND_OF_TYPE = _EMBEDDINGS | {Mixer: "mixers", FeedForward: "feed-forward", Norm: "norms", Head: "head"}
 _KIND_OF_NAME = {"norm": "norms", "head": "head"}  # in networks other than Decoder
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One block.
-
-    runs:            how often it runs a token; FLOPs and state are those of all runs
-    flops_per_token: None if the network cannot run without numbers
-    state_bytes:     None if there is no recurrent form
-    """
+    """One block."""
 
     layer: int
     mixer: str
     feed_forward: str
     parameters: int
-    flops_per_token: float | None
-    state_bytes: int | None
-    runs: int
+    flops_per_token: float | None  # None if the network cannot run without numbers
+    state_bytes: int | None  # None if there is no recurrent form
+    runs: int  # how often it runs a token; FLOPs and state are those of all runs
 
 
 @dataclass(frozen=True)
@@ -91,8 +81,8 @@ class Description:
     def render(self) -> RenderableType:
         """For people, in as few as 80 columns."""
         title = f"{self.network}, {self.parameters:,} parameters, vocabulary {self.vocab_size:,}"
-        layers = [self._layers()] if self.layers else []
-        return Lines(Text(title, style="bold"), *layers, self._kinds(), Text(self._notes(), style="dim"))
+        tables = [self._layers(), self._kinds()] if self.layers else [self._kinds()]
+        return Lines(Text(title, style="bold"), *tables, Text(self._notes(), style="dim"))
 
     def _layers(self) -> Table:
         looped = any(layer.runs > 1 for layer in self.layers)
@@ -123,10 +113,8 @@ class Description:
         elif not self.flops_per_token:
             work = "0, there are no matrix products"
         else:
-            work = (
-                f"forward, a token of a sequence of {self.length:,}, matrix products alone; "
-                f"training takes 3 times as many ({display.count(self.training_flops_per_token)})"
-            )
+            training = f"training takes 3 times as many ({display.count(self.training_flops_per_token)})"
+            work = f"forward, a token of a sequence of {self.length:,}, matrix products alone; {training}"
         state = "none, a new token recomputes its whole prefix"
         if self.state_bytes is not None:
             numbers = f", in {self.dtype}" if self.dtype else ""
@@ -138,21 +126,15 @@ class Description:
 
 
 def describe(network: Network, length: int) -> Description:
-    """Describes a network without changing it.
+    """Describes a network on any device without changing it; on the meta device it takes no memory, however large.
 
-    Args:
-        network: on any device; on the meta device it takes no memory, however large it is.
-        length: tokens of the sequence that FLOPs and state refer to.
-
-    Raises:
-        ValueError: for a length below 1, or one that the network does not take.
+    FLOPs and state are those of a sequence of `length` tokens. Raises ValueError for a length below 1, or one that the
+    network does not take.
     """
-    if length < 1:
-        raise ValueError(f"length: {length} is below 1")
+    check_sizes(length=length)
     copied = on_meta(network)
     names = {module: name for name, module in copied.named_modules()}
-    kinds = _kinds_by_name(copied)
-    uncounted = None
+    kinds, uncounted = _kinds_by_name(copied), None
     try:
         work = count_flops(network, copied, [*(names[block] for block in copied.layers), *kinds], length)
     except (RuntimeError, TypeError) as error:
@@ -211,19 +193,15 @@ def _kinds_by_name(network: Network) -> dict[str, str]:
     def look(module: nn.Module, name: str) -> None:
         for child_name, child in module.named_children():
             full = f"{name}.{child_name}" if name else child_name
-            kind = _kind(child, child_name)
-            if kind is None:
-                look(child, full)
-            else:
+            kinds = (kind for cls, kind in _KIND_OF_TYPE.items() if isinstance(child, cls))
+            if kind := next(kinds, _KIND_OF_NAME.get(child_name)):
                 found[full] = kind
+            else:
+                look(child, full)
 
     look(network, "")
     first = {name for name, _ in network.named_modules()}  # names a module that stands in two places only once
     return {name: kind for name, kind in found.items() if name in first}
-
-
-def _kind(module: nn.Module, name: str) -> str | None:
-    return next((kind for cls, kind in _KIND_OF_TYPE.items() if isinstance(module, cls)), _KIND_OF_NAME.get(name))
 
 
 def _parameters_by_kind(network: Network, kinds: dict[str, str]) -> tuple[Counter[str], Counter[str]]:

@@ -8,7 +8,9 @@ them a formula of the same size is registered.
 import copy
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,20 +22,19 @@ from llmx.protocol import Network
 _FUSED_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
+@dataclass
 class Work:
     """The FLOPs of a forward pass, in total and by the name of a module, and how often each module ran."""
 
-    def __init__(self) -> None:
-        self.total = 0
-        self.flops: Counter[str] = Counter()
-        self.runs: Counter[str] = Counter()
+    total: int = 0
+    flops: Counter[str] = field(default_factory=Counter)
+    runs: Counter[str] = field(default_factory=Counter)
 
 
 def count_flops(network: Network, without_numbers: Network, names: list[str], length: int) -> Work:
     """Counts on the copy without numbers or, if that fails, on a copy of a network that has numbers.
 
-    Raises:
-        RuntimeError, TypeError: if neither works.
+    Raises RuntimeError or TypeError if neither works.
     """
     try:
         with torch.device("meta"):
@@ -47,23 +48,18 @@ def count_flops(network: Network, without_numbers: Network, names: list[str], le
 def forward_flops(network: Network, names: list[str], length: int) -> Work:
     """Runs the network on one sequence; `names` are the modules to count one by one."""
     work, begun = Work(), list[int]()
+    counter = FlopCounterMode(display=False, custom_mapping={_FUSED_ON_CPU: _attention_flops})
 
-    def enter(*_: Any) -> None:
-        begun.append(counter.get_total_flops())
-
-    def leave(name: str) -> Callable[..., None]:
-        def add(*_: Any) -> None:
-            work.flops[name] += counter.get_total_flops() - begun.pop()
-            work.runs[name] += 1
-
-        return add
+    def leave(name: str, *_: Any) -> None:
+        work.flops[name] += counter.get_total_flops() - begun.pop()
+        work.runs[name] += 1
 
     for name in names:
         module = network.get_submodule(name)
-        module.register_forward_pre_hook(enter)
-        module.register_forward_hook(leave(name))
+        module.register_forward_pre_hook(lambda *_: begun.append(counter.get_total_flops()))
+        module.register_forward_hook(partial(leave, name))
     device = next((tensor.device for tensor in _tensors(network)), torch.device("cpu"))
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping={_FUSED_ON_CPU: _attention_flops}) as counter:
+    with torch.no_grad(), counter:
         network.eval()(torch.zeros(1, length, dtype=torch.int64, device=device))
     work.total = counter.get_total_flops()
     return work

@@ -17,8 +17,7 @@ SMALL = 50_000_000  # a network with up to so many parameters is run with number
 def describe_config(config: Any, vocab_size: int, length: int) -> Description:
     """Describes the network on the meta device, or with numbers if that fails or counts no FLOPs of a small one.
 
-    Raises:
-        UserError: for a network that cannot be built, or does not take the length.
+    Raises UserError for a network that cannot be built, or does not take the length.
     """
 
     def described(device: str) -> Description:
@@ -48,12 +47,8 @@ def build_without_memory(config: Any, vocab_size: int) -> Network:
 
 
 def build_on(device: str, config: Any, vocab_size: int) -> Network:
-    """Builds the network on a device.
-
-    Raises:
-        UserError: for a network that cannot be built.
-        RuntimeError: on the meta device, for a network whose constructors need numbers.
-    """
+    """Builds the network on a device. Raises UserError for a network that cannot be built, and RuntimeError on the meta
+    device for a network whose constructors need numbers."""
     try:
         with torch.device(device):
             return build(config, vocab_size, "model.network")

@@ -32,17 +32,12 @@ def relative_gap(costs: Iterable[float | None]) -> float:
 
 @dataclass(frozen=True)
 class Match:
-    """The nearest config that the search found.
+    """The nearest config that the search found."""
 
-    changes:    overrides the config, nested like it
-    kind:       the matched cost, in words
-    own, other: its amount in both configs
-    """
-
-    changes: dict[str, Any]
-    kind: str
-    own: float
-    other: float
+    changes: dict[str, Any]  # overrides the config, nested like it
+    kind: str  # the matched cost, in words
+    own: float  # its amount in the changed config
+    other: float  # its amount in the other config
 
     @property
     def holds(self) -> bool:
@@ -57,15 +52,9 @@ class Match:
 def match(own: dict[str, Any], other: dict[str, Any], what: str, by: str | None, vocab_size: int) -> Match:
     """Solves for the change that makes a config cost as much as another.
 
-    Args:
-        own: the settings to change, as plain data: `model`, `data`, `trainer`, and `length` to count FLOPs.
-        other: the settings whose cost is the goal.
-        what: `parameters` or `flops`.
-        by: the size to vary: a key of the network, or the end of one or several keys.
-        vocab_size: of both networks.
-
-    Raises:
-        UserError: for sizes that do not exist or do not serve, and if there is nothing to match.
+    Both are plain data: `model`, `data`, `trainer`, and `length` to count FLOPs. The cost is `parameters` or `flops`.
+    The size to vary, `by`, is a key of the network, or the end of one or several keys. Raises UserError for sizes that
+    do not exist or do not serve, and if there is nothing to match.
     """
 
     def cost(settings: dict[str, Any], network: Any) -> float:
@@ -76,9 +65,9 @@ def match(own: dict[str, Any], other: dict[str, Any], what: str, by: str | None,
         else:
             found = describe_config(network, vocab_size, settings["length"])
             name, value, why = found.network, found.training_flops_per_token, found.uncounted
-        if not value:
-            raise UserError(f"model.network: {name} cannot be matched by {what}, {why or 'there are none'}")
-        return value
+        if value:
+            return value
+        raise UserError(f"model.network: {name} cannot be matched by {what}, {why or 'there are none'}")
 
     network = own["model"]["network"]
     held = cost(own, network)
@@ -89,7 +78,8 @@ def match(own: dict[str, Any], other: dict[str, Any], what: str, by: str | None,
     if what == "flops" and by in (None, STEPS):
         if other["trainer"]["max_steps"] < 1:
             raise UserError(f"to: gives no {STEPS}, whose training FLOPs could be matched")
-        a_step, goal = held * _tokens(own), goal * _tokens(other) * other["trainer"]["max_steps"]
+        tokens, others = (side["data"]["batch_size"] * side["data"]["window"] for side in (own, other))
+        a_step, goal = held * tokens, goal * others * other["trainer"]["max_steps"]
         steps = max(1, round(goal / a_step))
         return Match({"trainer": {"max_steps": steps}}, "training FLOPs", steps * a_step, goal)
     sizes = _sizes(network, by)
@@ -118,19 +108,13 @@ def match(own: dict[str, Any], other: dict[str, Any], what: str, by: str | None,
 def nearest(cost: Callable[[int], float | None], goal: float) -> tuple[int, float]:
     """The whole number from 1 on whose cost is nearest to the goal, and that cost.
 
-    Args:
-        cost: rises with its argument; None for a number that has no cost.
-        goal: the wanted cost.
-
-    Raises:
-        ValueError: if no number has a cost, or the cost does not rise.
+    A number may have no cost, None. Raises ValueError if no number has one, or the cost does not rise.
     """
     tried: dict[int, float] = {}
 
     def first(start: int, stop: int) -> int | None:
         for n in range(start, stop):
-            found = cost(n)
-            if found is not None:
+            if (found := cost(n)) is not None:
                 tried[n] = found
                 return n
         return None
@@ -155,18 +139,12 @@ def nearest(cost: Callable[[int], float | None], goal: float) -> tuple[int, floa
     return min(tried.items(), key=lambda pair: abs(pair[1] - goal))
 
 
-def _tokens(settings: dict[str, Any]) -> int:
-    """Tokens of one step."""
-    return settings["data"]["batch_size"] * settings["data"]["window"]
-
-
 def _sizes(network: Any, by: str | None) -> dict[str, int]:
     """The sizes to vary, by key; a size that is null counts as large as the largest given one."""
     ends = DEFAULTS if by is None else (by.replace("init_args.", ""),)
     keys = entries(network, "model.network")
-    found = next(
-        (same for end in ends if (same := {key: value for key, value in keys if f".{key}".endswith(f".{end}")})), None
-    )
+    matching = ({key: value for key, value in keys if f".{key}".endswith(f".{end}")} for end in ends)
+    found = next(filter(None, matching), None)
     if found is None:
         raise UserError(f"by: model.network has no key that ends with {' or '.join(ends)}")
     for key, value in found.items():

@@ -14,14 +14,8 @@ from llmx.training.module import LanguageModel
 class ReportToStudy(Callback):
     """Records the run in the trial before the first step, and reports its validations to the pruner.
 
-    Args:
-        trial: the trial that the fit belongs to.
-        runs: the finished runs of the trial, one a seed.
-        run: this run; gets its folder.
-        prune: whether the pruner may end the run.
-
-    Raises:
-        TrialPruned: at a validation, if the pruner ends the run.
+    `runs` are the finished runs of the trial, one a seed; `run` is this run, and gets its folder. If the pruner may end
+    it, a validation may raise TrialPruned.
     """
 
     def __init__(self, trial: Trial, runs: list[dict[str, Any]], run: dict[str, Any], prune: bool):
@@ -34,10 +28,10 @@ class ReportToStudy(Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
         step, loss = trainer.global_step, trainer.callback_metrics.get("val/loss")
-        if trainer.sanity_checking or trainer.state.fn != "fit" or step >= pl_module.total_steps:
-            return  # the last validation is the result of the run: too late to prune it
-        if not self.prune or loss is None:
+        if not self.prune or loss is None or trainer.sanity_checking or trainer.state.fn != "fit":
             return
+        if step >= pl_module.total_steps:
+            return  # the last validation is the result of the run: too late to prune it
         self.trial.report(loss.item(), step)
         if self.trial.should_prune():
             self.trial.set_user_attr("runs", [{**self.run, "pruned": True, "step": step}])

@@ -21,19 +21,14 @@ if TYPE_CHECKING:
 def run(arguments: list[str], execute: Execute, parse: Parse) -> int:
     """Runs the missing trials of the study and shows all trials. Returns the exit code.
 
-    Args:
-        arguments: the command line, without the verb.
-        execute: runs a command of the trainer, such as `fit`.
-        parse: reads the settings of such a command.
-
-    Raises:
-        UserError: for wrong arguments, or if every trial failed.
+    `execute` runs a command of the trainer, such as `fit`; `parse` reads its settings. Raises UserError for wrong
+    arguments, or if every trial failed.
     """
     options, others = _parser().parse_known_args(arguments)
     fit = [word for config in options.config or [] for word in ("--config", config)] + others
-    for name in ("seeds", "trials"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise UserError(f"{name}: {getattr(options, name)} is below 1")
+    for name, given in (("seeds", options.seeds), ("trials", options.trials)):
+        if given is not None and given < 1:
+            raise UserError(f"{name}: {given} is below 1")
     space, seeds = _space(options)
     points = space.points()
     trials = options.trials or space.trials
@@ -91,16 +86,15 @@ def _space(options: argparse.Namespace) -> tuple[Space, list[int] | None]:
     seeds = None if options.seeds is None else list(range(1, options.seeds + 1))
     if options.sweep is not None:
         return read_space(options.sweep), seeds
-    if seeds is None:
-        raise UserError("sweep: give --sweep FILE (such as configs/sweeps/learning_rate.yaml), or --seeds 5")
-    return Space({"seed_everything": Values(tuple(seeds))}), None
+    if seeds is not None:
+        return Space({"seed_everything": Values(tuple(seeds))}), None
+    raise UserError("sweep: give --sweep FILE (such as configs/sweeps/learning_rate.yaml), or --seeds 5")
 
 
 def _trainer_settings(fit: list[str], space: Space, parse: Parse) -> Any:
     """The trainer's settings as `fit` parses them; reading them first means that a mistake leaves no study behind.
 
-    Raises:
-        UserError: for unknown keys, and for settings that a sweep does not support.
+    Raises UserError for unknown keys, and for settings that a sweep does not support.
     """
     first = {key: d.values[0] if isinstance(d, Values) else d.low for key, d in space.dimensions.items()}
     arguments = with_point(["fit", *fit], first)

@@ -28,14 +28,9 @@ ORDER = ["COMPLETE", "PRUNED", "RUNNING", "WAITING", "FAIL"]
 
 
 class Report:
-    """The present state of a study.
+    """The present state of a study; `command` is that of one run, without the flags of its point.
 
-    Args:
-        name: of the study.
-        space: the dimensions that were searched.
-        trials: all trials to show.
-        command: of one run, without the flags of its point.
-        means: whether the trials are the seeds of one config: then their mean is the result, and none is the best.
+    If the trials are the seeds of one config (`means`), their mean is the result, and none is the best.
     """
 
     def __init__(self, name: str, space: Space, trials: list[FrozenTrial], command: list[str], means: bool):
@@ -65,14 +60,12 @@ class Report:
         elif self.marks and not self.means:
             print(f"best: none, for what was trained is {' or '.join(self.marks)}")
         for edge in self._edges():
-            range_ = f"{edge['low']} .. {edge['high']}"
-            if edge["edge"] is None:
-                print(f"{edge['key']}: {edge['value']} is inside {range_}")
-            else:
-                print(f"{edge['key']}: {edge['value']} is AT THE EDGE of {range_} ({edge['edge']}): widen it there")
+            at, advice = "inside", ""
+            if edge["edge"] is not None:
+                at, advice = "AT THE EDGE of", f" ({edge['edge']}): widen it there"
+            print(f"{edge['key']}: {edge['value']} is {at} {edge['low']} .. {edge['high']}{advice}")
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain data."""
         return {
             "study": self.name,
             "trials": [
@@ -81,7 +74,7 @@ class Report:
                     "state": trial.state.name.lower(),
                     "val/loss": trial.value,
                     "parameters": trial.params,
-                    "runs": trial.user_attrs.get("runs", []),
+                    "runs": _runs(trial),
                     "error": _error(trial),
                 }
                 for trial in self.trials
@@ -111,37 +104,35 @@ class Report:
 
     def _edges(self) -> list[dict[str, Any]]:
         """For each range of numbers, the end at which the best trial lies, if any."""
-        if self.best is None:
-            return []
-        found = []
-        for key, dimension in self.space.dimensions.items():
-            if dimension.ends is not None:
-                value = self.best.params[key]
-                low, high = dimension.ends
-                found.append({"key": key, "value": value, "low": low, "high": high, "edge": dimension.edge(value)})
-        return found
+        best = {} if self.best is None else self.best.params
+        return [
+            {"key": key, "value": best[key], "low": d.ends[0], "high": d.ends[1], "edge": d.edge(best[key])}
+            for key, d in self.space.dimensions.items()
+            if key in best and d.ends is not None
+        ]
+
+
+def _runs(trial: FrozenTrial) -> list[dict[str, Any]]:
+    return trial.user_attrs.get("runs", [])
 
 
 def _loss(trial: FrozenTrial) -> str:
-    runs = trial.user_attrs.get("runs", [])
     if trial.state.name == "COMPLETE":
-        return display.with_deviation([run["val/loss"] for run in runs])
+        return display.with_deviation([run["val/loss"] for run in _runs(trial)])
     if trial.state.name == "PRUNED" and trial.value is not None:
-        return f"{display.loss(trial.value)} at step {runs[0]['step']}, pruned"
+        return f"{display.loss(trial.value)} at step {_runs(trial)[0]['step']}, pruned"
     return "failed" if trial.state.name == "FAIL" else trial.state.name.lower()
 
 
 def _places(trial: FrozenTrial) -> str:
-    runs = trial.user_attrs.get("runs", [])
-    places = ", ".join(run["folder"] for run in runs if run["folder"] is not None)
-    places = f"{_mark(trial)} {places}".strip()
-    return textwrap.shorten(_error(trial) or places, 120, placeholder=" ...")
+    places = ", ".join(run["folder"] for run in _runs(trial) if run["folder"] is not None)
+    return textwrap.shorten(_error(trial) or f"{_mark(trial)} {places}".strip(), 120, placeholder=" ...")
 
 
 def _mark(trial: FrozenTrial) -> str:
-    runs = trial.user_attrs.get("runs", [])
-    unaudited = any(run.get("audited") is False for run in runs)
-    return "LEAKING" if any(run.get("leaking") for run in runs) else "UNAUDITED" if unaudited else ""
+    if any(run.get("leaking") for run in _runs(trial)):
+        return "LEAKING"
+    return "UNAUDITED" if any(run.get("audited") is False for run in _runs(trial)) else ""
 
 
 def _differing(trials: list[FrozenTrial]) -> list[str]:

@@ -91,12 +91,10 @@ class Space:
         return [dict(zip(self.dimensions, row, strict=True)) for row in itertools.product(*columns)]
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data, to tell spaces apart."""
         return json.loads(json.dumps({key: asdict(dimension) for key, dimension in self.dimensions.items()}))
 
 
 def flags(point: Point) -> list[str]:
-    """A point as flags of `fit`."""
     return [f"--{key}={_text(value)}" for key, value in point.items()]
 
 
@@ -114,11 +112,7 @@ def _text(value: Plain) -> str:
 
 
 def read_space(path: str) -> Space:
-    """The space of a YAML file.
-
-    Raises:
-        UserError: for a file that cannot be read or is not a space; the message names the key.
-    """
+    """The space of a YAML file. Raises UserError, which names the key, for one that cannot be read or is no space."""
     content = read_yaml(path, "sweep: ", _Loader)
     if not isinstance(content, dict) or not content.keys() <= {"space", "trials", "prune"}:
         raise UserError(f"{path}: give a mapping of space, and optionally trials and prune")
@@ -166,9 +160,9 @@ def _values(key: str, given: Any) -> Values:
 
 
 def _number(key: str, given: Any) -> float:
-    if not _is_number(given):
-        raise UserError(f"{key}: {given!r} is no number")
-    return given
+    if _is_number(given):
+        return given
+    raise UserError(f"{key}: {given!r} is no number")
 
 
 def _is_number(value: Any) -> TypeGuard[float]:

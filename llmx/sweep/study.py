@@ -43,10 +43,7 @@ POLL = 1.0  # seconds between two looks at the trials of other processes
 
 
 class Execute(Protocol):
-    """Executes a command of the trainer; the run's record names `recorded` as its command line.
-
-    Returns an object with `trainer`, `datamodule` and `model`.
-    """
+    """Executes a command, recorded as `recorded`; returns an object with `trainer`, `datamodule` and `model`."""
 
     def __call__(
         self, command: Command, callbacks: Sequence[ReportToStudy] = (), recorded: list[str] | None = None
@@ -62,11 +59,7 @@ class Covered(Exception):
 
 @dataclass
 class Sweep:
-    """Runs the missing trials of a study.
-
-    Raises:
-        UserError: for a study that belongs to another sweep.
-    """
+    """Runs the missing trials of a study. Raises UserError for a study that belongs to another sweep."""
 
     name: str
     storage: RDBStorage  # the database that holds the study
@@ -111,11 +104,7 @@ class Sweep:
         return _current(self.study.get_trials(deepcopy=False))
 
     def run(self) -> None:
-        """Runs trials until none is missing.
-
-        Raises:
-            UserError: if every trial failed.
-        """
+        """Runs trials until none is missing. Raises UserError if every trial failed."""
         waited = False
         while True:
             fail_stale_trials(self.study)
@@ -214,11 +203,7 @@ class Sweep:
 
 
 def open_storage(url: str) -> RDBStorage:
-    """The database, created if it is new.
-
-    Raises:
-        UserError: if it cannot be opened.
-    """
+    """The database, created if it is new. Raises UserError if it cannot be opened."""
     warnings.filterwarnings("ignore", category=ExperimentalWarning)  # of the heartbeat
     waiting = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
     failure: Exception | None = None
