@@ -77,7 +77,6 @@ def setting(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-# --------------------------------------------------------------------------------------------------------------- tables
 def text_column(heading: str, min_width: int | None = None) -> Column:
     """Aligned left; what is too long continues on the next line."""
     return Column(heading, overflow="fold", min_width=min_width)

@@ -176,15 +176,13 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 
 def _matching(rows: Sequence[Row]) -> str:
-    costs: dict[str, list[float]] = {
-        "parameters": [row.parameters for row in rows if row.parameters],
-        "training FLOPs": [row.training_flops for row in rows if row.training_flops],
-        "wall-clock": [row.seconds for row in rows if row.seconds],
+    costs: dict[str, list[float | None]] = {
+        "parameters": [row.parameters for row in rows],
+        "training FLOPs": [row.training_flops for row in rows],
+        "wall-clock": [row.seconds for row in rows],
     }
-    said = []
-    for name, values in costs.items():
-        if len(values) > 1:
-            factor = relative_gap(values)
-            equal = f"equal {name} (within {100 * factor:.1f} %)"
-            said.append(equal if factor <= MATCHED else f"{name} up to {1 + factor:.2f} times apart")
-    return ", ".join(said)
+    gaps = {name: relative_gap(values) for name, values in costs.items() if sum(map(bool, values)) > 1}
+    return ", ".join(
+        f"equal {name} (within {100 * gap:.1f} %)" if gap <= MATCHED else f"{name} up to {1 + gap:.2f} times apart"
+        for name, gap in gaps.items()
+    )

@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
 from matplotlib.figure import Figure
@@ -28,8 +28,8 @@ th:nth-child(2), td:nth-child(2) { text-align: left; white-space: normal }
 .wide { overflow-x: auto; margin: 1rem 0 } .marked { color: #b00020 } .note { color: #555; white-space: pre-line }
 img { max-width: 100%; height: auto }
 """
-RESULTS = ("", "network", "seeds", "val loss", "95 %", "difference", "95 %", "p", "perplexity", "bits / char")
-COSTS = ("", "network", "parameters", "train FLOPs", "tokens/s", "seconds", "memory", "state", "writes, tokens/s")
+RESULTS = ("seeds", "val loss", "95 %", "difference", "95 %", "p", "perplexity", "bits / char")
+COSTS = ("parameters", "train FLOPs", "tokens/s", "seconds", "memory", "state", "writes, tokens/s")
 
 
 def report(comparison: Comparison, figures: Mapping[str, Figure]) -> str:
@@ -40,7 +40,10 @@ def report(comparison: Comparison, figures: Mapping[str, Figure]) -> str:
         f'<h2>{TITLES[name]}</h2>\n<img alt="{TITLES[name]}" src="data:image/png;base64,{_png(figure)}">'
         for name, figure in figures.items()
     )
-    parameters = [[display.count(row.parameters_of.get(kind, 0)) for kind in kinds] for row in rows]
+
+    def parameters(row: Row) -> list[str]:
+        return [display.count(row.parameters_of.get(kind, 0)) for kind in kinds]
+
     return f"""<!doctype html>
 <html lang="en">
 <head><meta charset="utf-8"><title>llmx: a comparison</title><link rel="icon" href="data:,">
@@ -48,24 +51,21 @@ def report(comparison: Comparison, figures: Mapping[str, Figure]) -> str:
 <body>
 <h1>{len(rows)} configurations</h1>
 <p>{escape(measured_on(comparison))}. Differences are to {escape(comparison.baseline)}.</p>
-{_table("results", RESULTS, rows, [_results(row) for row in rows])}
-{_table("costs", COSTS, rows, [_costs(row) for row in rows])}
+{_table("results", RESULTS, rows, _results)}
+{_table("costs", COSTS, rows, _costs)}
 <p class="note">{escape(caption(comparison))}</p>
 {images}
 {_settings(comparison)}
 <h2>Parameters</h2>
-{_table("parameters", ("", "network", *kinds), rows, parameters)}
+{_table("parameters", kinds, rows, parameters)}
 </body>
 </html>
 """
 
 
-def _table(id: str, headings: Sequence[str], rows: Sequence[Row], cells: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
-    body = "\n".join(
-        f"<tr>{''.join(f'<td>{cell}</td>' for cell in (*_first(row), *rest))}</tr>"
-        for row, rest in zip(rows, cells, strict=True)
-    )
+def _table(id: str, headings: Sequence[str], rows: Sequence[Row], cells: Callable[[Row], list[str]]) -> str:
+    head = "".join(f"<th>{escape(heading)}</th>" for heading in ("", "network", *headings))
+    body = "\n".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in (*_first(row), *cells(row)))}</tr>" for row in rows)
     return f"""<div class="wide"><table id="{id}"><thead><tr>{head}</tr></thead><tbody>
 {body}
 </tbody></table></div>"""
@@ -75,9 +75,9 @@ def _settings(comparison: Comparison) -> str:
     rows = [row for row in comparison.rows if row.unlike]
     if not rows:
         return ""
-    headings = ("", "network", changes_heading(comparison))
-    cells = [[escape(", ".join(changed_settings(row)))] for row in rows]
-    return f"<h2>Settings</h2>\n{_table('settings', headings, rows, cells)}"
+    heading = changes_heading(comparison)
+    table = _table("settings", [heading], rows, lambda row: [escape(", ".join(changed_settings(row)))])
+    return f"<h2>Settings</h2>\n{table}"
 
 
 def _first(row: Row) -> tuple[str, str]:

@@ -74,8 +74,10 @@ def changed(baseline: Any, other: Any, prefix: str = "") -> dict[str, tuple[Any,
         one, two = here.get(key), there.get(key)
         if one == two or (one in NOTHING and two in NOTHING):
             continue
-        inside = _same_shape(one, two)
-        result |= changed(one, two, f"{prefix}{key}.") if inside else {f"{prefix}{key}": (one, two)}
+        alike = isinstance(one, list) and isinstance(two, list) and len(one) == len(two)
+        if isinstance(one, dict) and isinstance(two, dict):
+            alike = one.get("class_path") == two.get("class_path")
+        result |= changed(one, two, f"{prefix}{key}.") if alike else {f"{prefix}{key}": (one, two)}
     return result
 
 
@@ -95,12 +97,6 @@ def short_value(value: Any) -> str:
 
 def _items(values: Any) -> Iterable[tuple[Any, Any]]:
     return values.items() if isinstance(values, dict) else enumerate(values)
-
-
-def _same_shape(one: Any, two: Any) -> bool:
-    if isinstance(one, dict) and isinstance(two, dict):
-        return one.get("class_path") == two.get("class_path")
-    return isinstance(one, list) and isinstance(two, list) and len(one) == len(two)
 
 
 def _classes(value: Any) -> Iterator[str]:

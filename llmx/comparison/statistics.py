@@ -39,7 +39,6 @@ class Estimate:
 
     @property
     def half(self) -> float:
-        """Half the width of the interval."""
         return (self.high - self.low) / 2
 
     @property

@@ -23,9 +23,7 @@ def render(comparison: Comparison) -> RenderableType:
     costs = _table("bits", "parameters", "FLOPs", "tokens/s", "memory", "state", "writes")
     settings = display.table(display.text_column("network", 10), changes_heading(comparison))
     for row in comparison.rows:
-        name = Text(row.name)
-        if mark(row):
-            name.append(f" {mark(row)}", style="bold red")
+        name = Text.assemble(row.name, (f" {mark(row)}".rstrip(), "bold red"))
         first = ("" if row.rank is None else str(row.rank), name)
         results.add_row(
             *first,

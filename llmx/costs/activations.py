@@ -10,13 +10,13 @@ elementwise work. A window of up to 256 keeps its T x T attention weights in 16 
 import itertools
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.hooks import RemovableHandle
 
 from llmx.protocol import Network
 
@@ -74,13 +74,11 @@ def _saved(network: Network, sequences: int, length: int) -> Counter[int]:
     def leave(*_: Any) -> None:
         inside.pop()
 
-    handles: list[RemovableHandle] = []
-    for block in network.layers:
-        handles.append(block.register_forward_pre_hook(lambda *_: inside.append(next(runs))))
-        handles.append(block.register_forward_hook(leave))
     tokens = torch.zeros(sequences, length, dtype=torch.int64)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with ExitStack() as hooks:
+        for block in network.layers:
+            hooks.enter_context(block.register_forward_pre_hook(lambda *_: inside.append(next(runs))))
+            hooks.enter_context(block.register_forward_hook(leave))
+        hooks.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor))
         network.losses(tokens, tokens.clone())
-    for handle in handles:
-        handle.remove()
     return found

@@ -95,10 +95,10 @@ class Plan:
         accumulate = trainer.accumulate_grad_batches
         sequences, rest = divmod(batch_size, devices * accumulate)
         if rest:
-            raise UserError(
-                f"data.batch_size: {batch_size} windows a step cannot be cut into {devices * accumulate} equal parts "
-                f"({devices} devices, trainer.accumulate_grad_batches {accumulate})"
+            parts = (
+                f"{devices * accumulate} equal parts ({devices} devices, trainer.accumulate_grad_batches {accumulate})"
             )
+            raise UserError(f"data.batch_size: {batch_size} windows a step cannot be cut into {parts}")
         return cls(devices, strategy, precision, sequences, accumulate)
 
     @property
@@ -182,8 +182,8 @@ def budget(
     if not description.parameters:
         raise UserError(f"trainer.devices: {description.network} has no parameters, and so no training step")
     memory = _model_states(build, optimizer, plan, description)
-    again: dict[str, int] | None = None
-    uncounted = flops = flops_again = None
+    checkpointed: dict[str, int] | None = None
+    uncounted = flops = flops_checkpointed = None
     try:
         counted = (build, plan.at_work, PRECISIONS[plan.precision][1], description.length)
         kept = kept_activations(*counted, checkpointing=False)
@@ -195,31 +195,22 @@ def budget(
         }
         with suppress(ValueError):  # the network has no checkpointing
             inputs = kept_activations(*counted, checkpointing=True).outside - kept.outside
-            again = {**memory, "blocks": plan.sequences * (inputs + max(kept.blocks))}
+            checkpointed = {**memory, "blocks": plan.sequences * (inputs + max(kept.blocks))}
     except (RuntimeError, TypeError) as error:
         uncounted = why_not(error)
-    for column in filter(None, (memory, again)):
+    for column in filter(None, (memory, checkpointed)):
         column["total"] = sum(column.values())
     tokens = plan.devices * plan.accumulate * plan.sequences * description.length
     if description.training_flops_per_token is not None:
         flops = round(description.training_flops_per_token * tokens / plan.devices)
         blocks = sum(layer.flops_per_token or 0 for layer in description.layers)
-        flops_again = flops + round(blocks * tokens / plan.devices) if again else None
+        flops_checkpointed = flops + round(blocks * tokens / plan.devices) if checkpointed else None
     sent = _sent(plan, description.parameters)
-    return Budget(
-        plan=plan,
-        tokens=tokens,
-        memory=memory,
-        checkpointed=again,
-        flops=flops,
-        flops_checkpointed=flops_again,
-        sent=sent,
-        seconds={
-            "arithmetic": flops / peak_flops if flops is not None and peak_flops else None,
-            "communication": sent / bandwidth if bandwidth else None,
-        },
-        uncounted=uncounted,
-    )
+    seconds = {
+        "arithmetic": flops / peak_flops if flops is not None and peak_flops else None,
+        "communication": sent / bandwidth if bandwidth else None,
+    }
+    return Budget(plan, tokens, memory, checkpointed, flops, flops_checkpointed, sent, seconds, uncounted)
 
 
 def _sent(plan: Plan, numbers: int) -> int:

@@ -189,19 +189,12 @@ def _state_bytes(component: Any, length: int, times: int = 1) -> int | None:
 def _kinds_by_name(network: Network) -> dict[str, str]:
     """Part's name -> its kind. Of nested parts the outermost counts: a norm inside a mixer belongs to the mixer."""
     found: dict[str, str] = {}
-
-    def look(module: nn.Module, name: str) -> None:
-        for child_name, child in module.named_children():
-            full = f"{name}.{child_name}" if name else child_name
-            kinds = (kind for cls, kind in _KIND_OF_TYPE.items() if isinstance(child, cls))
-            if kind := next(kinds, _KIND_OF_NAME.get(child_name)):
-                found[full] = kind
-            else:
-                look(child, full)
-
-    look(network, "")
-    first = {name for name, _ in network.named_modules()}  # names a module that stands in two places only once
-    return {name: kind for name, kind in found.items() if name in first}
+    for name, module in network.named_modules():  # each module once, at its first place
+        kinds = (kind for cls, kind in _KIND_OF_TYPE.items() if isinstance(module, cls))
+        kind = next(kinds, _KIND_OF_NAME.get(name.rpartition(".")[2]))
+        if name and kind and not any(name.startswith(f"{outer}.") for outer in found):
+            found[name] = kind
+    return found
 
 
 def _parameters_by_kind(network: Network, kinds: dict[str, str]) -> tuple[Counter[str], Counter[str]]:

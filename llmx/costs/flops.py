@@ -48,7 +48,8 @@ def count_flops(network: Network, without_numbers: Network, names: list[str], le
 def forward_flops(network: Network, names: list[str], length: int) -> Work:
     """Runs the network on one sequence; `names` are the modules to count one by one."""
     work, begun = Work(), list[int]()
-    counter = FlopCounterMode(display=False, custom_mapping={_FUSED_ON_CPU: _attention_flops})
+    formulas = {_FUSED_ON_CPU: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)}
+    counter = FlopCounterMode(display=False, custom_mapping=formulas)
 
     def leave(name: str, *_: Any) -> None:
         work.flops[name] += counter.get_total_flops() - begun.pop()
@@ -63,10 +64,6 @@ def forward_flops(network: Network, names: list[str], length: int) -> Work:
         network.eval()(torch.zeros(1, length, dtype=torch.int64, device=device))
     work.total = counter.get_total_flops()
     return work
-
-
-def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(query, key, value)
 
 
 def on_meta(network: Network) -> Network:

@@ -31,11 +31,10 @@ def describe_config(config: Any, vocab_size: int, length: int) -> Description:
     except ValueError as error:
         raise UserError(f"model.network does not take a sequence of {length} (--length): {error}") from error
     except (RuntimeError, TypeError):  # needs numbers
-        pass
-    try:
-        return described("cpu")
-    except RuntimeError as error:
-        raise UserError(window_failure(length, error)) from error
+        try:
+            return described("cpu")
+        except RuntimeError as error:
+            raise UserError(window_failure(length, error)) from error
 
 
 def build_without_memory(config: Any, vocab_size: int) -> Network:

@@ -86,10 +86,6 @@ class Sweep:
             self.study.set_user_attr("sweep", self.identity)
         except DuplicatedStudyError:
             self.study = optuna.load_study(**settings)
-        self._check_identity()
-        self.first = len(self.study.get_trials(deepcopy=False))  # number of this session's first trial
-
-    def _check_identity(self) -> None:
         deadline = time.monotonic() + CREATION
         while (held := self.study.user_attrs.get("sweep")) is None and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -98,6 +94,7 @@ class Sweep:
             what = "was not made by sweep" if held is None else f"has other {' and '.join(other)}"
             shown = f": {json.dumps(held[other[0]])}" if held is not None and other[0] != "settings" else ""
             raise UserError(f"study: {self.name} {what}{shown}; give a new one a name, --study NAME")
+        self.first = len(self.study.get_trials(deepcopy=False))  # number of this session's first trial
 
     def trials(self) -> list[FrozenTrial]:
         """All trials except those that never began and failures that were tried again."""

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from llmx.comparison.breakdown import KINDS, by_kind, by_position, kinds, positions, validation_text
+from llmx.comparison.figures import KINDS, by_kind, by_position, kinds, positions, validation_text
 from llmx.data.windows import EvaluationBatches
 from llmx.protocol import IGNORE
 
