@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from llmx import LanguageModel
-from llmx.config.bases import read_config
-from llmx.parts.counting import count_bytes
+from llmx.config.base_files import read_config
+from llmx.parts.parameter_count import count_bytes
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"

@@ -27,9 +27,9 @@ from benchmarks.device import DEVICE, now
 from benchmarks.harness import Case, Contender, Measure, Result, finish, measure_in_turns, parser, use_threads
 from benchmarks.peers import RECURRENT, Shape
 from benchmarks.train import Mode, prepare_loop
-from llmx.config.bases import read_config
+from llmx.config.base_files import read_config
 from llmx.config.factories import components_by_name, from_config
-from llmx.parts.counting import count_bytes
+from llmx.parts.parameter_count import count_bytes
 from llmx.protocol import Network
 from llmx.training.hardware import fast_precision, keep_freed_memory
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from llmx.networks.decoder import Decoder
     from llmx.training.logger import RunLogger
     from llmx.training.module import LanguageModel
-    from llmx.training.run_callbacks import run_callbacks
+    from llmx.training.recording import run_callbacks
 
 __all__ = ["Decoder", "LanguageModel", "RunLogger", "TextDataModule", "run_callbacks"]
 __version__ = "0.1.0"
@@ -21,7 +21,7 @@ _HOMES = {
     "LanguageModel": "llmx.training.module",
     "RunLogger": "llmx.training.logger",
     "TextDataModule": "llmx.data.datamodule",
-    "run_callbacks": "llmx.training.run_callbacks",
+    "run_callbacks": "llmx.training.recording",
 }
 
 

@@ -12,7 +12,7 @@ from llmx import LanguageModel
 from llmx.audits.equivalence import audit_equivalence
 from llmx.audits.parameters import audit_parameters
 from llmx.cli import main, parse
-from llmx.config.bases import read_config
+from llmx.config.base_files import read_config
 from llmx.config.command import Command
 from llmx.config.factories import build
 from llmx.sweep.space import read_space
@@ -59,7 +59,7 @@ def run(tmp_path_factory):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("LLMX_CACHE", str(folder / "cache"))
                 patch.setattr(
-                    "llmx.training.run_callbacks.Samples", partial(Samples, max_new_tokens=20)
+                    "llmx.training.recording.Samples", partial(Samples, max_new_tokens=20)
                 )  # a tenth, for the sake of time
                 quiet = ["--trainer.enable_progress_bar", "false"]
                 assert main(["fit", "--config", str(CONFIGS / f"{name}.yaml"), *arguments, *quiet]) == 0

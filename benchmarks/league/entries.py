@@ -17,7 +17,7 @@ import numpy as np
 from benchmarks.collection import CONFIGS, collection
 from benchmarks.harness import CHECKOUT
 from llmx.cli import execute
-from llmx.config.bases import read_config
+from llmx.config.base_files import read_config
 from llmx.config.command import Command
 from llmx.errors import UserError
 

@@ -28,10 +28,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from llmx.audits.cases import AuditCase, AuditedNetwork, Calls, Part, Pass, first_leaking_module
+from llmx.audits.causality_cases import AuditCase, AuditedNetwork, Calls, Part, Pass, first_leaking_module
 from llmx.audits.causality_report import CHECKS, CausalityReport
-from llmx.audits.copies import preserve_rng_state, seed_cpu
 from llmx.audits.inputs import MAX_ROWS
+from llmx.audits.network_copies import preserve_rng_state, seed_cpu
 from llmx.audits.rounding import MIN_LOG_PROBABILITY, relative_change
 from llmx.errors import UserError
 from llmx.protocol import Logits, Network, Tokens

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmx.audits.copies import exact_copy, perturbed_copy, preserve_rng_state, seed_cpu
+from llmx.audits.network_copies import exact_copy, perturbed_copy, preserve_rng_state, seed_cpu
 from llmx.errors import UserError
 from llmx.protocol import Context, Logits, Network, Stateful, Tokens
 

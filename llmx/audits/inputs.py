@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmx.parts.counting import count_parameters
+from llmx.parts.parameter_count import count_parameters
 from llmx.protocol import Network, Tokens
 
 MAX_ROWS = 32

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from llmx.audits.causality_report import Breach
-from llmx.audits.copies import copy_network, exact_copy, perturbed_copy, preserve_rng_state, seed_cpu
 from llmx.audits.inputs import MAX_ROWS, MAX_WORK, chunk_boundaries, random_windows, token_budget
+from llmx.audits.network_copies import copy_network, exact_copy, perturbed_copy, preserve_rng_state, seed_cpu
 from llmx.audits.rounding import CAST_TOLERANCE, MIN_LOG_PROBABILITY, RoundingWatch, relative_change
 from llmx.protocol import Losses, Network
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llmx.audits.copies import exact_copy, perturbed_copy, preserve_rng_state, seed_cpu
+from llmx.audits.network_copies import exact_copy, perturbed_copy, preserve_rng_state, seed_cpu
 from llmx.protocol import Network
 
 ROWS = 8

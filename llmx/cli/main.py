@@ -34,7 +34,7 @@ from llmx.errors import UserError
 from llmx.training.callbacks import ProgressBar
 from llmx.training.checkpoints import CheckpointFiles
 from llmx.training.logger import run_folder
-from llmx.training.run_callbacks import run_callbacks
+from llmx.training.recording import run_callbacks
 from llmx.training.stopping import StopOnSignal
 from llmx.training.trainer import Trainer
 

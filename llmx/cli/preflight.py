@@ -20,11 +20,11 @@ from llmx.runs.folder import RUNS
 from llmx.runs.record import check_same_data
 from llmx.training.auditing import audit_network, audit_start
 from llmx.training.hardware import fast_precision
+from llmx.training.lightning_types import attributes
 from llmx.training.logger import RunLogger
 from llmx.training.maps import MixerMaps
 from llmx.training.module import LanguageModel
 from llmx.training.trainer import Trainer
-from llmx.training.typed import attributes
 
 
 def check_settings(verb: str, settings: Any, checkpoint: Checkpoint | None) -> None:

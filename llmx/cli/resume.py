@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from llmx.config.bases import read_config
+from llmx.config.base_files import read_config
 from llmx.config.command import Command
 from llmx.config.factories import check_imports
 from llmx.errors import UserError

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
-from llmx.config.bases import mapping, merged, read_config
+from llmx.config.base_files import mapping, merged, read_config
 from llmx.config.paths import set_at
 from llmx.config.yaml import parse_yaml
 

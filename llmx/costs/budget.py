@@ -40,7 +40,7 @@ from llmx.costs.activations import Build, build_as, kept_activations
 from llmx.costs.describe import Description
 from llmx.costs.flops import why_not
 from llmx.errors import UserError
-from llmx.parts.counting import count_bytes, count_parameters
+from llmx.parts.parameter_count import count_bytes, count_parameters
 from llmx.protocol import Network
 
 MakeOptimizer = Callable[[Network], Optimizer]

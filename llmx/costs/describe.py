@@ -27,8 +27,8 @@ from torch import nn
 from llmx import display
 from llmx.costs.flops import Work, count_flops, on_meta, why_not
 from llmx.parts.checks import check_sizes
-from llmx.parts.counting import count_bytes, count_parameters
 from llmx.parts.norm import Norm
+from llmx.parts.parameter_count import count_bytes, count_parameters
 from llmx.protocol import Embedding, FeedForward, Head, Mixer, Network
 
 KINDS = ("embedding", "mixers", "feed-forward", "norms", "head", "other")

@@ -16,7 +16,7 @@ from typing import Any
 from llmx.config.paths import entries, set_at
 from llmx.costs.from_config import build_without_memory, describe_config
 from llmx.errors import UserError
-from llmx.parts.counting import count_parameters
+from llmx.parts.parameter_count import count_parameters
 
 MATCHED = 0.05  # costs that differ by at most this share count as equal
 STEPS = "trainer.max_steps"

@@ -19,8 +19,8 @@ from llmx.audits.causality_report import CausalityError
 from llmx.audits.live_run import audit_live_run
 from llmx.data.datamodule import TextDataModule
 from llmx.errors import UserError
+from llmx.training.lightning_types import language_model, text_data
 from llmx.training.stopping import stop_together
-from llmx.training.typed import language_model, text_data
 
 if TYPE_CHECKING:
     from llmx.training.module import LanguageModel

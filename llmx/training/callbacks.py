@@ -8,8 +8,8 @@ from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 
 from llmx.errors import UserError
+from llmx.training.lightning_types import attributes, language_model, logs_this_step
 from llmx.training.logger import validated_board
-from llmx.training.typed import attributes, language_model, logs_this_step
 
 
 class ProgressBar(RichProgressBar):

@@ -18,8 +18,8 @@ from llmx.errors import UserError
 from llmx.protocol import Network
 from llmx.runs.archive import read_archive, read_checkpoint
 from llmx.runs.folder import BEST
+from llmx.training.lightning_types import attributes, text_data
 from llmx.training.logger import tensorboard
-from llmx.training.typed import attributes, text_data
 
 if TYPE_CHECKING:
     from llmx.training.module import LanguageModel

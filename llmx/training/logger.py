@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from llmx.runs.folder import EVENTS, claim_version
 from llmx.runs.record import read_events
-from llmx.training.typed import attributes
+from llmx.training.lightning_types import attributes
 
 BY_TOKENS = {"train/loss": "loss_by_tokens/train", "val/loss": "loss_by_tokens/val"}
 # the charts of the tab Custom Scalars: category, title, kind with patterns of tags

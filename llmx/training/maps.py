@@ -12,11 +12,11 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
-from llmx.audits.copies import copy_network, preserve_rng_state
+from llmx.audits.network_copies import copy_network, preserve_rng_state
 from llmx.errors import UserError
 from llmx.protocol import Network
+from llmx.training.lightning_types import attributes, language_model
 from llmx.training.logger import validated_board
-from llmx.training.typed import attributes, language_model
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

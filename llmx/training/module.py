@@ -30,14 +30,14 @@ from llmx.runs.archive import read_checkpoint
 from llmx.training.auditing import CausalityAudit
 from llmx.training.checkpoints import entry, load_network, restore_entry, shortened
 from llmx.training.hardware import COMPILE_FROM, can_compile, keep_freed_memory
-from llmx.training.learning import learning_of, seed_step
+from llmx.training.learning_method import learning_of, seed_step
+from llmx.training.lightning_types import attributes
 from llmx.training.metrics import TokenLoss, bits, perplexity
 from llmx.training.optimizers import set_mode
 from llmx.training.sampling import check_speculation, continued, predictions, sampling_from
 from llmx.training.schedules import Cosine
 from llmx.training.sharding import sharded
 from llmx.training.stopping import check_finite, stop_diverged
-from llmx.training.typed import attributes
 
 Config = dict[str, Any]
 

@@ -8,7 +8,7 @@ from torch.nn import Parameter
 from torch.nn.utils import get_total_norm
 
 from llmx.protocol import Network
-from llmx.training.typed import language_model, logs_this_step
+from llmx.training.lightning_types import language_model, logs_this_step
 
 NORMS_LAYOUT = {
     "norms by layer": {"gradients": ["Multiline", ["^gradient_norm/"]], "weights": ["Multiline", ["^weight_norm/"]]}

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from llmx.errors import UserError
 from llmx.protocol import Network
 from llmx.training.checkpoints import LastCheckpoint
-from llmx.training.typed import attributes, language_model
+from llmx.training.lightning_types import attributes, language_model
 
 
 def stop_together(trainer: pl.Trainer, error: BaseException) -> NoReturn:

@@ -14,7 +14,7 @@ from torch import nn
 from llmx.blocks.cycle import Cycle
 from llmx.blocks.prenorm import PreNormBlock
 from llmx.cli import main
-from llmx.config.bases import read_config
+from llmx.config.base_files import read_config
 from llmx.config.factories import build
 from llmx.costs.describe import describe
 from llmx.costs.flops import forward_flops
@@ -24,7 +24,7 @@ from llmx.mixers.attention import Attention
 from llmx.networks.decoder import Decoder
 from llmx.networks.embeddings import LearnedPositionEmbedding
 from llmx.networks.founding import FoundingNetwork
-from llmx.parts.counting import count_parameters
+from llmx.parts.parameter_count import count_parameters
 from llmx.protocol import Mixer, Stack
 
 CHECKOUT = Path(__file__).parents[2]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from llmx.audits.causality_report import Breach
-from llmx.audits.copies import copy_network, exact_copy, perturbed_copy, seed_cpu
 from llmx.audits.inputs import MAX_ROWS, chunk_boundaries, largest_prime, random_windows, token_budget
+from llmx.audits.network_copies import copy_network, exact_copy, perturbed_copy, seed_cpu
 from llmx.audits.rounding import MIN_LOG_PROBABILITY, SAME_SHAPE_TOLERANCE, RoundingWatch, relative_change
 from llmx.protocol import Logits, Network, Tokens
 

@@ -16,18 +16,19 @@ from torch.utils.tensorboard.summary import hparams
 
 from llmx.audits.causality_report import influence_figure
 from llmx.data.windows import Batch
-from llmx.parts.counting import count_parameters
+from llmx.parts.parameter_count import count_parameters
 from llmx.protocol import IGNORE
 from llmx.runs.memory import peak_bytes
 from llmx.runs.provenance import code, file_hash, provenance, sources
 from llmx.runs.record import begin_run, continue_run, end_run, write_losses
-from llmx.training.callbacks import Samples
-from llmx.training.checkpoints import BestCheckpoint
+from llmx.training.callbacks import LearningRate, Samples, TokensPerSecond
+from llmx.training.checkpoints import BestCheckpoint, LastCheckpoint
+from llmx.training.lightning_types import attributes, language_model
 from llmx.training.logger import LAYOUT, run_folder, tensorboard
 from llmx.training.metrics import bits, perplexity
 from llmx.training.module import LanguageModel
 from llmx.training.norms import NORMS_LAYOUT, NormsByLayer
-from llmx.training.typed import attributes, language_model
+from llmx.training.stopping import EndWithValidation, StopOnSignal
 
 UNCOUNTED = -1.0  # no loss is below 0
 
@@ -220,3 +221,15 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         elif value is not None:
             flat[name] = json.dumps(value)
     return flat
+
+
+def run_callbacks(
+    config: str | None = None, command: list[str] | None = None, checkpoints: bool = True
+) -> list[Callback]:
+    """The callbacks of a run. With them and a RunLogger, `compare` reads the run and `fit --ckpt_path` continues it.
+
+    `config` is the run's config as YAML, `command` the command that started it, if not that of this process.
+    """
+    shown = [LearningRate(), TokensPerSecond(), Samples(), EndWithValidation(), StopOnSignal()]
+    kept = [BestCheckpoint(), LastCheckpoint()] if checkpoints else []
+    return [*shown, ValidationLosses(), RunRecord(config, command), *kept]

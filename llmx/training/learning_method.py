@@ -26,8 +26,8 @@ from llmx.audits.parameters import ParametersReport, audit_parameters
 from llmx.config.factories import build
 from llmx.data.datamodule import TextDataModule
 from llmx.protocol import CountingNetwork, Network
+from llmx.training.lightning_types import attributes
 from llmx.training.optimizers import parameter_groups, settings
-from llmx.training.typed import attributes
 
 if TYPE_CHECKING:
     from llmx.training.module import LanguageModel

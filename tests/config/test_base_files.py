@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from llmx.cli import main
-from llmx.config.bases import merged, read_config
+from llmx.config.base_files import merged, read_config
 from llmx.errors import UserError
 
 BASE = {"trainer": {"max_steps": 5, "callbacks": [1, 2]}, "model": {"o": {"class_path": "A", "init_args": {"lr": 1}}}}

@@ -197,7 +197,7 @@ def test_rows_of_other_states_of_llmx_are_told_apart_below_the_table(laboratory,
     laboratory.fit("--seed_everything", 1)
     laboratory.fit("--seed_everything", 2)
     assert "sources of llmx" not in caption(compare(grouped(find_runs(["lightning_logs"]))))
-    monkeypatch.setattr("llmx.training.record.code", lambda: "0123456789")
+    monkeypatch.setattr("llmx.training.recording.code", lambda: "0123456789")
     laboratory.fit("--seed_everything", 3)
     own = code()[:8]
     said = caption(compare(grouped(find_runs(["lightning_logs"]))))
