@@ -76,9 +76,7 @@ class Context:
     """
 
     def __init__(self, tokens: Tensor, positions: Tensor, embedding: Tensor):
-        self.tokens = tokens
-        self.positions = positions
-        self.embedding = embedding
+        self.tokens, self.positions, self.embedding = tokens, positions, embedding
         self.store: dict[str, Tensor] = {}
         self.auxiliary: Tensor = embedding.new_zeros((), dtype=torch.float32)
 
@@ -95,8 +93,7 @@ class Context:
 class Component(nn.Module):
     """Any module of a network that decides how the optimizer treats it."""
 
-    # matrices without weight decay: rates and frequencies, for which zero is not neutral
-    undecayed: ClassVar[tuple[str, ...]] = ()
+    undecayed: ClassVar[tuple[str, ...]] = ()  # matrices without weight decay: rates, for which zero is not neutral
 
     def after_optimizer_step(self) -> None:
         """Runs after every optimizer step: renormalises a weight, or moves a bias that has no gradient."""
@@ -135,8 +132,7 @@ class Stateful(ABC, Generic[S]):
 
     def prefill(self, x: Hidden, state: S, context: Context) -> tuple[Hidden, S]:
         """Many tokens from any state, (B, T, D) -> (B, T, D). This is a loop over `step`: override it to be fast."""
-        outputs = []
-        written: dict[str, list[Tensor]] = {}
+        outputs, written = list[Tensor](), dict[str, list[Tensor]]()
         for t in range(x.shape[1]):
             here = context.at(t)
             output, state = self.step(x[:, t], state, here)
@@ -149,6 +145,16 @@ class Stateful(ABC, Generic[S]):
 
 class StatefulMixer(Mixer, Stateful[S]):
     """A mixer that can also go token by token."""
+
+
+class PrefillMixer(StatefulMixer[S]):
+    """A stateful mixer whose parallel form is its `prefill` from the start of a text, where the state is None."""
+
+    @abstractmethod
+    def prefill(self, x: Hidden, state: S | None, context: Context) -> tuple[Hidden, S]: ...
+
+    def forward(self, x: Hidden, context: Context) -> Hidden:
+        return self.prefill(x, None, context)[0]
 
 
 class StatefulFeedForward(FeedForward, Stateful[S]):

@@ -6,7 +6,6 @@ from typing import Any
 
 import rich
 import yaml
-from torch.optim import Optimizer
 
 from llmx.cli.parser import ParsedCLI
 from llmx.cli.preflight import precision
@@ -19,7 +18,6 @@ from llmx.costs.from_config import describe_config
 from llmx.costs.matching import match
 from llmx.data.datamodule import TextDataModule
 from llmx.errors import UserError
-from llmx.protocol import Network
 from llmx.training.optimizers import parameter_groups
 
 
@@ -58,12 +56,11 @@ def _budget(
                 raise UserError(f"{name}: belongs to --trainer.devices N")
         return None
 
-    def optimizer(network: Network) -> Optimizer:
-        return build(model["optimizer"], parameter_groups(network, model["weight_decay_on"]), "model.optimizer")
-
     return budget(
         lambda: build(model["network"], description.vocab_size, "model.network"),
-        optimizer,
+        lambda network: build(
+            model["optimizer"], parameter_groups(network, model["weight_decay_on"]), "model.optimizer"
+        ),
         Plan.read(trainer, data.batch_size, str(trainer.precision or precision(trainer.accelerator, checkpoint))),
         description,
         settings.peak_flops,

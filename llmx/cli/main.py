@@ -115,9 +115,7 @@ class CLI(ParsedCLI):
     ):
         self.exit_code = 0
         self.trainer: Trainer
-        self.checkpoint = checkpoint
-        self.callbacks = callbacks
-        self.recorded = recorded
+        self.checkpoint, self.callbacks, self.recorded = checkpoint, callbacks, recorded
         super().__init__(command)
 
     def _set_seed(self) -> None:
@@ -247,6 +245,5 @@ def _silence_libraries() -> None:
         ".*configure_optimizers` returned `None`",  # a network that counts has no optimizer
     ):
         warnings.filterwarnings("ignore", message=message)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "Tip:" not in record.getMessage()
-    )
+    rank_zero = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    rank_zero.addFilter(lambda record: "Tip:" not in record.getMessage())

@@ -71,18 +71,14 @@ def _loss(
 
 def print_predictions(trainer: Trainer, model: LanguageModel, run: Path, batches: list[Any]) -> None:
     """Writes the samples of all processes into the run's folder, and prints the first one."""
-    records = _gathered([record for batch in batches for record in batch])
+    records = [record for batch in batches for record in batch]
+    if dist.is_initialized():
+        of_each: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(of_each, records)
+        records = [record for own in of_each for record in own]
+    records.sort(key=lambda record: record["prompt_index"])
     if not trainer.is_global_zero or not records:
         return
     written = write_predictions(run, records, asdict(model.sampling))
     print(records[0]["text"])
     print(f"\n{len(records)} samples; {written} and {written.with_suffix('.txt').name}")
-
-
-def _gathered(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The records of all processes, ordered by prompt."""
-    if dist.is_initialized():
-        of_each: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(of_each, records)
-        records = [record for own in of_each for record in own]
-    return sorted(records, key=lambda record: record["prompt_index"])

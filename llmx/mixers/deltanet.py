@@ -20,10 +20,10 @@ from llmx.parts.norm import RMSNorm
 from llmx.parts.precision import at_least_float32, exact_zeros
 from llmx.parts.short_convolution import ShortConvolution
 from llmx.parts.states import ConvolvedState
-from llmx.protocol import Context, Hidden, Site, StatefulMixer
+from llmx.protocol import Context, Hidden, PrefillMixer, Site
 
 
-class DeltaNet(StatefulMixer[ConvolvedState]):
+class DeltaNet(PrefillMixer[ConvolvedState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
@@ -45,9 +45,6 @@ class DeltaNet(StatefulMixer[ConvolvedState]):
         self.out = nn.Linear(site.dim, site.dim, bias=False)
         normal_(self.project)
         normal_(self.out, residual_std(site.depth))
-
-    def forward(self, x: Hidden, context: Context) -> Hidden:
-        return self.prefill(x, None, context)[0]
 
     def init_state(self, batch_size: int, max_length: int) -> ConvolvedState:
         memory = exact_zeros(self.out.weight, batch_size, self.heads, self.head_dim, self.head_dim)

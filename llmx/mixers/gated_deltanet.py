@@ -24,10 +24,10 @@ from llmx.parts.norm import RMSNorm
 from llmx.parts.precision import exact_dtype, exact_zeros
 from llmx.parts.short_convolution import ShortConvolution
 from llmx.parts.states import ConvolvedState
-from llmx.protocol import Context, Hidden, Site, StatefulMixer
+from llmx.protocol import Context, Hidden, PrefillMixer, Site
 
 
-class GatedDeltaNet(StatefulMixer[ConvolvedState]):
+class GatedDeltaNet(PrefillMixer[ConvolvedState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
@@ -74,9 +74,6 @@ class GatedDeltaNet(StatefulMixer[ConvolvedState]):
         self.out = nn.Linear(values, site.dim, bias=False)
         normal_(self.project)
         normal_(self.out, residual_std(site.depth))
-
-    def forward(self, x: Hidden, context: Context) -> Hidden:
-        return self.prefill(x, None, context)[0]
 
     def init_state(self, batch_size: int, max_length: int) -> ConvolvedState:
         memory = exact_zeros(self.decay_log, batch_size, self.heads, self.key_dim, self.value_dim)

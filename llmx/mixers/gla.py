@@ -18,10 +18,10 @@ from llmx.parts.linear_attention import decay_step, vector_decay
 from llmx.parts.norm import HeadNorm
 from llmx.parts.precision import at_least_float32, exact_zeros
 from llmx.parts.states import MemoryState
-from llmx.protocol import Context, Hidden, Site, StatefulMixer
+from llmx.protocol import Context, Hidden, PrefillMixer, Site
 
 
-class GatedLinearAttention(StatefulMixer[MemoryState]):
+class GatedLinearAttention(PrefillMixer[MemoryState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
@@ -45,9 +45,6 @@ class GatedLinearAttention(StatefulMixer[MemoryState]):
         for linear in (self.project, self.gate_down, self.gate_up):
             normal_(linear)
         normal_(self.out, residual_std(site.depth))
-
-    def forward(self, x: Hidden, context: Context) -> Hidden:
-        return self.prefill(x, None, context)[0]
 
     def init_state(self, batch_size: int, max_length: int) -> MemoryState:
         return MemoryState(exact_zeros(self.out.weight, batch_size, self.heads, self.head_dim // 2, self.head_dim))

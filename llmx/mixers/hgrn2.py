@@ -21,12 +21,12 @@ from llmx.parts.linear_attention import decay_step, vector_decay
 from llmx.parts.norm import RMSNorm
 from llmx.parts.precision import at_least_float32, exact_zeros
 from llmx.parts.states import MemoryState
-from llmx.protocol import Context, Hidden, Site, StatefulMixer
+from llmx.protocol import Context, Hidden, PrefillMixer, Site
 
 BOUNDS = "hgrn2 bounds"  # in the context's store: (1, T, L, D), the same for all T, without T in `step`
 
 
-class HGRN2(StatefulMixer[MemoryState]):
+class HGRN2(PrefillMixer[MemoryState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
@@ -46,9 +46,6 @@ class HGRN2(StatefulMixer[MemoryState]):
         self.out = nn.Linear(site.dim, site.dim, bias=False)
         normal_(self.project)
         normal_(self.out, residual_std(site.depth))
-
-    def forward(self, x: Hidden, context: Context) -> Hidden:
-        return self.prefill(x, None, context)[0]
 
     def init_state(self, batch_size: int, max_length: int) -> MemoryState:
         return MemoryState(exact_zeros(self.out.weight, batch_size, self.heads, self.head_dim, self.head_dim))

@@ -23,10 +23,10 @@ from llmx.parts.norm import RMSNorm
 from llmx.parts.precision import exact_dtype, exact_zeros
 from llmx.parts.short_convolution import ShortConvolution
 from llmx.parts.states import ConvolvedState
-from llmx.protocol import Context, Hidden, Site, StatefulMixer
+from llmx.protocol import Context, Hidden, PrefillMixer, Site
 
 
-class KDA(StatefulMixer[ConvolvedState]):
+class KDA(PrefillMixer[ConvolvedState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
@@ -65,9 +65,6 @@ class KDA(StatefulMixer[ConvolvedState]):
         for linear in (self.project, self.decay_up, self.gate_up):
             normal_(linear)
         normal_(self.out, residual_std(site.depth))
-
-    def forward(self, x: Hidden, context: Context) -> Hidden:
-        return self.prefill(x, None, context)[0]
 
     def init_state(self, batch_size: int, max_length: int) -> ConvolvedState:
         memory = exact_zeros(self.out.weight, batch_size, self.heads, self.head_dim, self.head_dim)

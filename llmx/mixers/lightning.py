@@ -20,10 +20,10 @@ from llmx.parts.linear_attention import decay_step, scalar_decay
 from llmx.parts.norm import RMSNorm
 from llmx.parts.precision import exact_dtype, exact_zeros
 from llmx.parts.states import MemoryState
-from llmx.protocol import Context, Hidden, Site, StatefulMixer
+from llmx.protocol import Context, Hidden, PrefillMixer, Site
 
 
-class LightningAttention(StatefulMixer[MemoryState]):
+class LightningAttention(PrefillMixer[MemoryState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
@@ -43,9 +43,6 @@ class LightningAttention(StatefulMixer[MemoryState]):
         normal_(self.qkv)
         normal_(self.gate)
         normal_(self.out, residual_std(site.depth))
-
-    def forward(self, x: Hidden, context: Context) -> Hidden:
-        return self.prefill(x, None, context)[0]
 
     def init_state(self, batch_size: int, max_length: int) -> MemoryState:
         return MemoryState(exact_zeros(self.out.weight, batch_size, self.heads, self.head_dim, self.head_dim))

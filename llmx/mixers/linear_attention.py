@@ -19,7 +19,7 @@ from llmx.parts.checks import head_width
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.linear_attention import scalar_decay
 from llmx.parts.precision import at_least_float32, exact_zeros
-from llmx.protocol import Context, Hidden, Site, StatefulMixer
+from llmx.protocol import Context, Hidden, PrefillMixer, Site
 
 EPS = 1e-6  # added to the normaliser, whose features may round to 0
 
@@ -29,7 +29,7 @@ class SumsState(NamedTuple):
     normalizer: Tensor  # (B, H, K), z
 
 
-class LinearAttention(StatefulMixer[SumsState]):
+class LinearAttention(PrefillMixer[SumsState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
@@ -44,9 +44,6 @@ class LinearAttention(StatefulMixer[SumsState]):
         self.out = nn.Linear(site.dim, site.dim, bias=False)
         normal_(self.qkv)
         normal_(self.out, residual_std(site.depth))
-
-    def forward(self, x: Hidden, context: Context) -> Hidden:
-        return self.prefill(x, None, context)[0]
 
     def init_state(self, batch_size: int, max_length: int) -> SumsState:
         memory = exact_zeros(self.out.weight, batch_size, self.heads, self.head_dim, self.head_dim)

@@ -22,10 +22,10 @@ from llmx.parts.precision import exact_dtype, exact_zeros
 from llmx.parts.selective_scan import selective_scan
 from llmx.parts.short_convolution import ShortConvolution
 from llmx.parts.states import ConvolvedState
-from llmx.protocol import Context, Hidden, Site, StatefulMixer
+from llmx.protocol import Context, Hidden, PrefillMixer, Site
 
 
-class Mamba(StatefulMixer[ConvolvedState]):
+class Mamba(PrefillMixer[ConvolvedState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
@@ -58,9 +58,6 @@ class Mamba(StatefulMixer[ConvolvedState]):
         nn.init.uniform_(self.step_size.weight, -(rank**-0.5), rank**-0.5)
         with torch.no_grad():
             self.step_size.bias.copy_(softplus_time_steps(hidden))
-
-    def forward(self, x: Hidden, context: Context) -> Hidden:
-        return self.prefill(x, None, context)[0]
 
     def init_state(self, batch_size: int, max_length: int) -> ConvolvedState:
         memory = exact_zeros(self.decay_log, batch_size, *self.decay_log.shape)

@@ -23,10 +23,10 @@ from llmx.parts.norm import RMSNorm
 from llmx.parts.precision import exact_dtype, exact_zeros
 from llmx.parts.short_convolution import ShortConvolution
 from llmx.parts.states import ConvolvedState
-from llmx.protocol import Context, Hidden, Site, StatefulMixer
+from llmx.protocol import Context, Hidden, PrefillMixer, Site
 
 
-class Mamba2(StatefulMixer[ConvolvedState]):
+class Mamba2(PrefillMixer[ConvolvedState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
@@ -53,9 +53,6 @@ class Mamba2(StatefulMixer[ConvolvedState]):
         self.out = nn.Linear(hidden, site.dim, bias=False)
         normal_(self.project, site.dim**-0.5)
         normal_(self.out, residual_std(site.depth))
-
-    def forward(self, x: Hidden, context: Context) -> Hidden:
-        return self.prefill(x, None, context)[0]
 
     def init_state(self, batch_size: int, max_length: int) -> ConvolvedState:
         memory = exact_zeros(self.skip, batch_size, *self.memory_shape)

@@ -28,7 +28,7 @@ from llmx.parts.linear_attention import scalar_decay
 from llmx.parts.norm import RMSNorm
 from llmx.parts.precision import exact_dtype, exact_zeros
 from llmx.parts.rotary import rotate_part
-from llmx.protocol import Context, Hidden, Site, StatefulMixer
+from llmx.protocol import Context, Hidden, PrefillMixer, Site
 
 
 class Mamba3State(NamedTuple):
@@ -50,7 +50,7 @@ class Inputs(NamedTuple):
     turn: Tensor  # (B, T, H, R), in whole turns
 
 
-class Mamba3(StatefulMixer[Mamba3State]):
+class Mamba3(PrefillMixer[Mamba3State]):
     """(B, T, D) -> (B, T, D).
 
     Args:
@@ -83,9 +83,6 @@ class Mamba3(StatefulMixer[Mamba3State]):
         self.out = nn.Linear(hidden, site.dim, bias=False)
         normal_(self.project, site.dim**-0.5)
         normal_(self.out, residual_std(site.depth))
-
-    def forward(self, x: Hidden, context: Context) -> Hidden:
-        return self.prefill(x, None, context)[0]
 
     def init_state(self, batch_size: int, max_length: int) -> Mamba3State:
         _, _, state, *_, angles = self.widths

@@ -17,10 +17,10 @@ from llmx.parts.init import normal_, residual_std
 from llmx.parts.precision import at_least_float32, exact_zeros
 from llmx.parts.scan import scan
 from llmx.parts.states import HiddenState
-from llmx.protocol import Context, Hidden, Site, StatefulMixer
+from llmx.protocol import Context, Hidden, PrefillMixer, Site
 
 
-class MinGRU(StatefulMixer[HiddenState]):
+class MinGRU(PrefillMixer[HiddenState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
@@ -34,9 +34,6 @@ class MinGRU(StatefulMixer[HiddenState]):
         self.out = nn.Linear(hidden, site.dim, bias=False)
         normal_(self.input, site.dim**-0.5)
         normal_(self.out, residual_std(site.depth))
-
-    def forward(self, x: Hidden, context: Context) -> Hidden:
-        return self.prefill(x, None, context)[0]
 
     def init_state(self, batch_size: int, max_length: int) -> HiddenState:
         return HiddenState(exact_zeros(self.out.weight, batch_size, self.out.in_features))

@@ -18,10 +18,10 @@ from llmx.parts.init import normal_, residual_std
 from llmx.parts.precision import exact_dtype, exact_zeros
 from llmx.parts.scan import scan
 from llmx.parts.states import HiddenState
-from llmx.protocol import Context, Hidden, Site, StatefulMixer
+from llmx.protocol import Context, Hidden, PrefillMixer, Site
 
 
-class MinLSTM(StatefulMixer[HiddenState]):
+class MinLSTM(PrefillMixer[HiddenState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
@@ -38,9 +38,6 @@ class MinLSTM(StatefulMixer[HiddenState]):
         normal_(self.out, residual_std(site.depth))
         with torch.no_grad():
             self.input.bias[:hidden] = forget_bias
-
-    def forward(self, x: Hidden, context: Context) -> Hidden:
-        return self.prefill(x, None, context)[0]
 
     def init_state(self, batch_size: int, max_length: int) -> HiddenState:
         return HiddenState(exact_zeros(self.out.weight, batch_size, self.out.in_features))

@@ -22,7 +22,7 @@ from llmx.parts.init import normal_, residual_std
 from llmx.parts.linear_attention import carry, chunked, joined
 from llmx.parts.norm import HeadNorm
 from llmx.parts.precision import at_least_float32, exact_zeros
-from llmx.protocol import Context, Hidden, Site, StatefulMixer
+from llmx.protocol import Context, Hidden, PrefillMixer, Site
 
 EPS = 1e-6  # added to the normaliser
 
@@ -33,7 +33,7 @@ class MLSTMState(NamedTuple):
     stabilizer: Tensor  # (B, H), m
 
 
-class MLSTM(StatefulMixer[MLSTMState]):
+class MLSTM(PrefillMixer[MLSTMState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
@@ -59,9 +59,6 @@ class MLSTM(StatefulMixer[MLSTMState]):
         with torch.no_grad():  # the input gates near 1, the forget gates from 0.95 to 0.998
             self.gates.bias[:heads].normal_(std=0.1)
             self.gates.bias[heads:].copy_(torch.linspace(3, 6, heads))
-
-    def forward(self, x: Hidden, context: Context) -> Hidden:
-        return self.prefill(x, None, context)[0]
 
     def init_state(self, batch_size: int, max_length: int) -> MLSTMState:
         memory = exact_zeros(self.out.weight, batch_size, self.heads, self.head_dim // 2, self.head_dim)

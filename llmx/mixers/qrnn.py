@@ -19,7 +19,7 @@ from llmx.parts.checks import check_sizes
 from llmx.parts.init import normal_
 from llmx.parts.precision import at_least_float32, exact_zeros
 from llmx.parts.scan import scan
-from llmx.protocol import Context, Hidden, Site, StatefulMixer
+from llmx.protocol import Context, Hidden, PrefillMixer, Site
 
 
 class QRNNState(NamedTuple):
@@ -27,7 +27,7 @@ class QRNNState(NamedTuple):
     cell: Tensor  # (B, D), c
 
 
-class QRNN(StatefulMixer[QRNNState]):
+class QRNN(PrefillMixer[QRNNState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
@@ -41,9 +41,6 @@ class QRNN(StatefulMixer[QRNNState]):
         self.dim = site.dim
         self.gates = nn.Linear(width * site.dim, 3 * site.dim)  # columns: oldest token first; rows: z, f, o
         normal_(self.gates, (width * site.dim) ** -0.5)
-
-    def forward(self, x: Hidden, context: Context) -> Hidden:
-        return self.prefill(x, None, context)[0]
 
     def init_state(self, batch_size: int, max_length: int) -> QRNNState:
         inputs = self.gates.weight.new_zeros(batch_size, self.width - 1, self.dim)

@@ -21,10 +21,10 @@ from llmx.parts.norm import HeadNorm
 from llmx.parts.precision import exact_dtype, exact_zeros
 from llmx.parts.rotary import rotate, shared_table
 from llmx.parts.states import MemoryState
-from llmx.protocol import Context, Hidden, Site, StatefulMixer
+from llmx.protocol import Context, Hidden, PrefillMixer, Site
 
 
-class Retention(StatefulMixer[MemoryState]):
+class Retention(PrefillMixer[MemoryState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
@@ -46,9 +46,6 @@ class Retention(StatefulMixer[MemoryState]):
         self.out = nn.Linear(self.value_dim, site.dim, bias=False)
         normal_(self.project)
         normal_(self.out, residual_std(site.depth))
-
-    def forward(self, x: Hidden, context: Context) -> Hidden:
-        return self.prefill(x, None, context)[0]
 
     def init_state(self, batch_size: int, max_length: int) -> MemoryState:
         shape = (batch_size, self.heads, self.head_dim, self.value_dim // self.heads)

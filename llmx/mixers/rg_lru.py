@@ -22,12 +22,12 @@ from llmx.parts.precision import at_least_float32, exact_zeros
 from llmx.parts.scan import scan
 from llmx.parts.short_convolution import ShortConvolution
 from llmx.parts.states import ConvolvedState
-from llmx.protocol import Context, Hidden, Site, StatefulMixer
+from llmx.protocol import Context, Hidden, PrefillMixer, Site
 
 SHARPNESS = 8.0  # c in the paper: log a = -c softplus(L) r
 
 
-class RGLRU(StatefulMixer[ConvolvedState]):
+class RGLRU(PrefillMixer[ConvolvedState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
@@ -50,9 +50,6 @@ class RGLRU(StatefulMixer[ConvolvedState]):
         self.out = nn.Linear(hidden, site.dim)
         normal_(self.project, site.dim**-0.5)
         normal_(self.out, residual_std(site.depth))
-
-    def forward(self, x: Hidden, context: Context) -> Hidden:
-        return self.prefill(x, None, context)[0]
 
     def init_state(self, batch_size: int, max_length: int) -> ConvolvedState:
         hidden = exact_zeros(self.decay, batch_size, len(self.decay))

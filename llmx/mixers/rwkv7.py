@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from llmx.parts.checks import check_sizes
 from llmx.parts.dplr import dplr
 from llmx.parts.precision import at_least_float32, exact_zeros
-from llmx.protocol import Context, Hidden, Site, StatefulMixer
+from llmx.protocol import Context, Hidden, PrefillMixer, Site
 
 FIRST_VALUE = "first value of RWKV-7"  # in the context's store: (B, T, D), without T in `step`
 FASTEST = -math.exp(-0.5)  # the floor of every log decay
@@ -46,7 +46,7 @@ class Inputs(NamedTuple):
     rate: Tensor  # a
 
 
-class RWKV7(StatefulMixer[RWKV7State]):
+class RWKV7(PrefillMixer[RWKV7State]):
     """(B, T, D) -> (B, T, D): the paper's time mixing. All layers need one width, so that the first's values fit.
 
     Args:
@@ -105,9 +105,6 @@ class RWKV7(StatefulMixer[RWKV7State]):
         nn.init.orthogonal_(self.key.weight, 0.1)
         nn.init.orthogonal_(self.value.weight)
         nn.init.zeros_(self.out.weight)
-
-    def forward(self, x: Hidden, context: Context) -> Hidden:
-        return self.prefill(x, None, context)[0]
 
     def init_state(self, batch_size: int, max_length: int) -> RWKV7State:
         last = self.out.weight.new_zeros(batch_size, self.heads * self.head_dim)

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from llmx.parts.init import normal_, residual_std
 from llmx.parts.short_convolution import ShortConvolution
-from llmx.protocol import Context, Hidden, Site, StatefulMixer
+from llmx.protocol import Context, Hidden, PrefillMixer, Site
 
 
-class GatedShortConvolution(StatefulMixer[tuple[Tensor]]):
+class GatedShortConvolution(PrefillMixer[tuple[Tensor]]):
     """(B, T, D) -> (B, T, D).
 
     Args:
@@ -30,9 +30,6 @@ class GatedShortConvolution(StatefulMixer[tuple[Tensor]]):
         self.out = nn.Linear(site.dim, site.dim, bias=False)
         normal_(self.gate_value)
         normal_(self.out, residual_std(site.depth))
-
-    def forward(self, x: Hidden, context: Context) -> Hidden:
-        return self.prefill(x, None, context)[0]
 
     def init_state(self, batch_size: int, max_length: int) -> tuple[Tensor]:
         return (self.convolution.init_state(batch_size),)

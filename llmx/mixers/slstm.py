@@ -23,7 +23,7 @@ from llmx.parts.init import normal_
 from llmx.parts.norm import HeadNorm
 from llmx.parts.precision import at_least_float32, exact_zeros
 from llmx.parts.short_convolution import ShortConvolution
-from llmx.protocol import Context, Hidden, Site, StatefulMixer
+from llmx.protocol import Context, Hidden, PrefillMixer, Site
 
 
 class SLSTMState(NamedTuple):
@@ -34,7 +34,7 @@ class SLSTMState(NamedTuple):
     stabilizer: Tensor  # (B, H, K), m
 
 
-class SLSTM(StatefulMixer[SLSTMState]):
+class SLSTM(PrefillMixer[SLSTMState]):
     """(B, T, D) -> (B, T, D).
 
     Recurrent weights start at 0. The bias of the forget gate starts between 5 and -7 over the channels of a head; in
@@ -61,9 +61,6 @@ class SLSTM(StatefulMixer[SLSTMState]):
         power = 0.3 + 1.3 * site.layer / max(site.depth - 1, 1)
         with torch.no_grad():
             self.bias.view(heads, 4, -1)[:, 1] = 5 - 12 * torch.linspace(0, 1, self.head_dim) ** power
-
-    def forward(self, x: Hidden, context: Context) -> Hidden:
-        return self.prefill(x, None, context)[0]
 
     def init_state(self, batch_size: int, max_length: int) -> SLSTMState:
         zeros = exact_zeros(self.recurrent, batch_size, self.heads, self.head_dim)

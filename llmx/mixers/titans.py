@@ -28,7 +28,7 @@ from llmx.parts.mini_batches import MiniBatches
 from llmx.parts.norm import RMSNorm
 from llmx.parts.precision import at_least_float32, exact_dtype
 from llmx.parts.short_convolution import ShortConvolution
-from llmx.protocol import Context, Hidden, Site, StatefulMixer
+from llmx.protocol import Context, Hidden, PrefillMixer, Site
 
 
 class TitansState(NamedTuple):
@@ -49,7 +49,7 @@ class Inputs(NamedTuple):
     log_momentum: Tensor  # (...), log eta
 
 
-class Titans(StatefulMixer[TitansState]):
+class Titans(PrefillMixer[TitansState]):
     """(B, T, D) -> (B, T, D).
 
     Args:
@@ -75,9 +75,6 @@ class Titans(StatefulMixer[TitansState]):
         normal_(self.project)
         nn.init.normal_(self.memory, std=0.02)
         normal_(self.out, residual_std(site.depth))
-
-    def forward(self, x: Hidden, context: Context) -> Hidden:
-        return self.prefill(x, None, context)[0]
 
     def init_state(self, batch_size: int, max_length: int) -> TitansState:
         memory = at_least_float32(self.memory).repeat(batch_size, 1, 1, 1)

@@ -25,7 +25,7 @@ from llmx.parts.mini_batches import MiniBatches
 from llmx.parts.norm import LayerNorm
 from llmx.parts.precision import at_least_float32, exact_dtype
 from llmx.parts.rotary import rotary_table, rotate
-from llmx.protocol import Context, Hidden, Site, StatefulMixer
+from llmx.protocol import Context, Hidden, PrefillMixer, Site
 
 EPS = 1e-6  # of the LayerNorms
 
@@ -44,7 +44,7 @@ class Inputs(NamedTuple):
     rate: Tensor  # (...), r
 
 
-class TTTLinear(StatefulMixer[TTTLinearState]):
+class TTTLinear(PrefillMixer[TTTLinearState]):
     """(B, T, D) -> (B, T, D), as in the paper's Transformer backbone.
 
     Args:
@@ -79,9 +79,6 @@ class TTTLinear(StatefulMixer[TTTLinearState]):
         normal_(self.project)
         nn.init.normal_(self.weights, std=0.02)
         normal_(self.out, residual_std(site.depth))
-
-    def forward(self, x: Hidden, context: Context) -> Hidden:
-        return self.prefill(x, None, context)[0]
 
     def init_state(self, batch_size: int, max_length: int) -> TTTLinearState:
         first = torch.cat((self.weights, self.bias.view(self.heads, 1, -1)), 1)
