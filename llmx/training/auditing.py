@@ -8,7 +8,6 @@ does: `error` stops all processes, `warn` marks the run as leaking, `off` skips 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
@@ -19,11 +18,8 @@ from llmx.audits.causality_report import CausalityError
 from llmx.audits.live_run import audit_live_run
 from llmx.data.datamodule import TextDataModule
 from llmx.errors import UserError
-from llmx.training.lightning_types import language_model, text_data
+from llmx.training.lightning_types import Model, language_model, text_data
 from llmx.training.stopping import stop_together
-
-if TYPE_CHECKING:
-    from llmx.training.module import LanguageModel
 
 
 class CausalityAudit(Callback):
@@ -43,7 +39,7 @@ class CausalityAudit(Callback):
             _audit_run(language_model(pl_module), tokens=2048, seed=trainer.global_step)
 
 
-def audit_network(model: LanguageModel, data: TextDataModule | None = None) -> None:
+def audit_network(model: Model, data: TextDataModule | None = None) -> None:
     """Audits a network that is not yet sharded, by itself and once, and notes the report in `model.causality`.
 
     The training split of `data` gives the audit tokens beside the random ones. Raises CausalityError for a leak if
@@ -60,14 +56,14 @@ def audit_network(model: LanguageModel, data: TextDataModule | None = None) -> N
         raise CausalityError(model.causality)
 
 
-def audit_start(model: LanguageModel) -> None:
+def audit_start(model: Model) -> None:
     """Audits, once, how the network will run in its trainer. Raises CausalityError as `audit_network` does."""
     if not model.run_audited:
         model.run_audited = True
         _audit_run(model, perturb=True)
 
 
-def _audit_run(model: LanguageModel, perturb: bool = False, tokens: int = 8192, seed: int = 0) -> None:
+def _audit_run(model: Model, perturb: bool = False, tokens: int = 8192, seed: int = 0) -> None:
     if model.causality is None or model.leaking or model.device_mesh is not None:
         return
     trainer, data = model.trainer, text_data(model.trainer)

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -18,11 +18,8 @@ from llmx.errors import UserError
 from llmx.protocol import Network
 from llmx.runs.archive import read_archive, read_checkpoint
 from llmx.runs.folder import BEST
-from llmx.training.lightning_types import attributes, text_data
+from llmx.training.lightning_types import Model, attributes, text_data
 from llmx.training.logger import tensorboard
-
-if TYPE_CHECKING:
-    from llmx.training.module import LanguageModel
 
 PARTIAL = "checkpoint.partial"  # one name: the next write replaces what a killed process left behind
 
@@ -46,7 +43,7 @@ def shortened(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def entry(model: LanguageModel) -> dict[str, Any]:
+def entry(model: Model) -> dict[str, Any]:
     """What a checkpoint holds under `llmx`."""
     trained_on, data = dict(model.trained_on), text_data(model.trainer)
     if data is not None:
@@ -60,7 +57,7 @@ def entry(model: LanguageModel) -> dict[str, Any]:
     }
 
 
-def restore_entry(model: LanguageModel, held: dict[str, Any]) -> None:
+def restore_entry(model: Model, held: dict[str, Any]) -> None:
     """Takes from an `entry` what the model has to know. Raises UserError if a fit accumulates gradients otherwise."""
     model.leaking = model.leaking or held.get("leaking", False)
     model.trained_on = held.get("trained_on", {})

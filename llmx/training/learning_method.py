@@ -10,7 +10,7 @@ needs_counting:    the network has to count before an audit or a fit can begin
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -26,14 +26,11 @@ from llmx.audits.parameters import ParametersReport, audit_parameters
 from llmx.config.factories import build
 from llmx.data.datamodule import TextDataModule
 from llmx.protocol import CountingNetwork, Network
-from llmx.training.lightning_types import attributes
+from llmx.training.lightning_types import Model, attributes
 from llmx.training.optimizers import parameter_groups, settings
 
-if TYPE_CHECKING:
-    from llmx.training.module import LanguageModel
 
-
-def seed_step(model: LanguageModel, batch_idx: int) -> None:
+def seed_step(model: Model, batch_idx: int) -> None:
     """Seeds what dropout draws in a micro-batch, by seed, step and slot alone, as windows are drawn.
 
     A resumed run therefore has nothing to restore, and no two processes draw the same.
@@ -57,7 +54,7 @@ class GradientLearning:
     def count(self, data: TextDataModule) -> None:
         """Does nothing: the steps do the learning."""
 
-    def audits(self, model: LanguageModel) -> list[ParametersReport]:
+    def audits(self, model: Model) -> list[ParametersReport]:
         """Audits how the network learns, at the weights that it starts from."""
         return [audit_parameters(model.network, model.window)]
 
@@ -71,7 +68,7 @@ class GradientLearning:
         """Tokens that a step reads over all devices; None if steps do not count what the network has seen."""
         return data.batch_size * data.window
 
-    def configure_optimizers(self, model: LanguageModel) -> OptimizerLRScheduler:
+    def configure_optimizers(self, model: Model) -> OptimizerLRScheduler:
         groups = parameter_groups(model.network, model.hparams["weight_decay_on"])
         optimizer = build(model.hparams["optimizer"], groups, "model.optimizer")
         self._configured = settings(optimizer)
@@ -83,7 +80,7 @@ class GradientLearning:
             # a checkpoint of the last step is within its epoch: Lightning would train on from it
             trainer.fit_loop.epoch_loop.max_steps = self.total_steps(trainer)
 
-    def before_first_step(self, model: LanguageModel) -> None:
+    def before_first_step(self, model: Model) -> None:
         """Gives the optimizer the rates of the config, which has the last word over those of a checkpoint."""
         scheduler: Any = model.lr_schedulers()
         scheduler.base_lrs = [group["lr"] for group in self._configured]
@@ -99,9 +96,7 @@ class GradientLearning:
                 "model.optimizer, and no further."
             )
 
-    def clip_gradients(
-        self, model: LanguageModel, optimizer: Optimizer, value: float | None, algorithm: str | None
-    ) -> None:
+    def clip_gradients(self, model: Model, optimizer: Optimizer, value: float | None, algorithm: str | None) -> None:
         if model.trainer.precision != "bf16-mixed":
             model.clip_gradients(optimizer, value, algorithm)
         elif value:
@@ -129,7 +124,7 @@ class CountingLearning:
         """Counts the training split, in place of what the network has counted before."""
         self.network.learn(torch.from_numpy(np.asarray(data.tokens("train"), np.int64)))
 
-    def audits(self, model: LanguageModel) -> list[ParametersReport]:
+    def audits(self, model: Model) -> list[ParametersReport]:
         return []
 
     def total_steps(self, trainer: pl.Trainer) -> int:

@@ -1,16 +1,16 @@
 """Lightning's objects with the types that they have here, which Lightning itself does not declare."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import Any, Protocol, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
+from llmx.audits.causality_report import CausalityReport
+from llmx.costs.describe import Description
 from llmx.data.datamodule import TextDataModule
-
-if TYPE_CHECKING:
-    from llmx.training.module import LanguageModel
+from llmx.data.tokenizers import Tokenizer
+from llmx.generation import Sampling
+from llmx.protocol import Network
 
 
 class TrainerAttributes(Protocol):
@@ -22,14 +22,35 @@ class TrainerAttributes(Protocol):
     log_every_n_steps: int
 
 
+class Model(pl.LightningModule):
+    """The attributes of a LanguageModel that the modules which it imports may read. A declaration, without code."""
+
+    network: Network
+    tokenizer: Tokenizer
+    window: int
+    sampling: Sampling
+    learning: Any
+    trained_on: dict[str, float]
+    warm_start: str | None
+    causality: CausalityReport | None
+    leaking: bool
+    run_audited: bool
+    description: Description | None
+    compiled: bool
+    seed: int
+    total_steps: Any  # int
+    generate: Any
+    set_optimizer_mode: Any
+
+
 def attributes(trainer: pl.Trainer) -> TrainerAttributes:
     """The trainer itself, typed."""
     return cast(Any, trainer)
 
 
-def language_model(module: pl.LightningModule) -> LanguageModel:
+def language_model(module: pl.LightningModule) -> Model:
     """The module that a callback's hook gets, typed."""
-    return cast("LanguageModel", module)
+    return cast(Any, module)
 
 
 def text_data(trainer: pl.Trainer) -> TextDataModule | None:

@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from llmx.audits.network_copies import copy_network, preserve_rng_state
 from llmx.errors import UserError
 from llmx.protocol import Network
-from llmx.training.lightning_types import attributes, language_model
+from llmx.training.lightning_types import Model, attributes, language_model
 from llmx.training.logger import validated_board
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from llmx.training.module import LanguageModel
 
 LENGTH = 32  # tokens of the sentence, where none is given
 DRAWS = 8
@@ -52,7 +51,7 @@ class MixerMaps(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.check(language_model(pl_module))
 
-    def check(self, model: LanguageModel) -> None:
+    def check(self, model: Model) -> None:
         """Raises UserError for a sentence too long or outside the vocabulary, and for a network without layers."""
         if not model.network.layers:
             name = type(model.network).__name__

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
@@ -31,7 +30,7 @@ from llmx.training.auditing import CausalityAudit
 from llmx.training.checkpoints import entry, load_network, restore_entry, shortened
 from llmx.training.hardware import COMPILE_FROM, can_compile, keep_freed_memory
 from llmx.training.learning_method import learning_of, seed_step
-from llmx.training.lightning_types import attributes
+from llmx.training.lightning_types import Model, attributes
 from llmx.training.metrics import TokenLoss, bits, perplexity
 from llmx.training.optimizers import set_mode
 from llmx.training.sampling import check_speculation, continued, predictions, sampling_from
@@ -42,7 +41,7 @@ from llmx.training.stopping import check_finite, stop_diverged
 Config = dict[str, Any]
 
 
-class LanguageModel(pl.LightningModule):
+class LanguageModel(Model):
     """Trains, evaluates and samples a network.
 
     Components are factories: classes, `functools.partial(Class, key=value)`, or the same as plain data,

@@ -23,10 +23,9 @@ from llmx.runs.provenance import code, file_hash, provenance, sources
 from llmx.runs.record import begin_run, continue_run, end_run, write_losses
 from llmx.training.callbacks import LearningRate, Samples, TokensPerSecond
 from llmx.training.checkpoints import BestCheckpoint, LastCheckpoint
-from llmx.training.lightning_types import attributes, language_model
+from llmx.training.lightning_types import Model, attributes, language_model
 from llmx.training.logger import LAYOUT, run_folder, tensorboard
 from llmx.training.metrics import bits, perplexity
-from llmx.training.module import LanguageModel
 from llmx.training.norms import NORMS_LAYOUT, NormsByLayer
 from llmx.training.stopping import EndWithValidation, StopOnSignal
 
@@ -109,7 +108,7 @@ class RunRecord(Callback):
         if not self.finished:  # ended early, or not validated
             self._finish(trainer, model)
 
-    def _finish(self, trainer: pl.Trainer, model: LanguageModel) -> None:
+    def _finish(self, trainer: pl.Trainer, model: Model) -> None:
         self.finished = True
         folder = run_folder(trainer)
         if folder is None:
@@ -140,7 +139,7 @@ class RunRecord(Callback):
                 board.add_scalar(f"final/{name.removeprefix('val/')}", value, trainer.global_step - 1)  # as val/loss
             board._get_file_writer().add_summary(hparams({}, {})[2])  # the end of its session
 
-    def _record(self, trainer: pl.Trainer, model: LanguageModel) -> dict[str, Any]:
+    def _record(self, trainer: pl.Trainer, model: Model) -> dict[str, Any]:
         """All but the warm start, whose file may be gone when a run continues."""
         assert model.description is not None
         parts: list[Any] = [*model.network.modules(), *trainer.optimizers, *attributes(trainer).callbacks]
@@ -164,7 +163,7 @@ class RunRecord(Callback):
         }
 
 
-def _show(board: Any, trainer: pl.Trainer, model: LanguageModel) -> None:
+def _show(board: Any, trainer: pl.Trainer, model: Model) -> None:
     """Writes what TensorBoard shows from the start: charts, settings, influence map."""
     norms = any(isinstance(callback, NormsByLayer) for callback in attributes(trainer).callbacks)
     board.add_custom_scalars(LAYOUT | (NORMS_LAYOUT if norms else {}))
@@ -182,7 +181,7 @@ def _show(board: Any, trainer: pl.Trainer, model: LanguageModel) -> None:
         board.add_figure("audit/influence", influence_figure(model.causality), 0)
 
 
-def _config_of_objects(trainer: pl.Trainer, model: LanguageModel) -> str:
+def _config_of_objects(trainer: pl.Trainer, model: Model) -> str:
     """The configuration that would build these objects, as YAML; of callbacks only the classes."""
     seed = os.environ.get("PL_GLOBAL_SEED")
     arguments = {key: value for key, value in model.hparams.items() if key not in ("tokenizer", "window")}

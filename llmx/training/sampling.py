@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -15,9 +15,7 @@ from llmx.errors import UserError
 from llmx.generation import Sampling, check_drafts, generate
 from llmx.protocol import Network, Tokens
 from llmx.training.hardware import COMPILE_DECODING_FROM, can_compile, compiled_decode
-
-if TYPE_CHECKING:
-    from llmx.training.module import LanguageModel
+from llmx.training.lightning_types import Model
 
 KEY = "model.sampling."
 
@@ -46,7 +44,7 @@ def _naming(key: str) -> Iterator[None]:
         raise UserError(f"{key}{error}") from error
 
 
-def _generated(model: LanguageModel, prompts: Tokens, sampling: Sampling) -> Tokens:
+def _generated(model: Model, prompts: Tokens, sampling: Sampling) -> Tokens:
     """(B, T) -> (B, max_new_tokens). Compiles the step of a long generation, if that makes it faster."""
     long = sampling.max_new_tokens >= COMPILE_DECODING_FROM and not sampling.speculate
     faster = long and model.network.stateful and model.learning.compiles_decoding
@@ -56,7 +54,7 @@ def _generated(model: LanguageModel, prompts: Tokens, sampling: Sampling) -> Tok
     return generate(model.network, prompts, model.window, sampling, compiled_decode())
 
 
-def continued(model: LanguageModel, prompt: str, changes: dict[str, Any]) -> str:
+def continued(model: Model, prompt: str, changes: dict[str, Any]) -> str:
     """A prompt and its continuation; see `LanguageModel.generate`."""
     if not prompt:
         raise UserError("prompt: give at least one character")
@@ -70,7 +68,7 @@ def continued(model: LanguageModel, prompt: str, changes: dict[str, Any]) -> str
     return prompt + model.tokenizer.decode(_generated(model, tokens, sampling)[0].tolist())
 
 
-def predictions(model: LanguageModel, batch: Prompts) -> list[dict[str, Any]]:
+def predictions(model: Model, batch: Prompts) -> list[dict[str, Any]]:
     """One record a row: index of the prompt, prompt, completion, text (prompt and completion)."""
     tokens = _generated(model, batch.tokens, model.sampling)
     completions = [model.tokenizer.decode(row) for row in tokens.tolist()]
