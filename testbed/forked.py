@@ -20,7 +20,6 @@ from typing import Any
 import torch
 
 import llmx.cli
-import llmx.training.recording
 from llmx.training.callbacks import Samples
 
 _FORK = multiprocessing.get_context("fork")
@@ -80,7 +79,7 @@ def _run(path: Path, environment: dict[str, str], before: Callable[[], None] | N
     os.chdir(path.parent)
     os.environ.update(environment)
     torch.set_num_threads(1)
-    llmx.training.recording.Samples = partial(Samples, max_new_tokens=8)  # type: ignore[assignment, misc]
+    Samples.__init__.__defaults__ = ("\n", 8)  # few tokens, for the sake of time
     if before is not None:
         before()
     sys.exit(call())
