@@ -11,6 +11,7 @@ from functools import reduce
 from typing import Any
 
 from llmx.config.base_files import mapping, merged, read_config
+from llmx.config.factories import to_config
 from llmx.config.paths import set_at
 from llmx.config.yaml import parse_yaml
 
@@ -39,7 +40,7 @@ class Command:
         configs, entries, flags = [], [], list[str]()
         for name, value, typed in _options(rest):
             if name in CONFIG and value is not None:
-                configs.append(_content(value))
+                configs.append(to_config(_content(value)))  # a copy, in which YAML's aliases share nothing
             elif name.startswith("--") and any(part.isdecimal() for part in name.split(".")):
                 entries.append((name.removeprefix("--"), value or ""))
             else:
@@ -112,9 +113,8 @@ def _options(words: Sequence[str]) -> Iterator[tuple[str, str | None, list[str]]
 
 def _content(value: str) -> dict[str, Any]:
     """The argument of --config: a config written in place, or the path of a file."""
-    if value.lstrip().startswith("{"):
-        return mapping(parse_yaml(value, "config"), "config")
-    return read_config(value)
+    in_place = value.lstrip().startswith("{")
+    return mapping(parse_yaml(value, "config"), "config") if in_place else read_config(value)
 
 
 def _text(config: dict[str, Any]) -> str:

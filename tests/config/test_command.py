@@ -49,6 +49,13 @@ def test_a_list_entry_changes_the_last_config_alone(path):
     assert command.entries == ()
 
 
+def test_an_alias_of_yaml_is_a_copy_whose_twin_stays_as_it_is():
+    config = "{block: &b {class_path: A, init_args: {heads: 1}}, blocks: [*b, *b]}"
+    (changed,) = Command.read(["fit", "--config", config, "--blocks.1.heads", "4"]).with_entries().configs
+    assert [block["init_args"]["heads"] for block in changed["blocks"]] == [1, 4]
+    assert changed["block"]["init_args"]["heads"] == 1
+
+
 def test_a_list_entry_without_a_config_is_left_to_the_parser():
     command = Command.read(["fit", "--a.0.b", "4"]).with_entries()
     assert command.words() == ["fit", "--a.0.b=4"]
