@@ -18,6 +18,7 @@ from torch import nn
 
 from llmx.config.command import Command
 from llmx.config.paths import entries
+from llmx.errors import one_line
 
 _STRUCTURE = ("class_path", "init_args", "dict_kwargs")
 
@@ -162,7 +163,7 @@ def _listed(valid: list[str]) -> str:
 
 def _with_full_key(complaint: str, given: dict[str, Any]) -> str:
     """`Parser key "heads": Expected ...` with the whole path of the key, if only one key fits."""
-    text = " ".join(complaint.split())
+    text = one_line(complaint)
     match = re.match(r'(?:Parser|Configuration) key "([^"]+)":? ?(.*)', text)
     if not match:
         return text

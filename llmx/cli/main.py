@@ -30,7 +30,7 @@ from llmx.cli.describe import describe
 from llmx.cli.parser import ParsedCLI
 from llmx.cli.resume import Checkpoint, with_checkpoint
 from llmx.config.command import Command
-from llmx.errors import UserError
+from llmx.errors import UserError, one_line
 from llmx.training.callbacks import ProgressBar
 from llmx.training.checkpoints import CheckpointFiles
 from llmx.training.logger import run_folder
@@ -95,7 +95,7 @@ def execute(command: Command, callbacks: Sequence[Callback] = (), recorded: list
     try:
         return CLI(*with_checkpoint(command), callbacks, recorded)
     except MisconfigurationException as error:  # Lightning's name for flags that do not go together
-        raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+        raise UserError(f"trainer: {one_line(error)}") from error
 
 
 def parse(command: Command) -> Any:
@@ -137,7 +137,7 @@ class CLI(ParsedCLI):
             self.config_init = self.parser.instantiate_classes(self.config)  # of the trainer; see _add_instantiators
             self.trainer = self._trainer(verb, settings.trainer)
         except (ValueError, TypeError, ImportError) as error:
-            raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+            raise UserError(f"trainer: {one_line(error)}") from error
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = CheckpointFiles()
         if verb == "fit":
@@ -199,14 +199,14 @@ def _out_of_memory(error: Exception) -> str | None:
     if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not NO_MEMORY.search(str(error)):
         return None
     return (
-        f"out of memory: {' '.join(str(error).split())[:200]}. data.batch_size, data.window, model.network or "
+        f"out of memory: {one_line(error, 200)}. data.batch_size, data.window, model.network or "
         "model.sampling.max_new_tokens asks for more than there is"
     )
 
 
 def _process_lost(error: Exception) -> str | None:
     """The message where another process of a run failed; None for any other error."""
-    text = " ".join(str(error).split())
+    text = one_line(error)
     if isinstance(error, ProcessException):  # of forked processes
         text = str(error).rpartition(f"{UserError.__module__}.{UserError.__name__}: ")[2].strip()
         known = isinstance(error, ProcessExitedException) or text != str(error).strip()

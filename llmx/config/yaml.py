@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from llmx.errors import UserError
+from llmx.errors import UserError, one_line
 
 MAX_DEPTH = 100  # of nested values
 MAX_VALUES = 100_000  # counted with those that an alias repeats
@@ -40,7 +40,7 @@ def parse_yaml(text: str, where: str, loader: type[yaml.SafeLoader] = yaml.SafeL
     except UserError:
         raise
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or number that Python does not have
-        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"{where}: not valid YAML: {one_line(error, 300)}") from None
     return content
 
 

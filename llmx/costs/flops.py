@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from llmx.errors import one_line
 from llmx.protocol import Network
 
 _FUSED_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -80,7 +81,7 @@ def on_meta(network: Network) -> Network:
 
 def why_not(error: Exception) -> str:
     """One line that says why torch could not run a network on shapes alone."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return f"{type(error).__name__}: {one_line(error, 200)}"
 
 
 def _tensors(network: nn.Module) -> Iterator[Tensor]:

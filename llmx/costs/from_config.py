@@ -8,7 +8,7 @@ import torch
 
 from llmx.config.factories import build
 from llmx.costs.describe import Description, describe
-from llmx.errors import UserError
+from llmx.errors import UserError, one_line
 from llmx.protocol import Network
 
 SMALL = 50_000_000  # a network with up to so many parameters is run with numbers if shapes alone do not suffice
@@ -62,7 +62,7 @@ def window_failure(length: int, error: Exception) -> str:
     frame = failing_frame(error)
     place = f"{frame.filename}, line {frame.lineno}, in {frame.name}"
     kind = "" if isinstance(error, RuntimeError) else f"{type(error).__name__}: "
-    return f"model.network: a window of {length} does not pass {place}: {kind}{' '.join(str(error).split())[:300]}"
+    return f"model.network: a window of {length} does not pass {place}: {kind}{one_line(error, 300)}"
 
 
 def failing_frame(error: Exception) -> traceback.FrameSummary:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from llmx.errors import UserError
+from llmx.errors import UserError, one_line
 
 _DICTS = ("state_dict", "hyper_parameters", "datamodule_hyper_parameters", "llmx", "loops", "callbacks")
 CHECKPOINT: dict[str, type] = {  # the parts of a fit's checkpoint that llmx or Lightning reads
@@ -61,7 +61,7 @@ def read_archive(path: Path) -> Any:
             damaged = f"ckpt_path: {path} holds more than tensors and plain data, and was refused without executing it"
         raise UserError(damaged) from error
     except Exception as error:  # damaged bytes can raise anything in the unpickler
-        raise UserError(f"{damaged} ({' '.join(str(error).split())[:120]})") from error
+        raise UserError(f"{damaged} ({one_line(error, 120)})") from error
 
 
 def _check_archive(path: Path) -> None:

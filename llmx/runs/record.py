@@ -17,7 +17,7 @@ import numpy as np
 
 from llmx.config.command import config_arguments
 from llmx.config.yaml import parse_yaml, read_yaml
-from llmx.errors import UserError
+from llmx.errors import UserError, one_line
 from llmx.runs.folder import CONFIG, METRICS, PREDICTIONS, RECORD, VAL_LOSSES, last_checkpoint, write_json
 
 Curve = list[tuple[int, float]]  # (step, value)
@@ -128,7 +128,7 @@ class Run:
         try:
             return np.load(path, allow_pickle=False).astype(np.float64)
         except (ValueError, EOFError, OSError) as error:
-            raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())[:200]}") from error
+            raise UserError(f"{path}: cannot be read: {one_line(error, 200)}") from error
 
     @cached_property
     def curves(self) -> dict[str, Curve]:

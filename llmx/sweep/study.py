@@ -29,7 +29,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from llmx import display
 from llmx.config.command import Command
-from llmx.errors import UserError
+from llmx.errors import UserError, one_line
 from llmx.runs.record import PROTOCOL
 from llmx.sweep.callback import ReportToStudy
 from llmx.sweep.report import DIED
@@ -223,7 +223,7 @@ def open_storage(url: str) -> RDBStorage:
         shown = sqlalchemy.make_url(url).render_as_string(hide_password=True)
     except sqlalchemy.exc.ArgumentError:
         shown = url
-    raise UserError(f"storage: {shown} cannot be opened: {' '.join(str(failure).split())}")
+    raise UserError(f"storage: {shown} cannot be opened: {one_line(failure)}")
 
 
 def _fit(execute: Execute, arguments: list[str], callback: ReportToStudy) -> Any:

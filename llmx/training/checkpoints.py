@@ -14,7 +14,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from llmx.errors import UserError
+from llmx.errors import UserError, one_line
 from llmx.protocol import Network
 from llmx.runs.archive import read_archive, read_checkpoint
 from llmx.runs.folder import BEST
@@ -35,12 +35,8 @@ def load_network(network: Network, path: str | Path) -> dict[str, float]:
     try:
         network.load_state_dict({key.removeprefix(prefix): x for key, x in held if key.startswith(prefix)})
     except RuntimeError as error:
-        raise UserError(f"model.warm_start: {path} holds another network: {shortened(error)}") from error
+        raise UserError(f"model.warm_start: {path} holds another network: {one_line(error, 300)}") from error
     return checkpoint.get("llmx", {}).get("trained_on", {})
-
-
-def shortened(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 def entry(model: Model) -> dict[str, Any]:
@@ -92,7 +88,7 @@ class CheckpointFiles(TorchCheckpointIO):
                     os.close(descriptor)
         except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError for a full disk
             partial.unlink(missing_ok=True)
-            reason = getattr(error, "strerror", None) or shortened(error)[:200]
+            reason = getattr(error, "strerror", None) or one_line(error, 200)
             raise UserError(
                 f"{path}: the checkpoint could not be written ({reason}); the one before it, if any, is still there"
             ) from error

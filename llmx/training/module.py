@@ -22,12 +22,12 @@ from llmx.costs.describe import Description, describe
 from llmx.data.prompts import Prompts
 from llmx.data.tokenizers import Tokenizer, tokenizer_from_config
 from llmx.data.windows import Batch
-from llmx.errors import UserError
+from llmx.errors import UserError, one_line
 from llmx.generation import Sampling
 from llmx.protocol import Network, Schedule
 from llmx.runs.archive import read_checkpoint
 from llmx.training.auditing import CausalityAudit
-from llmx.training.checkpoints import entry, load_network, restore_entry, shortened
+from llmx.training.checkpoints import entry, load_network, restore_entry
 from llmx.training.hardware import COMPILE_FROM, can_compile, keep_freed_memory
 from llmx.training.learning_method import learning_of, seed_step
 from llmx.training.lightning_types import Model, attributes
@@ -289,5 +289,5 @@ class LanguageModel(Model):
             model.on_load_checkpoint(checkpoint)
             model.load_state_dict(checkpoint["state_dict"], strict=strict)
         except (TypeError, RuntimeError) as error:
-            raise UserError(f"{checkpoint_path}: does not fit {cls.__name__}: {shortened(error)}") from error
+            raise UserError(f"{checkpoint_path}: does not fit {cls.__name__}: {one_line(error, 300)}") from error
         return model.to(map_location)
