@@ -30,19 +30,6 @@ from llmx.training.lightning_types import Model, attributes
 from llmx.training.optimizers import parameter_groups, settings
 
 
-def seed_step(model: Model, batch_idx: int) -> None:
-    """Seeds what dropout draws in a micro-batch, by seed, step and slot alone, as windows are drawn.
-
-    A resumed run therefore has nothing to restore, and no two processes draw the same.
-    """
-    trainer = model.trainer
-    slot = batch_idx % trainer.accumulate_grad_batches * trainer.world_size + trainer.global_rank
-    entropy = np.random.SeedSequence((model.seed, trainer.global_step, slot))
-    seed = int(entropy.generate_state(1, np.uint64)[0] >> np.uint64(1))
-    # without a GPU in use, torch.manual_seed would keep a formatted stack for GPUs to come
-    (torch.default_generator if model.device.type == "cpu" else torch).manual_seed(seed)
-
-
 class GradientLearning:
     """Gradient descent: an optimizer and a schedule, many steps, any number of processes."""
 

@@ -37,7 +37,6 @@ class Model(pl.LightningModule):
     run_audited: bool
     description: Description | None
     compiled: bool
-    seed: int
     total_steps: Any  # int
     generate: Any
     set_optimizer_mode: Any

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
@@ -29,7 +30,7 @@ from llmx.runs.archive import read_checkpoint
 from llmx.training.auditing import CausalityAudit
 from llmx.training.checkpoints import entry, load_network, restore_entry
 from llmx.training.hardware import COMPILE_FROM, can_compile, keep_freed_memory
-from llmx.training.learning_method import learning_of, seed_step
+from llmx.training.learning_method import learning_of
 from llmx.training.lightning_types import Model, attributes
 from llmx.training.metrics import TokenLoss, bits, perplexity
 from llmx.training.optimizers import set_mode
@@ -172,7 +173,13 @@ class LanguageModel(Model):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # the x axis of every curve; after resuming a finished run Lightning's own count is one behind
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
-        seed_step(self, batch_idx)
+        # what dropout draws depends on seed, step and slot alone, as the windows do: a resumed run has nothing to restore,
+        # and no two processes draw the same
+        slot = batch_idx % self.trainer.accumulate_grad_batches * self.trainer.world_size + self.trainer.global_rank
+        entropy = np.random.SeedSequence((self.seed, self.trainer.global_step, slot))
+        seed = int(entropy.generate_state(1, np.uint64)[0] >> np.uint64(1))
+        # without a GPU in use, torch.manual_seed would keep a formatted stack for GPUs to come
+        (torch.default_generator if self.device.type == "cpu" else torch).manual_seed(seed)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         losses, auxiliary = self.losses(batch.inputs, batch.targets)
