@@ -81,13 +81,14 @@ class RunRecord(Callback):
         if folder is None:
             return
         config = self.config or _config_of_objects(trainer, model)
-        record = self._record(trainer, model)
+        record = _record(trainer, model)
         if trainer.global_step:
             continue_run(folder, config, record, trainer.global_step)
             return
         warm_start = model.warm_start
-        record["warm_start"] = warm_start and {"file": warm_start, "sha256": file_hash(warm_start)}
-        begin_run(folder, config, record)
+        origin = provenance() | ({} if self.command is None else {"command": self.command})
+        start = {"warm_start": warm_start and {"file": warm_start, "sha256": file_hash(warm_start)}}
+        begin_run(folder, config, origin | record | start)
         board = tensorboard(trainer)
         if board is not None:
             _show(board, trainer, model)
@@ -139,28 +140,27 @@ class RunRecord(Callback):
                 board.add_scalar(f"final/{name.removeprefix('val/')}", value, trainer.global_step - 1)  # as val/loss
             board._get_file_writer().add_summary(hparams({}, {})[2])  # the end of its session
 
-    def _record(self, trainer: pl.Trainer, model: Model) -> dict[str, Any]:
-        """All but the warm start, whose file may be gone when a run continues."""
-        assert model.description is not None
-        parts: list[Any] = [*model.network.modules(), *trainer.optimizers, *attributes(trainer).callbacks]
-        for scheduler in trainer.lr_scheduler_configs:
-            parts += getattr(scheduler.scheduler, "lr_lambdas", [])
-        report = model.causality
-        return {
-            **provenance(),
-            **({} if self.command is None else {"command": self.command}),
-            "data": attributes(trainer).datamodule.protocol,
-            "parameters": count_parameters(model.network),
-            "network": {key: value for key, value in model.description.to_dict().items() if key != "layers"},
-            "precision": str(trainer.precision),
-            "code": code(),
-            "sources": sources({type(part) for part in parts}),
-            "compiled": model.compiled,
-            "devices": trainer.world_size,
-            "steps": model.total_steps,
-            "audit": None if report is None else report.to_dict(),
-            "leaking": model.leaking,
-        }
+
+def _record(trainer: pl.Trainer, model: Model) -> dict[str, Any]:
+    """What a new and a continued run both hand over: not the origin, and not the warm start, whose file may be gone."""
+    assert model.description is not None
+    parts: list[Any] = [*model.network.modules(), *trainer.optimizers, *attributes(trainer).callbacks]
+    for scheduler in trainer.lr_scheduler_configs:
+        parts += getattr(scheduler.scheduler, "lr_lambdas", [])
+    report = model.causality
+    return {
+        "data": attributes(trainer).datamodule.protocol,
+        "parameters": count_parameters(model.network),
+        "network": {key: value for key, value in model.description.to_dict().items() if key != "layers"},
+        "precision": str(trainer.precision),
+        "code": code(),
+        "sources": sources({type(part) for part in parts}),
+        "compiled": model.compiled,
+        "devices": trainer.world_size,
+        "steps": model.total_steps,
+        "audit": None if report is None else report.to_dict(),
+        "leaking": model.leaking,
+    }
 
 
 def _show(board: Any, trainer: pl.Trainer, model: Model) -> None:
