@@ -173,8 +173,8 @@ class LanguageModel(Model):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # the x axis of every curve; after resuming a finished run Lightning's own count is one behind
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
-        # what dropout draws depends on seed, step and slot alone, as the windows do: a resumed run restores nothing, and
-        # no two processes draw the same
+        # what dropout draws depends on seed, step and slot alone, as the windows do: a resumed run restores nothing,
+        # and no two processes draw the same
         slot = batch_idx % self.trainer.accumulate_grad_batches * self.trainer.world_size + self.trainer.global_rank
         entropy = np.random.SeedSequence((self.seed, self.trainer.global_step, slot))
         seed = int(entropy.generate_state(1, np.uint64)[0] >> np.uint64(1))
