@@ -34,9 +34,13 @@ class Group:
         """(N,) losses of each character, averaged over the runs."""
         return np.mean([run.losses for run in self.runs], axis=0)
 
-    @property
+    @cached_property
     def protocol(self) -> dict[str, Any]:
         return protocol(self.runs[0])
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        return comparable(self.runs[0])
 
     @property
     def leaking(self) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 from llmx import display
 from llmx.comparison import statistics
 from llmx.comparison.groups import Group, mark
-from llmx.comparison.settings import SEEN, changed, comparable
+from llmx.comparison.settings import SEEN, changed
 from llmx.comparison.statistics import Estimate
 from llmx.costs.matching import MATCHED, relative_gap
 from llmx.errors import UserError
@@ -164,7 +164,7 @@ def _row(group: Group, baseline: Group, difference: Estimate | None, adjusted_p:
         peak_bytes=_mean(run.metrics["peak_bytes"] for run in runs),
         state_bytes=record["network"]["state_bytes"],
         generated_tokens_per_second=_mean(run.metrics["generated_tokens_per_second"] for run in runs),
-        unlike=changed(comparable(baseline.runs[0]), comparable(runs[0])),
+        unlike=changed(baseline.settings, group.settings),
         code=sorted(set().union(*(run.code for run in runs))),
         folders=[str(run.folder) for run in runs],
     )

@@ -97,10 +97,10 @@ def _trainer_settings(fit: list[str], space: Space, parse: Parse) -> Any:
     Raises UserError for unknown keys, and for settings that a sweep does not support.
     """
     first = {key: d.values[0] if isinstance(d, Values) else d.low for key, d in space.dimensions.items()}
-    arguments = with_point(["fit", *fit], first)
-    if any(argument.split("=")[0] == "--ckpt_path" for argument in arguments):
+    command = Command.read(with_point(["fit", *fit], first))
+    if command.flag("--ckpt_path") is not None:
         raise UserError("ckpt_path: a sweep's runs are new ones; --model.warm_start begins them with a run's weights")
-    trainer = parse(Command.read(arguments)).trainer
+    trainer = parse(command).trainer
     devices = trainer.devices
     if str(devices) not in ("auto", "1") and not (isinstance(devices, list) and len(devices) == 1):
         raise UserError(f"trainer.devices: {devices}, but a sweep trains on one; start a process for each device")
