@@ -6,7 +6,6 @@ any segmentation of a sequence gives the same outputs. A `Block` combines mixer,
 `Network` maps tokens to logits. Both have the same methods.
 
 Dimensions:
-
     B  batch                     sequences in a batch
     T  time                      positions of a sequence
     S  slots                     positions that a preallocated state has room for
@@ -263,8 +262,9 @@ class Stack(Component, ABC):
 
 
 class Network(nn.Module, ABC, Generic[S]):
-    """Maps tokens to logits, and owns its loss. The first constructor argument is `vocab_size`, from the tokenizer."""
+    """Maps tokens to logits. The first constructor argument is `vocab_size`, from the tokenizer."""
 
+    normalized: ClassVar[bool] = False  # whether `forward` gives log-probabilities, which the score checks
     vocab_size: int
 
     @property
@@ -294,7 +294,7 @@ class Network(nn.Module, ABC, Generic[S]):
         return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="none").view(targets.shape)
 
     def losses(self, tokens: Tokens, targets: Tokens) -> tuple[Losses, Tensor]:
-        """The losses of all positions, and the scalar auxiliary loss. Training and evaluation call this."""
+        """The objective of training, not a score: the losses of all positions, and the scalar auxiliary loss."""
         hidden, context = self.hidden(tokens)
         return self.loss(hidden, targets), context.auxiliary
 

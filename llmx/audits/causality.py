@@ -28,7 +28,16 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from llmx.audits.causality_cases import AuditCase, AuditedNetwork, Calls, Part, Pass, first_leaking_module
+from llmx.audits.causality_cases import (
+    AuditCase,
+    AuditedNetwork,
+    Calls,
+    Part,
+    Pass,
+    first_leaking_module,
+    row_parts,
+    time_parts,
+)
 from llmx.audits.causality_report import CHECKS, CausalityReport
 from llmx.audits.inputs import MAX_ROWS
 from llmx.audits.network_copies import preserve_rng_state, seed_cpu
@@ -107,7 +116,7 @@ def check_batch(case: AuditCase) -> None:
         tokens = case.tokens.clone()
         tokens[one] = case.network.replaced(tokens[one])
         replaced = partial(case.run, tokens)
-        part = partial(_row_parts, rows=case.rows, keep=others)
+        part = partial(row_parts, rows=case.rows, keep=others)
         if case.breached("batch", relative_change(case.outputs, replaced())[others], 0, base, replaced, part):
             return
     if case.training:
@@ -116,7 +125,7 @@ def check_batch(case: AuditCase) -> None:
         case.skip("batch", "the network draws random numbers in eval mode; rows were replaced, but not left out")
         return
     alone = partial(case.run, case.tokens[one])
-    part, part2 = partial(_row_parts, rows=case.rows, keep=one), partial(_row_parts, rows=1, keep=[0])
+    part, part2 = partial(row_parts, rows=case.rows, keep=one), partial(row_parts, rows=1, keep=[0])
     case.breached("batch", relative_change(case.outputs[one], alone()), 0, base, alone, part, part2)
 
 
@@ -166,8 +175,8 @@ def check_prefix(case: AuditCase) -> None:
     for cut in sorted({1, case.length // 2, 64, case.length - 1}):
         if cut < case.length and not case.found("prefix"):
             whole, short = partial(case.run, case.tokens), partial(case.run, case.tokens[:, :cut])
-            part = partial(_time_parts, rows=case.rows, length=case.length, keep=cut)
-            part2 = partial(_time_parts, rows=case.rows, length=cut, keep=cut)
+            part = partial(time_parts, rows=case.rows, length=case.length, keep=cut)
+            part2 = partial(time_parts, rows=case.rows, length=cut, keep=cut)
             case.breached("prefix", relative_change(case.outputs[:, :cut], short()), cut, whole, short, part, part2)
 
 
@@ -203,24 +212,8 @@ def check_gradient(audited: AuditedNetwork) -> Tensor | None:
 def _suffix_passes(case: AuditCase, tokens: Tokens, other: Tokens, cut: int) -> tuple[Pass, Pass, Part]:
     """Replaces all rows from the same position on, so that no row can change another before it."""
     changed = torch.where(torch.arange(case.length) >= cut, other, tokens)
-    part = partial(_time_parts, rows=len(tokens), length=case.length, keep=cut)
+    part = partial(time_parts, rows=len(tokens), length=case.length, keep=cut)
     return partial(case.run, tokens), partial(case.run, changed), part
-
-
-def _time_parts(tensor: Tensor, rows: int, length: int, keep: int) -> list[Tensor]:
-    """The first `keep` positions of a tensor, time in front; none if it has no time axis."""
-    readings = [tensor.movedim(axis, 0) for axis, size in enumerate(tensor.shape) if size == length]
-    if tensor.ndim and tensor.shape[0] == rows * length:
-        readings.append(tensor.unflatten(0, (rows, length)).movedim(1, 0))
-    return [reading[:keep] for reading in readings]
-
-
-def _row_parts(tensor: Tensor, rows: int, keep: list[int]) -> list[Tensor]:
-    """The rows `keep` of a tensor, rows in front; none if it has no batch axis."""
-    readings = [tensor.movedim(axis, 0) for axis, size in enumerate(tensor.shape) if size == rows]
-    if tensor.ndim and tensor.shape[0] != rows and tensor.shape[0] % rows == 0:
-        readings.append(tensor.unflatten(0, (rows, -1)))
-    return [reading[keep] for reading in readings]
 
 
 def _gradients(network: Network, tokens: Tokens, projection: Tensor) -> list[Tensor]:

@@ -79,6 +79,22 @@ def first_leaking_module(first: Pass, second: Pass, part: Part, part2: Part, tol
     return next((a for a, b in both if differ(a.outputs, b.outputs) and not differ(a.inputs, b.inputs)), None)
 
 
+def time_parts(tensor: Tensor, rows: int, length: int, keep: int) -> list[Tensor]:
+    """The first `keep` positions of a tensor, time in front; none if it has no time axis."""
+    readings = [tensor.movedim(axis, 0) for axis, size in enumerate(tensor.shape) if size == length]
+    if tensor.ndim and tensor.shape[0] == rows * length:
+        readings.append(tensor.unflatten(0, (rows, length)).movedim(1, 0))
+    return [reading[:keep] for reading in readings]
+
+
+def row_parts(tensor: Tensor, rows: int, keep: list[int]) -> list[Tensor]:
+    """The rows `keep` of a tensor, rows in front; none if it has no batch axis."""
+    readings = [tensor.movedim(axis, 0) for axis, size in enumerate(tensor.shape) if size == rows]
+    if tensor.ndim and tensor.shape[0] != rows and tensor.shape[0] % rows == 0:
+        readings.append(tensor.unflatten(0, (rows, -1)))
+    return [reading[keep] for reading in readings]
+
+
 class AuditedNetwork:
     """A copy of a network that runs again and again under equal conditions, and what the audit found with it."""
 

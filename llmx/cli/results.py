@@ -64,9 +64,18 @@ def _loss(
         unit = model.tokenizer.unit
         said.append(
             f"{split} loss {display.loss(loss)} nats per {unit}, perplexity {perplexity(loss):.4f}, "
-            f"{bits(loss):.4f} bits per {unit}."
+            f"{bits(loss):.4f} bits per {unit}{_blind(model)}."
         )
     return said
+
+
+def _blind(model: LanguageModel) -> str:
+    """What the blind pass found, to follow the loss."""
+    if model.blind is None:
+        return ""
+    without = f", loss {display.loss(model.blind.loss)} when it does not" if model.blind.verdict == "LEAKING" else ""
+    part = "" if model.blind.share == 1 else f" ({display.percent(model.blind.share)} of the split)"
+    return f", blind: {model.blind}{without}{part}"
 
 
 def print_predictions(trainer: Trainer, model: LanguageModel, run: Path, batches: list[Any]) -> None:

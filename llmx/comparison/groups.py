@@ -47,6 +47,11 @@ class Group:
         return any(run.leaking for run in self.runs)
 
     @property
+    def blind(self) -> str:
+        """What the blind passes of the runs found, each finding once."""
+        return "; ".join(dict.fromkeys(run.blind for run in self.runs if run.blind))
+
+    @property
     def unaudited(self) -> bool:
         return any(run.unaudited for run in self.runs)
 

@@ -41,6 +41,7 @@ class Row:
     seeds: list[Any]
     leaking: bool
     unaudited: bool
+    blind: str  # what the blind pass found
     loss: Estimate  # nats per character
     perplexity: float
     bits_per_character: float
@@ -151,6 +152,7 @@ def _row(group: Group, baseline: Group, difference: Estimate | None, adjusted_p:
         seeds=[run.seed for run in runs],
         leaking=group.leaking,
         unaudited=group.unaudited,
+        blind=group.blind,
         loss=loss,
         perplexity=perplexity(loss.value),
         bits_per_character=bits(loss.value),

@@ -28,7 +28,7 @@ th:nth-child(2), td:nth-child(2) { text-align: left; white-space: normal }
 .wide { overflow-x: auto; margin: 1rem 0 } .marked { color: #b00020 } .note { color: #555; white-space: pre-line }
 img { max-width: 100%; height: auto }
 """
-RESULTS = ("seeds", "val loss", "95 %", "difference", "95 %", "p", "perplexity", "bits / char")
+RESULTS = ("seeds", "val loss", "95 %", "difference", "95 %", "p", "perplexity", "bits / char", "blind")
 COSTS = ("parameters", "train FLOPs", "tokens/s", "seconds", "memory", "state", "writes, tokens/s")
 
 
@@ -95,6 +95,7 @@ def _results(row: Row) -> list[str]:
         display.p_value(row.adjusted_p),
         f"{row.perplexity:.3f}",
         f"{row.bits_per_character:.3f}",
+        escape(row.blind),
     ]
 
 

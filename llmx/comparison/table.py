@@ -20,6 +20,7 @@ SHOWN = 8  # changed settings of a row in the terminal
 def render(comparison: Comparison) -> RenderableType:
     """Losses, costs and changed settings, with notes on what the numbers mean."""
     results = _table("val loss", "difference", "p", "seeds", "perplexity")
+    results.add_column("blind", overflow="fold")
     costs = _table("bits", "parameters", "FLOPs", "tokens/s", "memory", "state", "writes")
     settings = display.table(display.text_column("network", 10), changes_heading(comparison))
     for row in comparison.rows:
@@ -32,6 +33,7 @@ def render(comparison: Comparison) -> RenderableType:
             display.p_value(row.adjusted_p),
             str(len(row.seeds)),
             f"{row.perplexity:.3f}",
+            row.blind,
         )
         numbers = (row.training_flops, row.tokens_per_second, row.peak_bytes, row.state_bytes)
         shortly = map(display.short, (*numbers, row.generated_tokens_per_second))
@@ -82,6 +84,7 @@ def caption(comparison: Comparison) -> str:
         f"difference: to {comparison.baseline}{paired}": differences,
         "p: two-sided, after Holm over all rows": any(row.adjusted_p is not None for row in rows),
         f"NOT RANKED: {', '.join(comparison.differing)} differ": comparison.differing,
+        "blind: the same losses with later text and other rows replaced": any(row.blind for row in rows),
         leaking: any(row.leaking for row in rows),
         unaudited: any(row.unaudited for row in rows),
         f"not all trained by the same sources of llmx (run.json: code): {codes}": len(by_code) > 1,
@@ -98,7 +101,7 @@ def _with_interval(estimate: Estimate, signed: bool = False) -> str:
 
 def write_csv(comparison: Comparison, path: Path) -> None:
     """One line a row, numbers unrounded."""
-    plain = ["rank", "name", "leaking", "unaudited", "seeds"]
+    plain = ["rank", "name", "leaking", "unaudited", "blind", "seeds"]
     numbers = ["perplexity", "bits_per_character", "adjusted_p", "parameters", "training_flops", "tokens_per_second"]
     numbers += ["seconds", "peak_bytes", "state_bytes", "generated_tokens_per_second"]
     interval = ["value", "low", "high", "basis"]
@@ -107,6 +110,6 @@ def write_csv(comparison: Comparison, path: Path) -> None:
         estimates = [f"{name}_{part}" for name in ("loss", "difference") for part in interval]
         writer.writerow([*plain, *estimates, *numbers])
         for row in comparison.rows:
-            cells = [row.rank, row.name, row.leaking, row.unaudited, " ".join(map(str, row.seeds))]
+            cells = [row.rank, row.name, row.leaking, row.unaudited, row.blind, " ".join(map(str, row.seeds))]
             cells += [getattr(estimate, part, "") for estimate in (row.loss, row.difference) for part in interval]
             writer.writerow([*cells, *(getattr(row, number) for number in numbers)])

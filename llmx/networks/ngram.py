@@ -36,6 +36,7 @@ class NGram(CountingNetwork[NGramState]):
     """
 
     stateful = True
+    normalized = True
 
     def __init__(self, vocab_size: int, order: int = 7):
         super().__init__()

@@ -49,6 +49,7 @@ OPTIONAL: dict[str, dict[str, Any]] = {
     RECORD: {
         "audit": dict | None,
         "leaking": bool,
+        "blind": dict | None,
         "precision": str,
         "code": str,
         "sources": dict,
@@ -96,6 +97,11 @@ class Run:
     @property
     def leaking(self) -> bool:
         return bool(self.metrics.get("leaking") or self.record.get("leaking"))
+
+    @property
+    def blind(self) -> str:
+        """What the last blind pass found; nothing for a run without one."""
+        return (self.record.get("blind") or {}).get("said", "")
 
     @property
     def unaudited(self) -> bool:
@@ -271,6 +277,12 @@ def continue_run(folder: Path, config: str, record: dict[str, Any], step: int) -
         held["audit"] = None  # it audited other code
     held["leaking"] = held.get("leaking", False) or record["leaking"]
     write_json(folder / RECORD, held)
+
+
+def note_blind(folder: Path, result: dict[str, Any], leaking: bool) -> None:
+    """Keeps the result of the last blind pass in the record."""
+    held = _read_record(folder)
+    write_json(folder / RECORD, held | {"blind": result, "leaking": held.get("leaking", False) or leaking})
 
 
 def end_run(folder: Path, metrics: dict[str, Any]) -> None:

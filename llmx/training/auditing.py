@@ -1,8 +1,8 @@
 """The causality audit of every fit, and what follows from a leak.
 
 Before the first step the network is audited by itself, then as it runs: in the trainer's precision and on its device.
-The second audit is repeated at each validation, with the weights as they are then. `model.audit` says what a leak
-does: `error` stops all processes, `warn` marks the run as leaking, `off` skips the audits.
+`model.audit` says what a leak does: `error` stops all processes, `warn` marks the run as leaking, `off` skips the
+audits. The blind pass (llmx/training/blind_pass.py) looks for leaks from then on.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from llmx.training.stopping import stop_together
 
 
 class CausalityAudit(Callback):
-    """Audits before the first step and at each validation of a fit. A LanguageModel brings it to every trainer."""
+    """Audits before the first step of a fit. A LanguageModel brings it to every trainer."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -33,10 +33,6 @@ class CausalityAudit(Callback):
             model.learning.count(data)
         audit_network(model, data)
         audit_start(model)
-
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            _audit_run(language_model(pl_module), tokens=2048, seed=trainer.global_step)
 
 
 def audit_network(model: Model, data: TextDataModule | None = None) -> None:

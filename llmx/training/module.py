@@ -17,7 +17,10 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import AdamW, Optimizer
 
+from llmx.audits.blind import BlindResult
 from llmx.audits.causality_report import CausalityReport
+from llmx.audits.network_copies import copy_network, preserve_rng_state
+from llmx.audits.score import Score, own_objective
 from llmx.config.factories import build, to_config
 from llmx.costs.describe import Description, describe
 from llmx.data.prompts import Prompts
@@ -28,10 +31,11 @@ from llmx.generation import Sampling
 from llmx.protocol import Network, Schedule
 from llmx.runs.archive import read_checkpoint
 from llmx.training.auditing import CausalityAudit
+from llmx.training.blind_pass import BlindPass
 from llmx.training.checkpoints import entry, load_network, restore_entry
 from llmx.training.hardware import COMPILE_FROM, can_compile, keep_freed_memory
 from llmx.training.learning_method import learning_of
-from llmx.training.lightning_types import Model, attributes
+from llmx.training.lightning_types import Model, attributes, logs_this_step
 from llmx.training.metrics import TokenLoss, bits, perplexity
 from llmx.training.optimizers import set_mode
 from llmx.training.sampling import check_speculation, continued, predictions, sampling_from
@@ -60,8 +64,8 @@ class LanguageModel(Model):
             more, but for those that a component excepts), or `all`.
         compile: compile the network with its loss; `auto` compiles runs that are long enough to pay for it, if there
             is a compiler. The step of a long generation is compiled too, unless this is `false`.
-        audit: the causality audit, before the first step and, of the run itself, at each validation: a leak is an
-            `error`, or a `warn`ing that marks the run as leaking; `off` skips the audit.
+        audit: the causality audit before the first step, and the blind pass at each validation: a leak is an `error`,
+            or a `warn`ing that marks the run as leaking; `off` skips both.
         gradient_checkpointing: recompute activations in the backward pass, to save memory.
         warm_start: a checkpoint whose weights the network starts from.
         sampling: how `predict` and `generate` draw.
@@ -113,9 +117,11 @@ class LanguageModel(Model):
         self.causality: CausalityReport | None = None
         self.leaking = False
         self.run_audited = False
-        self.losses = self.network.losses
+        self.blind: BlindResult | None = None
+        self.losses, self.score = self.network.losses, Score(self.network)
+        self.own_objective = own_objective(self.network)
         self.compiled = False
-        self.step_loss: Tensor | float = 0.0  # sum over the micro-batches of the current step
+        self.step_sums: dict[str, Tensor] = {}  # by tag, over the micro-batches of the current step
 
     def _built(self) -> Network:
         network: Network = build(self.hparams["network"], self.tokenizer.vocab_size, "model.network")
@@ -125,9 +131,11 @@ class LanguageModel(Model):
 
     # ---------------------------------------------------------------------------------------------------- training
     def configure_callbacks(self) -> list[Callback]:
-        """The audit, which no trainer goes without."""
-        audited = any(type(callback) is CausalityAudit for callback in attributes(self.trainer).callbacks)
-        return [] if audited else [CausalityAudit()]
+        """The audit and the blind pass, which no trainer goes without."""
+        callbacks = attributes(self.trainer).callbacks
+        if not any(type(callback) is BlindPass for callback in callbacks):
+            callbacks.insert(0, BlindPass())
+        return [] if any(type(callback) is CausalityAudit for callback in callbacks) else [CausalityAudit()]
 
     def setup(self, stage: str) -> None:
         keep_freed_memory()
@@ -139,6 +147,7 @@ class LanguageModel(Model):
         if self.compiled:
             # the bound method: checkpoint keys stay clean, and head and loss are in the same graph as the network
             self.losses = torch.compile(self.network.losses, dynamic=False)
+            self.score = Score(self.network, compiled=True)
         elif wanted and stage != "predict":
             rank_zero_info("No C++ compiler was found: the network runs without compilation.")
 
@@ -157,7 +166,7 @@ class LanguageModel(Model):
         if self.hparams["compile"] is True:
             raise UserError("model.compile: a sharded network is not compiled")
         self.network = sharded(self.network, self._built, self.trainer, self.device_mesh.device_type)
-        self.losses = self.network.losses
+        self.losses, self.score = self.network.losses, Score(self.network)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         return self.learning.configure_optimizers(self)
@@ -182,20 +191,28 @@ class LanguageModel(Model):
         (torch.default_generator if self.device.type == "cpu" else torch).manual_seed(seed)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        losses, auxiliary = self.losses(batch.inputs, batch.targets)
+        losses, auxiliary = self.losses(batch.inputs.clone(), batch.targets.clone())  # the network may write into them
         loss = losses.sum() * batch.share
-        mean = loss.detach()
-        if self.trainer.world_size > 1:
-            mean = self.trainer.strategy.reduce(mean.clone(), reduce_op="mean")
+        mean = self._log_step("train/objective" if self.own_objective else "train/loss", loss.detach(), batch_idx)
         # away from the CPU reading the loss waits for the device
         read = loss.device.type == "cpu" or batch_idx % attributes(self.trainer).log_every_n_steps == 0
         if read and not mean.isfinite():
-            stop_diverged(self.trainer, f"train/loss is {mean.item()}")
-        # the mean over the micro-batches so far: after the last one, the loss of the step
-        micro = batch_idx % self.trainer.accumulate_grad_batches
-        self.step_loss = mean + (self.step_loss if micro else 0)
-        self.log("train/loss", self.step_loss / (micro + 1), prog_bar=True)
+            stop_diverged(self.trainer, f"the training loss is {mean.item()}")
+        if self.own_objective and logs_this_step(self.trainer) and self.device_mesh is None:
+            with torch.no_grad(), preserve_rng_state():  # a copy: the network counts this batch once
+                score = Score(copy_network(self.network, share_parameters=True))
+                self._log_step("train/loss", score(batch.inputs, batch.targets).sum() * batch.share, batch_idx)
         return loss + auxiliary
+
+    def _log_step(self, name: str, loss: Tensor, batch_idx: int) -> Tensor:
+        """Logs the mean over the micro-batches so far: after the last one, that of the step. Returns the mean over all
+        processes."""
+        if self.trainer.world_size > 1:
+            loss = self.trainer.strategy.reduce(loss.clone(), reduce_op="mean")
+        micro = batch_idx % self.trainer.accumulate_grad_batches
+        self.step_sums[name] = loss + (self.step_sums[name] if micro else 0)
+        self.log(name, self.step_sums[name] / (micro + 1), prog_bar=True)
+        return loss
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         if loss.requires_grad:  # a network that counts has nothing to differentiate
@@ -233,15 +250,17 @@ class LanguageModel(Model):
 
     # -------------------------------------------------------------------------------------------------- evaluation
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        losses = self.losses(batch.inputs, batch.targets)[0]
+        losses = self.score(batch.inputs, batch.targets)
         self.val_loss.update(losses, batch.targets)
         return losses
 
     def on_validation_epoch_end(self) -> None:
         self._log_loss("val", self.val_loss)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self.test_loss.update(self.losses(batch.inputs, batch.targets)[0], batch.targets)
+    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        losses = self.score(batch.inputs, batch.targets)
+        self.test_loss.update(losses, batch.targets)
+        return losses
 
     def on_test_epoch_end(self) -> None:
         self._log_loss("test", self.test_loss)

@@ -1,0 +1,114 @@
+"""What the losses of a network depend on that fails the blind pass, and which of its modules is the first to do so.
+
+The batch with the loss that changed most is scored again in the run's own form, with one thing changed at a time: none,
+the text after the cut, the other rows, their order, the batches before. Then hooks record every module in two passes.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from llmx.audits.blind import Blind, Change, Seen
+from llmx.audits.causality_cases import Calls, Part, first_leaking_module, record_calls, row_parts, time_parts
+from llmx.audits.network_copies import copy_network, preserve_rng_state, seed_cpu
+from llmx.audits.score import Score
+from llmx.protocol import Logits, Network, Tokens
+
+TOLERANCES = (1e-2, 1e-4, 1e-6, 0.0)  # relative: a module that changes much is named before one that rounds
+AGAIN = "two identical calls in evaluation mode differ"
+
+
+class Location(NamedTuple):
+    verdict: str  # "LEAKING" or "RANDOM"
+    what: str  # a sentence
+    module: str  # name and class of the first module that does it; "" if none of them does
+
+    def __str__(self) -> str:
+        return self.what + (f"; the first module that does so is {self.module}" if self.module else "")
+
+
+class Trial(NamedTuple):
+    """A batch that gives one row another loss than `batch` does."""
+
+    what: str
+    batch: Tokens  # (B, T)
+    row: int  # where the row stands in it
+    part: Part  # what must not change in the tensors of the first pass
+    part2: Part  # and of this one
+
+
+def locate(score: Score, seen: Seen, blind: Blind, changed: Change, batch_size: int, device: Any) -> Location:
+    """Tells why the loss that changed most has changed. The network stays as it is but for what calls do to it."""
+    sizes = changed.losses.abs().nan_to_num(nan=torch.inf)
+    worst = int(sizes.amax(1).argmax())
+    number, cut = int(blind.rows[worst]), int(blind.cuts[worst])
+    least = 0.1 * sizes[worst].max().item()
+    start = number // batch_size * batch_size
+    own, targets = (tensor[start : start + batch_size] for tensor in (seen.inputs, seen.targets))
+    row = number - start
+    answers = targets.to(device)
+
+    def losses(batch: Tokens, at: int) -> Tensor:
+        order = torch.arange(len(batch)).roll(at - row)
+        return score(batch.to(device), answers[order])[at, :cut].double().cpu()
+
+    with preserve_rng_state():
+        first = losses(own, row)
+
+        def differs(second: Tensor) -> bool:
+            return bool(((first - second).abs().nan_to_num(nan=torch.inf) > least).any())
+
+        if differs(losses(own, row)):
+            seed_cpu(0)
+            once = losses(own, row)
+            seed_cpu(0)
+            if torch.equal(once, losses(own, row)):
+                return Location("RANDOM", AGAIN, _name(score, own, own, _all, _all, device, seeds=(0, 1)))
+            return Location("LEAKING", "its losses depend on how often it was called", "")
+        for trial in _trials(seen, blind, own, worst, row, cut):
+            if differs(losses(trial.batch, trial.row)):
+                module = _name(score, own, trial.batch, trial.part, trial.part2, device)
+                return Location("LEAKING", f"its losses depend on {trial.what}", module)
+    return Location("LEAKING", "its losses depend on earlier batches", "")
+
+
+def _trials(seen: Seen, blind: Blind, own: Tokens, worst: int, row: int, cut: int) -> Iterator[Trial]:
+    rows, length = own.shape
+    later = own.clone()
+    later[row] = blind.inputs[worst]
+    time = partial(time_parts, rows=rows, length=length, keep=cut)
+    yield Trial("later text", later, row, time, time)
+    count = len(seen.inputs)
+    others = seen.inputs[(torch.arange(rows) + int(blind.rows[worst]) - row + count // 2) % count]
+    others[row] = own[row]
+    here = partial(row_parts, rows=rows, keep=[row])
+    yield Trial("other rows of the batch", others, row, here, here)
+    at = (row + rows // 2) % rows
+    there = partial(row_parts, rows=rows, keep=[at])
+    yield Trial("the order of the rows", own.roll(at - row, 0), at, here, there)
+
+
+def _all(tensor: Tensor) -> list[Tensor]:
+    return [tensor]
+
+
+def _name(
+    score: Score, one: Tokens, two: Tokens, part: Part, part2: Part, device: Any, seeds: tuple[int, int] = (0, 0)
+) -> str:
+    """The first module whose output differs between two batches although its inputs agree."""
+
+    def record(batch: Tokens, seed: int, calls: Calls) -> Logits:
+        network: Network = copy_network(score.network, share_parameters=True)
+        record_calls(network, calls)
+        seed_cpu(seed)
+        return Score(network, score.compiled).forward(batch.to(device))
+
+    first, second = partial(record, one, seeds[0]), partial(record, two, seeds[1])
+    for tolerance in TOLERANCES:
+        culprit = first_leaking_module(first, second, part, part2, tolerance)
+        if culprit is not None:
+            return f"{culprit.module or type(score.network).__name__} ({culprit.module_class})"
+    return ""
