@@ -17,6 +17,7 @@ from torch import Tensor
 
 from llmx.data.corpora import NAMED, Corpus, load_corpus
 from llmx.data.prompts import PromptBatches, encoded_prompts
+from llmx.data.repeated import repeated_share
 from llmx.data.token_files import TokenCorpus, TokenStream, is_token_folder, open_tokens
 from llmx.data.tokenizers import ByteTokenizer, CharacterTokenizer, Tokenizer, cached_tokens, tokenizer_from_config
 from llmx.data.windows import (
@@ -139,6 +140,10 @@ class TextDataModule(LightningDataModule):
         """The share of a split that lies in the first `fraction` of the corpus, from 0 to 1."""
         start, end = self._bounds(split)
         return max(0, min(end, int(fraction * len(self._encoded))) - start) / max(1, end - start)
+
+    def share_repeated(self) -> float:
+        """The share of the validation split that stands word for word in the training split (llmx.data.repeated)."""
+        return repeated_share(self.tokens("val"), self.tokens("train"))
 
     def _bounds(self, split: Split) -> tuple[int, int]:
         length, fractions = len(self._encoded), self.split

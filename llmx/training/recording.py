@@ -14,7 +14,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
 
+from llmx import display
 from llmx.audits.causality_report import influence_figure
+from llmx.data.repeated import STRETCH
 from llmx.data.windows import Batch
 from llmx.parts.parameter_count import count_parameters
 from llmx.protocol import IGNORE
@@ -23,13 +25,14 @@ from llmx.runs.provenance import code, file_hash, provenance, sources
 from llmx.runs.record import begin_run, continue_run, end_run, write_losses
 from llmx.training.callbacks import LearningRate, Samples, TokensPerSecond
 from llmx.training.checkpoints import BestCheckpoint, LastCheckpoint
-from llmx.training.lightning_types import Model, attributes, language_model
+from llmx.training.lightning_types import Model, attributes, language_model, text_data
 from llmx.training.logger import LAYOUT, run_folder, tensorboard
 from llmx.training.metrics import bits, perplexity
 from llmx.training.norms import NORMS_LAYOUT, NormsByLayer
 from llmx.training.stopping import EndWithValidation, StopOnSignal
 
 UNCOUNTED = -1.0  # no loss is below 0
+REPEATED = 0.001  # the share of repeated text from which a run says it
 
 
 class ValidationLosses(Callback):
@@ -77,6 +80,7 @@ class RunRecord(Callback):
             rich.print(model.causality.summary())
         compiled = "compiled" if model.compiled else "not compiled"
         print(f"precision {trainer.precision}, {compiled}, on {trainer.world_size} x {model.device.type}")
+        repeated = None if trainer.global_step else _repeated(trainer)
         folder = run_folder(trainer)
         if folder is None:
             return
@@ -88,7 +92,7 @@ class RunRecord(Callback):
         warm_start = model.warm_start
         origin = provenance() | ({} if self.command is None else {"command": self.command})
         start = {"warm_start": warm_start and {"file": warm_start, "sha256": file_hash(warm_start)}}
-        begin_run(folder, config, origin | record | start)
+        begin_run(folder, config, origin | record | start | {"val_text_in_train": repeated})
         board = tensorboard(trainer)
         if board is not None:
             _show(board, trainer, model)
@@ -139,6 +143,21 @@ class RunRecord(Callback):
             for name, value in final.items():
                 board.add_scalar(f"final/{name.removeprefix('val/')}", value, trainer.global_step - 1)  # as val/loss
             board._get_file_writer().add_summary(hparams({}, {})[2])  # the end of its session
+
+
+def _repeated(trainer: pl.Trainer) -> float | None:
+    """The share of the validation split that the training split holds word for word, said where it matters; None for
+    data that is no text."""
+    data = text_data(trainer)
+    if data is None:
+        return None
+    share = data.share_repeated()
+    if share > REPEATED:
+        print(
+            f"{display.percent(share)} of the validation split stands in the training split word for word, in stretches"
+            f" of at least {STRETCH} {data.tokenizer.unit}s: a network that memorises text has a lower val/loss there."
+        )
+    return share
 
 
 def _record(trainer: pl.Trainer, model: Model) -> dict[str, Any]:

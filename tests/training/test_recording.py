@@ -248,3 +248,17 @@ def test_a_run_of_a_version_that_kept_less_is_read(laboratory):
     assert go_on("--trainer.max_steps", 4) == 0
     (group,) = grouped(find_runs([str(folder)]))
     assert not group.unaudited
+
+
+def test_a_new_run_records_how_much_validation_text_stands_in_the_training_text(laboratory, capsys, monkeypatch):
+    words = np.random.default_rng(0).integers(97, 123, size=4000).astype(np.uint8).tobytes().decode()
+    laboratory.write_corpus(words)
+    assert record_of(laboratory.fit())["val_text_in_train"] == 0.0
+    assert "word for word" not in capsys.readouterr().out
+    laboratory.write_corpus(words[:3800] + words[500:560] + words[3860:])
+    run = laboratory.fit()
+    assert record_of(run)["val_text_in_train"] == 60 / 400
+    assert "15 % of the validation split stands in the training split word for word" in capsys.readouterr().out
+    monkeypatch.setattr(TextDataModule, "share_repeated", None)  # a resumed run does not ask
+    assert go_on("--trainer.max_steps", 4) == 0
+    assert record_of(run)["val_text_in_train"] == 60 / 400
