@@ -15,6 +15,8 @@ expert's matrix product is as long as its number of tokens. There the change is 
     a tenth of the characters of a row change by more than 16 bits explain
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -82,8 +84,15 @@ class BlindResult:
         return f"{self.verdict} {self.largest:.0e}" if self.verdict == "within rounding" else self.verdict
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for a run's record; `said` is the sentence for people."""
-        return {**{key: value if value == value else None for key, value in vars(self).items()}, "said": str(self)}
+        """Plain data for a run's record, null for what is not finite; `said` is the sentence for people."""
+        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in vars(self).items()}
+        return plain | {"said": str(self)}
+
+    @classmethod
+    def from_dict(cls, held: dict[str, Any]) -> BlindResult:
+        numbers: dict[str, Any] = {key: math.nan if value is None else value for key, value in held.items()}
+        del numbers["said"]
+        return cls(**numbers)
 
 
 def draw_cuts(targets: Tokens, generator: torch.Generator) -> Tensor:

@@ -18,7 +18,10 @@ from llmx.audits.score import Score
 from llmx.protocol import Logits, Network, Tokens
 
 TOLERANCES = (1e-2, 1e-4, 1e-6, 0.0)  # relative: a module that changes much is named before one that rounds
+LEAST = 1e-3  # of the largest change: a smaller one does not explain it
+WARM = 4  # calls after which a memory of the last batch, layer upon layer, holds this batch alone
 AGAIN = "two identical calls in evaluation mode differ"
+CALLS = "its losses depend on how often it was called"
 
 
 class Location(NamedTuple):
@@ -45,34 +48,40 @@ def locate(score: Score, seen: Seen, blind: Blind, changed: Change, batch_size: 
     sizes = changed.losses.abs().nan_to_num(nan=torch.inf)
     worst = int(sizes.amax(1).argmax())
     number, cut = int(blind.rows[worst]), int(blind.cuts[worst])
-    least = 0.1 * sizes[worst].max().item()
+    least = LEAST * sizes[worst].max().item()
     start = number // batch_size * batch_size
     own, targets = (tensor[start : start + batch_size] for tensor in (seen.inputs, seen.targets))
     row = number - start
     answers = targets.to(device)
+    name = partial(_name, score, device=device)
 
-    def losses(batch: Tokens, at: int) -> Tensor:
+    def losses(batch: Tokens, at: int = row, seed: int = 0) -> Tensor:
+        seed_cpu(seed)
         order = torch.arange(len(batch)).roll(at - row)
         return score(batch.to(device), answers[order])[at, :cut].double().cpu()
 
+    def warm_up() -> None:
+        for _ in range(WARM):
+            losses(own)
+
     with preserve_rng_state():
-        first = losses(own, row)
+        warm_up()
+        first, again, drawn = losses(own), losses(own), losses(own, seed=1)
 
         def differs(second: Tensor) -> bool:
             return bool(((first - second).abs().nan_to_num(nan=torch.inf) > least).any())
 
-        if differs(losses(own, row)):
-            seed_cpu(0)
-            once = losses(own, row)
-            seed_cpu(0)
-            if torch.equal(once, losses(own, row)):
-                return Location("RANDOM", AGAIN, _name(score, own, own, _all, _all, device, seeds=(0, 1)))
-            return Location("LEAKING", "its losses depend on how often it was called", "")
+        if differs(again):
+            return Location("LEAKING", CALLS, name(Call(own), Call(own, before=own), _all, _all))
+        if differs(drawn):
+            return Location("RANDOM", AGAIN, name(Call(own), Call(own, seed=1), _all, _all))
         for trial in _trials(seen, blind, own, worst, row, cut):
             if differs(losses(trial.batch, trial.row)):
-                module = _name(score, own, trial.batch, trial.part, trial.part2, device)
+                module = name(Call(own), Call(trial.batch), trial.part, trial.part2)
                 return Location("LEAKING", f"its losses depend on {trial.what}", module)
-    return Location("LEAKING", "its losses depend on earlier batches", "")
+            warm_up()
+    module = name(Call(own, before=own), Call(own, before=own.flip(1)), _all, _all)
+    return Location("LEAKING", "its losses depend on earlier batches", module)
 
 
 def _trials(seen: Seen, blind: Blind, own: Tokens, worst: int, row: int, cut: int) -> Iterator[Trial]:
@@ -91,22 +100,30 @@ def _trials(seen: Seen, blind: Blind, own: Tokens, worst: int, row: int, cut: in
     yield Trial("the order of the rows", own.roll(at - row, 0), at, here, there)
 
 
+class Call(NamedTuple):
+    """What a copy of the network reads, after another batch and with a seed."""
+
+    batch: Tokens
+    before: Tokens | None = None
+    seed: int = 0
+
+
 def _all(tensor: Tensor) -> list[Tensor]:
     return [tensor]
 
 
-def _name(
-    score: Score, one: Tokens, two: Tokens, part: Part, part2: Part, device: Any, seeds: tuple[int, int] = (0, 0)
-) -> str:
-    """The first module whose output differs between two batches although its inputs agree."""
+def _name(score: Score, one: Call, two: Call, part: Part, part2: Part, device: Any) -> str:
+    """The first module whose output differs between two calls although its inputs agree."""
 
-    def record(batch: Tokens, seed: int, calls: Calls) -> Logits:
+    def record(call: Call, calls: Calls) -> Logits:
         network: Network = copy_network(score.network, share_parameters=True)
+        if call.before is not None:
+            network(call.before.to(device))
         record_calls(network, calls)
-        seed_cpu(seed)
-        return Score(network, score.compiled).forward(batch.to(device))
+        seed_cpu(call.seed)
+        return Score(network, score.compiled).forward(call.batch.to(device))
 
-    first, second = partial(record, one, seeds[0]), partial(record, two, seeds[1])
+    first, second = partial(record, one), partial(record, two)
     for tolerance in TOLERANCES:
         culprit = first_leaking_module(first, second, part, part2, tolerance)
         if culprit is not None:

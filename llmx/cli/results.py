@@ -7,11 +7,12 @@ from typing import Any
 import torch.distributed as dist
 
 from llmx import display
+from llmx.audits.blind import BlindResult
 from llmx.cli.resume import Checkpoint
 from llmx.data.datamodule import Split, TextDataModule
 from llmx.errors import UserError
 from llmx.runs.folder import last_checkpoint
-from llmx.runs.record import write_predictions
+from llmx.runs.record import read_run, write_predictions
 from llmx.training.logger import run_folder
 from llmx.training.metrics import bits, perplexity
 from llmx.training.module import LanguageModel
@@ -23,6 +24,8 @@ def print_fit(trainer: Trainer, model: LanguageModel, data: TextDataModule) -> N
     folder = run_folder(trainer)
     places = []
     if folder is not None:
+        if model.blind is None and (held := read_run(folder).record.get("blind")):  # of processes that were forked off
+            model.blind, model.leaking = BlindResult.from_dict(held), model.leaking or held["verdict"] == "LEAKING"
         last = last_checkpoint(folder)
         places = [*([f"checkpoint {last}"] if last.exists() else []), f"logs {folder}"]
     if trainer.is_global_zero:
