@@ -33,6 +33,7 @@ from llmx.config.command import Command
 from llmx.errors import UserError, one_line
 from llmx.training.callbacks import ProgressBar
 from llmx.training.checkpoints import CheckpointFiles
+from llmx.training.corpus_watch import watched
 from llmx.training.logger import run_folder
 from llmx.training.recording import run_callbacks
 from llmx.training.stopping import StopOnSignal
@@ -191,7 +192,8 @@ class CLI(ParsedCLI):
         results.print_predictions(self.trainer, self.model, self.checkpoint.run, batches)
 
     def audit(self, **arguments: Any) -> None:
-        self.exit_code = int(not self.trainer.audit(**arguments))
+        with watched(self.model, self.datamodule):
+            self.exit_code = int(not self.trainer.audit(**arguments))
 
 
 def _out_of_memory(error: Exception) -> str | None:

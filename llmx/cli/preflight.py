@@ -19,6 +19,7 @@ from llmx.protocol import Network
 from llmx.runs.folder import RUNS
 from llmx.runs.record import check_same_data
 from llmx.training.auditing import audit_network, audit_start
+from llmx.training.corpus_watch import watched
 from llmx.training.hardware import fast_precision
 from llmx.training.lightning_types import attributes
 from llmx.training.logger import RunLogger
@@ -81,10 +82,12 @@ def build_model(verb: str, settings: Any, data: TextDataModule, checkpoint: Chec
     if checkpoint is not None:
         check_same_network(checkpoint, model)
     if not never_whole:
-        check_window(model.network, model.window)
+        with watched(model, None if verb == "predict" else data):
+            check_window(model.network, model.window)
     if verb in ("fit", "audit"):  # before the audit, which would say nothing of a network that has not counted
         if checkpoint is None:
-            model.learning.count(data)
+            with watched(model, data):
+                model.learning.count(data)
         elif model.learning.needs_counting:
             model.load_state_dict(checkpoint.content["state_dict"])
     if verb == "fit":

@@ -66,7 +66,8 @@ NAMED = (*PUBLISHED, "stdlib")
 
 @dataclass(frozen=True)
 class Corpus:
-    """A text and its source; `requested` is the corpus that the user named. `tokenizer`, `split`: its defaults."""
+    """A text and its source; `requested` is the corpus that the user named. `tokenizer`, `split`: its defaults.
+    `files`: all that hold the text, copies in other data folders among them."""
 
     name: str
     text: str
@@ -75,6 +76,7 @@ class Corpus:
     requested: str
     tokenizer: Literal["character", "byte"] = "character"
     split: tuple[float, float, float] = SPLIT
+    files: tuple[Path, ...] = ()
 
     @property
     def characters(self) -> int:
@@ -114,10 +116,11 @@ def load_corpus(name: str, root: str | Path = "data", offline_corpus: str | None
 def _load(name: str, root: Path, key: str) -> Corpus:
     if name in PUBLISHED:
         return _published(name, PUBLISHED[name], root)
-    text, source = _stdlib() if name == "stdlib" else _local(name, key)
+    text, source, files = _stdlib() if name == "stdlib" else _local(name, key)
     if not text:
         raise UserError(f"{key}: {source} is empty; a corpus needs text")
-    return Corpus(name, text, hashlib.sha256(text.encode()).hexdigest(), source, requested=name)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return Corpus(name, text, digest, source, requested=name, files=tuple(files))
 
 
 def _read(path: Path, key: str) -> str:
@@ -133,10 +136,10 @@ def _read(path: Path, key: str) -> str:
         raise UserError(f"{key}: {path} is not UTF-8 text: {place}; convert the file to UTF-8") from None
 
 
-def _local(name: str, key: str) -> tuple[str, str]:
+def _local(name: str, key: str) -> tuple[str, str, list[Path]]:
     path = Path(name).expanduser()
     if os.path.isfile(path):
-        return _read(path, key), str(path)
+        return _read(path, key), str(path), [path]
     if not name or not os.path.isdir(path):
         near = difflib.get_close_matches(name.lower(), NAMED, n=1)
         hint = f"did you mean {near[0]}?" if near else f"named corpora are {', '.join(NAMED)}"
@@ -144,14 +147,14 @@ def _local(name: str, key: str) -> tuple[str, str]:
     files = sorted((file for file in path.rglob("*.txt") if file.is_file()), key=lambda f: f.relative_to(path).parts)
     if not files:
         raise UserError(f"{key}: the folder {path} has no *.txt file in it")
-    return "".join(_read(file, key) for file in files), f"{path} ({len(files)} files)"
+    return "".join(_read(file, key) for file in files), f"{path} ({len(files)} files)", files
 
 
-def _stdlib() -> tuple[str, str]:
+def _stdlib() -> tuple[str, str, list[Path]]:
     folder = Path(sysconfig.get_path("stdlib"))
     files = [folder / f"{module}.py" for module in STDLIB_MODULES]
     texts = [_read(file, "data.corpus") for file in files if file.is_file()]
-    return "".join(text for text in texts if text.isascii()), f"Python's standard library in {folder}"
+    return "".join(text for text in texts if text.isascii()), f"Python's standard library in {folder}", files
 
 
 def _published(name: str, published: Published, root: Path) -> Corpus:
@@ -170,7 +173,8 @@ def _published(name: str, published: Published, root: Path) -> Corpus:
             f"{published.sha256}; delete or replace the file, or pass the path itself as data.corpus"
         )
     source = published.url if found is None else str(path)
-    return Corpus(name, text, digest, source, name, published.tokenizer, published.split)
+    files = tuple(folder / file for folder in folders if (folder / file).is_file())
+    return Corpus(name, text, digest, source, name, published.tokenizer, published.split, files)
 
 
 def _download(name: str, published: Published, path: Path, folders: list[Path]) -> None:

@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -19,7 +20,14 @@ from llmx.data.corpora import NAMED, Corpus, load_corpus
 from llmx.data.prompts import PromptBatches, encoded_prompts
 from llmx.data.repeated import repeated_share
 from llmx.data.token_files import TokenCorpus, TokenStream, is_token_folder, open_tokens
-from llmx.data.tokenizers import ByteTokenizer, CharacterTokenizer, Tokenizer, cached_tokens, tokenizer_from_config
+from llmx.data.tokenizers import (
+    ByteTokenizer,
+    CharacterTokenizer,
+    Tokenizer,
+    cached_tokens,
+    token_cache,
+    tokenizer_from_config,
+)
 from llmx.data.windows import (
     EpochWindows,
     EvaluationBatches,
@@ -131,6 +139,11 @@ class TextDataModule(LightningDataModule):
     def split(self) -> list[float]:
         """The fractions of the corpus for training, validation and test."""
         return list(self.source.split if self._split is None else self._split)
+
+    @property
+    def files(self) -> list[Path]:
+        """The files with the text or its tokens: those of the corpus, and of every encoded corpus in the cache."""
+        return [*self.source.files, *token_cache()]
 
     def tokens(self, split: Split) -> np.ndarray | TokenStream:
         """The token ids of a split, (L,), read-only; np.asarray reads those of token files into memory."""

@@ -128,6 +128,7 @@ class TokenCorpus:
     tokens: TokenStream
     sha256: str
     source: str
+    files: tuple[Path, ...]  # with tokens
     substituted = False
 
     @property
@@ -170,7 +171,8 @@ def open_tokens(name: str) -> TokenCorpus:
                 content.seek(start)
                 digest.update(content.read(SAMPLED_BYTES))
     stream = TokenStream(_Maps(files, tokenizer.vocab_size), 0, sum(file.length for file in files))
-    return TokenCorpus(name, tokenizer, stream, digest.hexdigest(), f"{folder} ({len(files)} files)")
+    source = f"{folder} ({len(files)} files)"
+    return TokenCorpus(name, tokenizer, stream, digest.hexdigest(), source, tuple(file.path for file in files))
 
 
 def _opened(path: Path, dtype: np.dtype) -> TokenFile:

@@ -144,6 +144,11 @@ def cached_tokens(corpus: Corpus, tokenizer: Tokenizer) -> np.ndarray:
         return tokens
 
 
+def token_cache() -> list[Path]:
+    """The files of all encoded corpora in the cache folder."""
+    return list((cache_folder() / "tokens").glob("*.npy"))
+
+
 def _held_tokens(path: Path, key: str, tokenizer: Tokenizer) -> np.ndarray | None:
     """The tokens of a file in the cache, (N,); None if it is damaged, or no array of such ids."""
     if _file_digest(path) != path.stem.removeprefix(f"{key}-"):

@@ -18,6 +18,7 @@ from llmx.audits.causality_report import CausalityError
 from llmx.audits.live_run import audit_live_run
 from llmx.data.datamodule import TextDataModule
 from llmx.errors import UserError
+from llmx.training.corpus_watch import watched
 from llmx.training.lightning_types import Model, language_model, text_data
 from llmx.training.stopping import stop_together
 
@@ -30,7 +31,8 @@ class CausalityAudit(Callback):
             return
         model, data = language_model(pl_module), text_data(trainer)
         if data is not None and model.learning.needs_counting:  # an empty table would tell an audit nothing
-            model.learning.count(data)
+            with watched(model, data):
+                model.learning.count(data)
         audit_network(model, data)
         audit_start(model)
 
@@ -46,8 +48,9 @@ def audit_network(model: Model, data: TextDataModule | None = None) -> None:
         if any(parameter.is_meta for parameter in model.network.parameters()):
             raise UserError("model.audit: only a whole network can be audited, not one on the meta device")
         text = None if data is None else data.beginning()
-        model.causality = audit_causality(model.network, model.window, text=text)
-        model.leaking = model.causality.leaking
+        with watched(model, data):
+            model.causality = audit_causality(model.network, model.window, text=text)
+        model.leaking = model.leaking or model.causality.leaking
     if model.leaking and model.causality is not None and policy == "error":
         raise CausalityError(model.causality)
 
@@ -56,7 +59,8 @@ def audit_start(model: Model) -> None:
     """Audits, once, how the network will run in its trainer. Raises CausalityError as `audit_network` does."""
     if not model.run_audited:
         model.run_audited = True
-        _audit_run(model, perturb=True)
+        with watched(model, text_data(model.trainer)):
+            _audit_run(model, perturb=True)
 
 
 def _audit_run(model: Model, perturb: bool = False, tokens: int = 8192, seed: int = 0) -> None:

@@ -33,6 +33,7 @@ class Model(pl.LightningModule):
     window: int
     sampling: Sampling
     learning: Any
+    watch: Any  # of the files that the network opens
     trained_on: dict[str, float]
     warm_start: str | None
     causality: CausalityReport | None

@@ -33,6 +33,7 @@ from llmx.runs.archive import read_checkpoint
 from llmx.training.auditing import CausalityAudit
 from llmx.training.blind_pass import BlindPass
 from llmx.training.checkpoints import entry, load_network, restore_entry
+from llmx.training.corpus_watch import CorpusWatch, Watch
 from llmx.training.hardware import COMPILE_FROM, can_compile, keep_freed_memory
 from llmx.training.learning_method import learning_of
 from llmx.training.lightning_types import Model, attributes, logs_this_step
@@ -124,18 +125,20 @@ class LanguageModel(Model):
         self.step_sums: dict[str, Tensor] = {}  # by tag, over the micro-batches of the current step
 
     def _built(self) -> Network:
-        network: Network = build(self.hparams["network"], self.tokenizer.vocab_size, "model.network")
+        with Watch() as self.watch:
+            network: Network = build(self.hparams["network"], self.tokenizer.vocab_size, "model.network")
         if self.hparams["gradient_checkpointing"]:
             network.enable_gradient_checkpointing()
         return network
 
     # ---------------------------------------------------------------------------------------------------- training
     def configure_callbacks(self) -> list[Callback]:
-        """The audit and the blind pass, which no trainer goes without."""
+        """The audit, the blind pass and the corpus watch, which no trainer goes without."""
         callbacks = attributes(self.trainer).callbacks
         if not any(type(callback) is BlindPass for callback in callbacks):
             callbacks.insert(0, BlindPass())
-        return [] if any(type(callback) is CausalityAudit for callback in callbacks) else [CausalityAudit()]
+        kinds = {type(callback) for callback in callbacks}
+        return [kind() for kind in (CausalityAudit, CorpusWatch) if kind not in kinds]
 
     def setup(self, stage: str) -> None:
         keep_freed_memory()
