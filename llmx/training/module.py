@@ -105,6 +105,7 @@ class LanguageModel(Model):
             },
             logger=False,
         )
+        self.watch = Watch()
         self.network: Network = self._built()
         self.learning = learning_of(self.network)
         check_speculation(self.network, self.sampling)
@@ -125,7 +126,7 @@ class LanguageModel(Model):
         self.step_sums: dict[str, Tensor] = {}  # by tag, over the micro-batches of the current step
 
     def _built(self) -> Network:
-        with Watch() as self.watch:
+        with self.watch:
             network: Network = build(self.hparams["network"], self.tokenizer.vocab_size, "model.network")
         if self.hparams["gradient_checkpointing"]:
             network.enable_gradient_checkpointing()
