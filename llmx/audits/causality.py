@@ -6,17 +6,17 @@ tries training and evaluation mode, random tokens and text, and several lengths:
 window allows, so that chunked forms have a boundary inside. It makes these checks:
 
     finite    is every output finite?
-    losses    in evaluation: is the loss the cross-entropy of the logits? (the other checks look at logits only)
+    random    in evaluation: are the outputs of two identical calls the same? (dropout that was left on)
     suffix    replace all tokens from some position on: does an output before them change? (leaks without a gradient)
     prefix    cut off all tokens from some position on: does an output before them change? (leaks of the length)
     batch     replace one row, or leave the others out: does an output of another row change?
-    memory    in evaluation: does an output depend on the batches before, of the same text or another?
+    memory    in evaluation: does an output depend on six batches before, of the same text or others?
     gradient  in evaluation: does an output have a gradient with respect to a later embedding? (tiny, smooth leaks)
 
 An output is a log probability: among logits, one huge number for a masked token would make all changes look small. Each
-pass begins with the same state and the same random draws, so dropout and counters in training are no leaks. The trap: a
-batch whose rows are changed at different positions confuses rows with time. So a suspected leak is confirmed on rows
-that are all changed at the same position.
+pass begins with the same state. In training random draws are the lab's (llmx/audits/draws.py), so dropout and counters
+are no leaks. The trap: a batch whose rows are changed at different positions confuses rows with time. So a suspected
+leak is confirmed on rows that are all changed at the same position.
 
 `audit_live_run`, in llmx/audits/live_run.py, looks for the leaks that a copy in float64 cannot show.
 """
@@ -41,11 +41,11 @@ from llmx.audits.causality_cases import (
 from llmx.audits.causality_report import CHECKS, CausalityReport
 from llmx.audits.inputs import MAX_ROWS
 from llmx.audits.network_copies import preserve_rng_state, seed_cpu
-from llmx.audits.rounding import MIN_LOG_PROBABILITY, relative_change
+from llmx.audits.rounding import relative_change
 from llmx.errors import UserError
 from llmx.protocol import Logits, Network, Tokens
 
-LOSS_TOLERANCE = 1e-4  # nats, between a loss in float32 and the cross-entropy
+BATCHES = 6  # before the one that a memory may change
 
 
 def audit_causality(network: Network, max_length: int, seed: int = 0, text: Tensor | None = None) -> CausalityReport:
@@ -66,7 +66,7 @@ def audit_causality(network: Network, max_length: int, seed: int = 0, text: Tens
             for training in (False, True):
                 case = AuditCase(audited, length, training)
                 check_finite(case, case.tokens, case.outputs)
-                checks = (check_losses, check_batch, check_memory, check_suffix, check_prefix)
+                checks = (check_random, check_batch, check_memory, check_suffix, check_prefix)
                 for check in checks if case.outputs.isfinite().all() else ():
                     check(case)
         influence = check_gradient(audited)
@@ -90,18 +90,10 @@ def check_finite(case: AuditCase, tokens: Tokens, outputs: Logits) -> None:
     case.record("finite", next(culprits, None), position, 0, math.inf)
 
 
-def check_losses(case: AuditCase) -> None:
-    if case.training or case.found("losses"):
-        return
-    targets = case.network.tokens(case.rows, case.length)
-    network = case.network.fresh_copy(training=False)
-    seed_cpu(0)
-    losses = network.losses(case.tokens.clone(), targets.clone())[0]
-    expected = -case.outputs.gather(-1, targets[..., None])[..., 0]
-    # clamped: extreme logits may mask tokens
-    away = (losses.double().clamp(max=-MIN_LOG_PROBABILITY) - expected).abs().nan_to_num(nan=math.inf)
-    if away.max() > LOSS_TOLERANCE + case.network.tolerance * -MIN_LOG_PROBABILITY:
-        case.record("losses", None, int(away.amax(0).argmax()), 0, away.max().item())
+def check_random(case: AuditCase) -> None:
+    if not case.training and not case.found("random") and case.draws:
+        one, other = partial(case.run, case.tokens), partial(case.run, case.tokens, draw=1)
+        case.breached("random", relative_change(one(), other()), 0, one, other, lambda tensor: [tensor], tolerance=0.0)
 
 
 def check_batch(case: AuditCase) -> None:
@@ -119,10 +111,7 @@ def check_batch(case: AuditCase) -> None:
         part = partial(row_parts, rows=case.rows, keep=others)
         if case.breached("batch", relative_change(case.outputs, replaced())[others], 0, base, replaced, part):
             return
-    if case.training:
-        return
-    if case.draws:
-        case.skip("batch", "the network draws random numbers in eval mode; rows were replaced, but not left out")
+    if case.training or case.draws or case.found("random"):
         return
     alone = partial(case.run, case.tokens[one])
     part, part2 = partial(row_parts, rows=case.rows, keep=one), partial(row_parts, rows=1, keep=[0])
@@ -130,10 +119,12 @@ def check_batch(case: AuditCase) -> None:
 
 
 def check_memory(case: AuditCase) -> None:
-    if case.training or case.found("memory"):
+    """Only at the shortest length: a memory does not wait for a long text."""
+    if case.training or case.length > case.network.lengths[0] or case.draws:
         return
     base = partial(case.run, case.tokens)
-    for before in (case.network.tokens(case.rows, case.length), case.tokens):
+    others = [case.network.tokens(case.rows, case.length) for _ in range(BATCHES)]
+    for before in (others, [case.tokens] * BATCHES):
         again = partial(case.run, case.tokens, after=before)
         if case.breached("memory", relative_change(case.outputs, again()), 0, base, again, lambda tensor: [tensor]):
             return
@@ -169,15 +160,21 @@ def check_prefix(case: AuditCase) -> None:
     if case.length < 2:
         case.skip("prefix", "a window of 1 leaves nothing to cut off")
         return
+    if case.training and case.length == case.network.lengths[-1] > case.network.lengths[0]:
+        return  # a leak of the length in training alone shows at a shorter one
+    if case.found("random"):
+        return  # every length draws other numbers
     if case.draws:
-        case.skip("prefix", f"the network draws random numbers in {case.mode} mode, other ones for every length")
+        case.skip("prefix", "numpy or random draws other numbers in train mode for every length")
         return
-    for cut in sorted({1, case.length // 2, 64, case.length - 1}):
+    whole, cuts = partial(case.run, case.tokens[:2]), sorted({1, case.length // 2, 64, case.length - 1})
+    outputs = whole()
+    for cut in cuts:
         if cut < case.length and not case.found("prefix"):
-            whole, short = partial(case.run, case.tokens), partial(case.run, case.tokens[:, :cut])
-            part = partial(time_parts, rows=case.rows, length=case.length, keep=cut)
-            part2 = partial(time_parts, rows=case.rows, length=cut, keep=cut)
-            case.breached("prefix", relative_change(case.outputs[:, :cut], short()), cut, whole, short, part, part2)
+            short = partial(case.run, case.tokens[:2, :cut])
+            part = partial(time_parts, rows=2, length=case.length, keep=cut)
+            part2 = partial(time_parts, rows=2, length=cut, keep=cut)
+            case.breached("prefix", relative_change(outputs[:, :cut], short()), cut, whole, short, part, part2)
 
 
 def check_gradient(audited: AuditedNetwork) -> Tensor | None:

@@ -1,7 +1,8 @@
 """How the causality audit runs a network, a copy in float64 under equal conditions, and finds the module that leaks."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cached_property, partial
 from itertools import product
 from typing import Any, NamedTuple
@@ -10,12 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from llmx.audits.causality_report import Breach
+from llmx.audits.draws import LabDraws
 from llmx.audits.inputs import MAX_ROWS, chunk_boundaries, largest_prime, random_windows, token_budget
 from llmx.audits.network_copies import copy_network, exact_copy, perturbed_copy, seed_cpu
 from llmx.audits.rounding import MIN_LOG_PROBABILITY, SAME_SHAPE_TOLERANCE, RoundingWatch, relative_change
-from llmx.protocol import Logits, Network, Tokens
+from llmx.protocol import Context, Logits, Network, Tokens
 
 MAX_TOKENS = 2048  # in one pass
+MAX_WORK = 3e9  # parameters times tokens in one pass
+ROWS = 3  # at least
+LEVELS = (0.4, 0.1, 0.9)  # of the lab's draws in training, for each length from the longest: some draws may open a leak
 
 
 class ModuleCall(NamedTuple):
@@ -41,24 +46,36 @@ def record_calls(network: Network, calls: Calls) -> None:
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
         entered.append(_tensors((args, kwargs)))
 
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
+    def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         name = names[module]
-        calls[name, count[name]] = ModuleCall(name, type(module).__name__, entered.pop(), _tensors(output))
+        outputs = _tensors(output)
+        for value in (*args, *kwargs.values()):  # a writer into the store leaks, not its reader
+            outputs += _stored(value) if isinstance(value, Context) else []
+        calls[name, count[name]] = ModuleCall(name, type(module).__name__, entered.pop(), outputs)
         count[name] += 1
 
     for module in names:
         module.register_forward_pre_hook(enter, with_kwargs=True)
-        module.register_forward_hook(leave)
+        module.register_forward_hook(leave, with_kwargs=True)
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    """Copies of the tensors in nested containers, real and in float64."""
+    """Copies of the tensors in nested containers and contexts, real and in float64."""
+    if isinstance(value, Context):
+        return [*_tensors(value.embedding), *_stored(value)]
     if isinstance(value, Tensor):
         real = torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
         return [real.detach().to(torch.float64, copy=True)]
     if isinstance(value, dict):
         value = tuple(value.values())
     return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, tuple | list) else []
+
+
+def _stored(context: Context) -> list[Tensor]:
+    """Copies of the tensors in the store of a forward pass, which all have a time axis."""
+    time = context.tokens.shape[-1]
+    stored = _tensors(context.store)
+    return [x.expand(len(x), time, *x.shape[2:]) if x.ndim > 1 and x.shape[1] == 1 else x for x in stored]
 
 
 def first_leaking_module(first: Pass, second: Pass, part: Part, part2: Part, tolerance: float) -> ModuleCall | None:
@@ -105,7 +122,7 @@ class AuditedNetwork:
         self.breaches: dict[tuple[str, str], Breach] = {}  # by check and mode
         self.skipped: dict[str, str] = {}  # check -> reason
         self.name = type(network).__name__
-        self.budget = token_budget(network, MAX_TOKENS)  # tokens in one pass
+        self.budget = token_budget(network, MAX_TOKENS, MAX_WORK)  # tokens in one pass
         longest = min(max_length, max(97, self.budget // 3))
         middle = largest_prime(min(longest, 97)) if longest > 64 else longest
         self.lengths = tuple(sorted({largest_prime(min(longest, 13)), middle, longest}))
@@ -113,7 +130,7 @@ class AuditedNetwork:
         for scale in (0.1, 0.01, 0.0):  # some networks only stay finite with smaller moves
             self.source = perturbed_copy(exact, scale, self.generator)
             with RoundingWatch() as rounding:
-                outputs = self.run(self.tokens(2, longest), training=True)
+                outputs = self.run(self.tokens(2, longest), LEVELS[0])
             if outputs.isfinite().all():
                 break
         self.tolerance = rounding.tolerance
@@ -125,19 +142,26 @@ class AuditedNetwork:
         return copy_network(self.source, share_parameters=True).train(training)
 
     def run(
-        self, tokens: Tokens, training: bool, after: Tokens | None = None, draw: int = 0, calls: Calls | None = None
+        self,
+        tokens: Tokens,
+        level: float | None = None,
+        after: Sequence[Tokens] = (),
+        draw: int = 0,
+        calls: Calls | None = None,
     ) -> Logits:
         """(B, T) -> (B, T, V) log probabilities in float64; the logits themselves if some are not finite.
 
-        The copy reads the batch `after` first. `draw` seeds its random numbers. `calls` receives all modules' calls.
+        In training mode with the lab's draws at a level, in evaluation mode without a level. The copy reads the batches
+        `after` first. `draw` seeds its random numbers. `calls` receives all modules' calls.
         """
-        network = self.fresh_copy(training)
-        if after is not None:
-            network(after)
+        network = self.fresh_copy(training=level is not None)
+        for batch in after:
+            network(batch)
         if calls is not None:
             record_calls(network, calls)
         seed_cpu(draw)
-        outputs = network(tokens.clone()).double()
+        with nullcontext() if level is None else LabDraws(level):
+            outputs = network(tokens.clone()).double()
         return outputs.log_softmax(-1).clamp(min=MIN_LOG_PROBABILITY) if outputs.isfinite().all() else outputs
 
     def tokens(self, rows: int, length: int) -> Tokens:
@@ -155,7 +179,7 @@ class AuditedNetwork:
 
     def cuts(self, length: int) -> Tensor:
         """Positions from 1 on where the future may begin, one a row (R,): all positions, or a sample."""
-        rows = max(2, min(MAX_ROWS, self.budget // length))
+        rows = max(ROWS, min(MAX_ROWS, self.budget // length))
         if length - 1 <= rows:
             return torch.arange(rows) % (length - 1) + 1
         strata = torch.linspace(1, length - 1, rows - rows // 2).long()  # one cut in each, and the last position
@@ -171,14 +195,15 @@ class AuditCase:
         self.length = length
         self.training = training
         self.mode = "train" if training else "eval"
-        self.run = partial(network.run, training=training)
-        self.rows = 3 if length != 3 else 4  # rows and time must differ in size, to tell their axes apart
+        levels = dict(zip(reversed(network.lengths), LEVELS, strict=False))
+        self.run = partial(network.run, level=levels[length] if training else None)
+        self.rows = ROWS if length != ROWS else ROWS + 1  # rows and time must differ in size, to tell their axes apart
         self.tokens = network.tokens(self.rows, length)
         self.outputs = self.run(self.tokens)
 
     @cached_property
     def draws(self) -> bool:
-        """Whether the network draws random numbers. Passes of different shapes draw different ones."""
+        """Whether the network draws random numbers that are not the lab's: a pass of another shape draws others."""
         return not torch.equal(self.outputs, self.run(self.tokens, draw=1))
 
     def found(self, check: str) -> bool:
@@ -188,10 +213,19 @@ class AuditCase:
         self.network.skipped.setdefault(check, reason)
 
     def breached(
-        self, check: str, change: Tensor, changed: int, first: Pass, second: Pass, part: Part, part2: Part | None = None
+        self,
+        check: str,
+        change: Tensor,
+        changed: int,
+        first: Pass,
+        second: Pass,
+        part: Part,
+        part2: Part | None = None,
+        tolerance: float | None = None,
     ) -> bool:
         """Whether `change` (rows, positions, V) is a breach. Records it then. Without `part2` the shapes are equal."""
-        tolerance = self.network.same_tolerance if part2 is None else self.network.tolerance
+        if tolerance is None:
+            tolerance = self.network.same_tolerance if part2 is None else self.network.tolerance
         if change.max() <= tolerance:
             return False
         culprit = first_leaking_module(first, second, part, part2 or part, tolerance)

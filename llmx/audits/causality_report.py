@@ -17,26 +17,28 @@ if TYPE_CHECKING:
 
 CHANGED = "the output at position {position} changed by {size:.2g} (relative) when only "
 SENTENCES = {  # by check, in the order of a report
-    "finite": "the output at position {position} is not finite",
-    "losses": "the loss at position {position} is {size:.2g} nats away from the cross-entropy of the logits",
     "suffix": CHANGED + "positions from {changed} on were replaced",
     "prefix": CHANGED + "positions from {changed} on were cut off",
     "gradient": "the output at position {position} has a gradient of {size:.2g} (relative to the largest) with respect "
     "to the embedding at position {changed}",
     "batch": CHANGED + "other rows of the batch were replaced or left out",
     "memory": CHANGED + "the batch before it was another",
-    "run": "the loss at position {position} changed by {size:.2g} (relative) when only text from {changed} on was "
-    "replaced, in the run's own precision and on its device",
+    "run": "the loss at position {position} changed by {size:.2g} nats in the run's own precision and on its device: "
+    "{what}",
+    "random": "the output at position {position} changed by {size:.2g} (relative) between two identical calls",
+    "finite": "the output at position {position} is not finite",
 }
 CHECKS = tuple(SENTENCES)
+VERDICTS = {"random": "RANDOM", "finite": "NOT FINITE"}  # of the other checks: LEAKING
+FIRST = {"random": "draws", "finite": "is not finite"}  # what the first module does; for the other checks: leaks
 
 
 @dataclass(frozen=True)
 class Breach:
-    """One way in which the network cheats, or fails (`finite`).
+    """One way in which the network leaks, draws random numbers in evaluation mode (`random`), or fails (`finite`).
 
     `module` is the dotted name of the first module in forward order that turns unchanged inputs into a changed output;
-    the network's class if it is none of its parts, or for `losses` and `run`, which do not look for it.
+    the network's class if it is none of its parts.
     """
 
     check: str  # one of CHECKS
@@ -46,15 +48,14 @@ class Breach:
     module_class: str
     position: int  # the output position that changed most
     changed: int  # the first input position that was replaced, cut off, or differentiated by
-    size: float  # the change, relative to the largest output; in nats for `losses`, inf for `finite`
+    size: float  # the change, relative to the largest output; in nats for `run`, inf for `finite`
+    what: str = ""  # for `run`: what the loss depends on
 
     def __str__(self) -> str:
         sentence = SENTENCES[self.check].format(**vars(self))
         sentence += f" ({self.check}, {self.mode} mode, length {self.length})"
-        if self.check in ("losses", "run"):  # these look at the whole network
-            return sentence
         module = self.module if self.module == self.module_class else f"{self.module} ({self.module_class})"
-        return f"{sentence}; the first module that {'is not finite' if self.check == 'finite' else 'leaks'} is {module}"
+        return f"{sentence}; the first module that {FIRST.get(self.check, 'leaks')} is {module}"
 
 
 @dataclass(frozen=True)
@@ -70,13 +71,22 @@ class CausalityReport:
     seconds: float
 
     @property
+    def verdict(self) -> str:
+        """LEAKING, RANDOM, NOT FINITE, or nothing where no check failed."""
+        return VERDICTS.get(self.breaches[0].check, "LEAKING") if self.breaches else ""
+
+    @property
     def leaking(self) -> bool:
+        return self.verdict == "LEAKING"
+
+    @property
+    def failing(self) -> bool:
         return bool(self.breaches)
 
     def summary(self) -> str:
         """A short paragraph for people."""
         lengths = ", ".join(map(str, self.lengths))
-        verdict = f"LEAKING: {self.describe()}" if self.leaking else "no leak."
+        verdict = f"{self.verdict}: {self.describe()}" if self.failing else "no leak."
         text = f"causality: lengths {lengths}, train and eval, {self.seconds:.1f} s: {verdict}"
         if self.skipped:
             text += f" Skipped: {'; '.join(self.skipped)}."
@@ -93,6 +103,7 @@ class CausalityReport:
         """Plain data for a run's record, without the influence map."""
         breaches = [asdict(breach) for breach in self.breaches]
         return {
+            "verdict": self.verdict,
             "leaking": self.leaking,
             "breaches": [breach | ({} if math.isfinite(breach["size"]) else {"size": None}) for breach in breaches],
             "skipped": list(self.skipped),
@@ -103,13 +114,12 @@ class CausalityReport:
 
 
 class CausalityError(UserError):
-    """The network leaks; carries the `report`."""
+    """The network leaks, or fails otherwise; carries the `report`."""
 
     def __init__(self, report: CausalityReport):
-        fault = {"finite": "fails", "losses": "cheats"}.get(report.breaches[0].check, "leaks")
         super().__init__(
-            f"the network {fault}: {report.describe()} Fix it, or train the network anyway with "
-            "`--model.audit warn`, which marks the run as LEAKING."
+            f"{report.verdict}: {report.describe()} Fix it, or train the network anyway with `--model.audit warn`, "
+            "which marks the run."
         )
         self.report = report
 
@@ -134,7 +144,7 @@ def influence_figure(report: CausalityReport) -> Figure:
     future = axes.fill_between(edges, edges, -0.5, step="post", facecolor="none", edgecolor="crimson", alpha=0.6)
     future.set(hatch="//", linewidth=1.0)
     seen_by = ", ".join(dict.fromkeys(breach.check for breach in report.breaches))
-    title = f"LEAKING ({seen_by})" if report.leaking else "causal"
+    title = f"{report.verdict} ({seen_by})" if report.failing else "causal"
     axes.set(xlabel="input position s", ylabel="output position t", title=title)
     figure.colorbar(colors, label="norm of d output t / d embedding s")
     return figure

@@ -43,7 +43,7 @@ def audit_live_run(
     generator = torch.Generator().manual_seed(seed)
     if text is None or len(text) <= window:
         text = torch.randint(network.vocab_size, (4 * window + 1,), generator=generator)
-    rows = max(2, min(MAX_ROWS, token_budget(network, tokens, 4 * MAX_WORK) // window))
+    rows = max(2, min(MAX_ROWS, token_budget(network, tokens, 2 * MAX_WORK) // window))
     some = torch.randint(1, window, (rows - rows // 2,), generator=generator)
     cuts = torch.cat((some, torch.tensor(chunk_boundaries(window, rows // 2))))  # (R,)
     windows = random_windows(text, rows, window + 1, generator)
@@ -66,4 +66,4 @@ def audit_live_run(
     module, _, kind = location.module.rpartition(" (")
     name = type(network).__name__
     position, cut, size = int(sizes[row].argmax()), int(blind.cuts[row]), sizes[row].max().item()
-    return Breach("run", "eval", window, module or name, kind.rstrip(")") or name, position, cut, size)
+    return Breach("run", "eval", window, module or name, kind.rstrip(")") or name, position, cut, size, location.what)

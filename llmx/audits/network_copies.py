@@ -4,6 +4,7 @@ import copy
 import math
 import random
 import sys
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -11,7 +12,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmx.protocol import Network
 
@@ -23,8 +24,23 @@ def copy_network(network: Network, share_parameters: bool = False) -> Network:
     """A deep copy. A tensor that a module keeps from its last pass is copied without its autograd history."""
     deepcopy = Tensor.__deepcopy__
     memo: dict[int, Any] = {id(parameter): parameter for parameter in network.parameters()} if share_parameters else {}
-    with patch.object(Tensor, "__deepcopy__", lambda x, memo: deepcopy(x if x.is_leaf else x.detach(), memo)):
+    with (
+        patch.object(Tensor, "__deepcopy__", lambda x, memo: deepcopy(x if x.is_leaf else x.detach(), memo)),
+        patch.object(nn.Module, "__deepcopy__", _copy_module, create=True),
+    ):
         return copy.deepcopy(network, memo)
+
+
+def _copy_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """What `copy.deepcopy` does by itself, in a third of the time: a module has a dozen empty dictionaries of hooks."""
+    copied = memo[id(module)] = module.__new__(type(module))
+    state: Any = module.__getstate__()
+    fresh = {
+        name: type(value)() if type(value) in (dict, OrderedDict) and not value else copy.deepcopy(value, memo)
+        for name, value in state.items()
+    }
+    copied.__setstate__(fresh)
+    return copied
 
 
 def exact_copy(network: Network) -> Network:

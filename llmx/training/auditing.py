@@ -51,7 +51,7 @@ def audit_network(model: Model, data: TextDataModule | None = None) -> None:
         with watched(model, data):
             model.causality = audit_causality(model.network, model.window, text=text)
         model.leaking = model.leaking or model.causality.leaking
-    if model.leaking and model.causality is not None and policy == "error":
+    if model.causality is not None and model.causality.failing and policy == "error":
         raise CausalityError(model.causality)
 
 

@@ -57,7 +57,7 @@ class Trainer(pl.Trainer):
                 f"mean of {honest.draws} draws (spread {display.loss(honest.spread)}) "
                 f"over {honest.predictions:,} characters"
             )
-        return not (report.leaking or equivalence.failing or any(audit.failing for audit in parameters))
+        return not (report.failing or equivalence.failing or any(audit.failing for audit in parameters))
 
     def describe(
         self, model: LanguageModel, length: int | None = None, format: Literal["table", "json"] = "table"
