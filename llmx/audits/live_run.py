@@ -66,4 +66,5 @@ def audit_live_run(
     module, _, kind = location.module.rpartition(" (")
     name = type(network).__name__
     position, cut, size = int(sizes[row].argmax()), int(blind.cuts[row]), sizes[row].max().item()
-    return Breach("run", "eval", window, module or name, kind.rstrip(")") or name, position, cut, size, location.what)
+    check = "random" if location.verdict == "RANDOM" else "run"
+    return Breach(check, "eval", window, module or name, kind.rstrip(")") or name, position, cut, size, location.what)

@@ -57,29 +57,22 @@ def audit_network(model: Model, data: TextDataModule | None = None) -> None:
 
 def audit_start(model: Model) -> None:
     """Audits, once, how the network will run in its trainer. Raises CausalityError as `audit_network` does."""
-    if not model.run_audited:
-        model.run_audited = True
-        with watched(model, text_data(model.trainer)):
-            _audit_run(model, perturb=True)
-
-
-def _audit_run(model: Model, perturb: bool = False, tokens: int = 8192, seed: int = 0) -> None:
-    if model.causality is None or model.leaking or model.device_mesh is not None:
+    if model.run_audited or model.causality is None or model.causality.failing or model.device_mesh is not None:
         return
+    model.run_audited = True
     trainer, data = model.trainer, text_data(model.trainer)
-    breach = audit_live_run(
-        model.network,
-        model.window,
-        trainer.precision_plugin.forward_context(),
-        None if data is None else data.beginning(),
-        device=trainer.strategy.root_device,  # the network moves there later, if it has not yet
-        perturb=perturb,
-        tokens=tokens,
-        seed=seed,
-    )
+    with watched(model, data):
+        breach = audit_live_run(
+            model.network,
+            model.window,
+            trainer.precision_plugin.forward_context(),
+            None if data is None else data.beginning(),
+            device=trainer.strategy.root_device,  # the network moves there later, if it has not yet
+            perturb=True,
+        )
     if breach is not None:
-        model.leaking = True
         model.causality = replace(model.causality, breaches=(breach,))
+        model.leaking = model.leaking or model.causality.leaking
         if model.hparams["audit"] == "error":
             stop_together(trainer, CausalityError(model.causality))
-        rank_zero_warn(f"LEAKING at step {trainer.global_step}: {breach}.")
+        rank_zero_warn(f"{model.causality.verdict} before step 1: {breach}.")
