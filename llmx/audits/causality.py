@@ -137,7 +137,7 @@ def check_suffix(case: AuditCase) -> None:
     if case.length < 2 or case.network.vocab_size < 2:
         case.skip("suffix", f"a {'window' if case.length < 2 else 'vocabulary'} of 1 leaves nothing to replace")
         return
-    cuts = case.network.cuts(case.length)
+    cuts = case.network.cuts(case.length, MAX_ROWS // 2 if case.training else MAX_ROWS)
     tokens = case.network.tokens(len(cuts), case.length)
     other = case.network.replaced(tokens)
     later = torch.arange(case.length) >= cuts[:, None]  # (R, T)

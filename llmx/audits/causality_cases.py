@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from llmx.audits.causality_report import Breach
 from llmx.audits.draws import LabDraws
-from llmx.audits.inputs import MAX_ROWS, chunk_boundaries, largest_prime, random_windows, token_budget
+from llmx.audits.inputs import chunk_boundaries, largest_prime, random_windows, token_budget
 from llmx.audits.network_copies import copy_network, exact_copy, perturbed_copy, seed_cpu
 from llmx.audits.rounding import MIN_LOG_PROBABILITY, SAME_SHAPE_TOLERANCE, RoundingWatch, relative_change
 from llmx.protocol import Context, Logits, Network, Tokens
@@ -134,6 +134,8 @@ class AuditedNetwork:
             if outputs.isfinite().all():
                 break
         self.tolerance = rounding.tolerance
+        with LabDraws(LEVELS[0]):  # what initialises itself from its first batch has done so in every copy
+            self.source.train()(self.tokens(ROWS, longest))
         # for two passes of equal shape
         self.same_tolerance = self.tolerance if rounding.transforms else min(self.tolerance, SAME_SHAPE_TOLERANCE)
 
@@ -177,9 +179,9 @@ class AuditedNetwork:
         other = self.tokens(*tokens.shape)
         return torch.where(other == tokens, (tokens + shift) % self.vocab_size, other)
 
-    def cuts(self, length: int) -> Tensor:
-        """Positions from 1 on where the future may begin, one a row (R,): all positions, or a sample."""
-        rows = max(ROWS, min(MAX_ROWS, self.budget // length))
+    def cuts(self, length: int, most: int) -> Tensor:
+        """Positions from 1 on where the future may begin, one a row (R,), R <= most: all positions, or a sample."""
+        rows = max(ROWS, min(most, self.budget // length))
         if length - 1 <= rows:
             return torch.arange(rows) % (length - 1) + 1
         strata = torch.linspace(1, length - 1, rows - rows // 2).long()  # one cut in each, and the last position

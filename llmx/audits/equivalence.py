@@ -8,6 +8,7 @@ alone over more tokens, to reach longer rings and chunks. The trap: a state can 
 for continuing. Only a piece that follows another piece shows that.
 """
 
+import inspect
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,12 +18,14 @@ import torch
 from torch import Tensor
 
 from llmx.audits.network_copies import exact_copy, perturbed_copy, preserve_rng_state, seed_cpu
-from llmx.errors import UserError
+from llmx.audits.rounding import CAST_TOLERANCE, RoundingWatch
+from llmx.errors import UserError, one_line
 from llmx.protocol import Context, Logits, Network, Stateful, Tokens
 
 TOLERANCE = 1e-9  # relative to the largest number: the same sums in another order, with room for long ones
 MAX_LENGTH = 37  # tokens: chunks of 16 and 32 have a boundary inside, and a remainder
 MAX_LENGTH_WITHOUT_GRADIENTS = 300  # tokens
+SHORT = 9  # tokens: a piece of four, one, and four more
 ROWS = 2
 
 
@@ -95,7 +98,47 @@ def segmentations(length: int) -> list[tuple[int, ...]]:
     return [cut for cut in dict.fromkeys(cuts) if min(cut) > 0]
 
 
-def _compare(network: Network, tokens: Tokens, weights: Tensor | None) -> tuple[Divergence, ...]:
+def short_trial(network: Network, max_length: int, seed: int = 0) -> str | None:
+    """Compares the outputs of the forms over a few tokens: what is wrong, with file and line, or None.
+
+    For any network and state, in milliseconds for a small one; the network and the caller's random state stay as they
+    are. Raises UserError as `audit_equivalence` does.
+    """
+    length = min(max_length, SHORT)
+    with preserve_rng_state(), torch.no_grad():
+        generator = torch.Generator().manual_seed(seed)
+        copy = perturbed_copy(exact_copy(network), 0.1, generator).eval()
+        tokens = torch.randint(copy.vocab_size, (ROWS, length), generator=generator)
+        seed_cpu(seed)
+        tolerance = CAST_TOLERANCE[torch.float32]  # for a form that fails
+        try:
+            with RoundingWatch() as rounding:
+                for lengths in ((length,), (1,) * length):
+                    tuple(_in_pieces(copy, tokens, lengths))
+                copy(tokens)
+            tolerance = 10 * max(TOLERANCE, rounding.tolerance)
+            found = _compare(copy, tokens, None, tolerance)
+        except UserError:
+            raise
+        except Exception as error:
+            part, name = _culprit(copy, tokens, (1,) * length, tolerance)
+            said = f"{type(error).__name__}: {one_line(error, 200)}"
+            return f"{name} fails token by token: {said}; see its {_place(part, 'step')}"
+        if not found:
+            return None
+        part, _ = _culprit(copy, tokens, found[0].lengths, tolerance)
+        return f"{found[0]}; see its {_place(part, 'step' if set(found[0].lengths) == {1} else 'prefill')}"
+
+
+def _place(part: Any, method: str) -> str:
+    """Where a method is defined."""
+    function = inspect.unwrap(getattr(type(part), method))
+    return f"{method} in {inspect.getsourcefile(function)}, line {function.__code__.co_firstlineno}"
+
+
+def _compare(
+    network: Network, tokens: Tokens, weights: Tensor | None, tolerance: float = TOLERANCE
+) -> tuple[Divergence, ...]:
     """The first difference in outputs; else, given weights, in the gradients of the outputs times the weights."""
     parameters = {} if weights is None else dict(network.named_parameters())
 
@@ -121,9 +164,9 @@ def _compare(network: Network, tokens: Tokens, weights: Tensor | None) -> tuple[
             ) from error
         sizes = {"outputs": _difference(outputs, outputs2, outputs.abs().max().item())}
         sizes |= {f"gradients of {name}": _difference(gradients[name], gradients2[name], scale) for name in parameters}
-        worst = max(sizes, key=lambda what: (sizes[what] > TOLERANCE and what == "outputs", sizes[what]))
-        if sizes[worst] > TOLERANCE:
-            return (Divergence(worst, lengths, _culprit(network, tokens, lengths), sizes[worst]),)
+        worst = max(sizes, key=lambda what: (sizes[what] > tolerance and what == "outputs", sizes[what]))
+        if sizes[worst] > tolerance:
+            return (Divergence(worst, lengths, _culprit(network, tokens, lengths, tolerance)[1], sizes[worst]),)
     return ()
 
 
@@ -142,13 +185,16 @@ def _in_pieces(
 
 def _difference(one: Tensor, two: Tensor, scale: float) -> float:
     """The largest difference, relative to `scale`. Equal infinities differ too, unlike in `relative_change`."""
+    if one.shape != two.shape:
+        return float("inf")
     difference = (one - two).abs().max().item() / (scale or 1.0)
     return difference if difference == difference else float("inf")
 
 
 @torch.no_grad()
-def _culprit(network: Network, tokens: Tokens, lengths: Sequence[int]) -> str:
-    """The first mixer or feed-forward whose output in pieces differs from its own parallel form."""
+def _culprit(network: Network, tokens: Tokens, lengths: Sequence[int], tolerance: float) -> tuple[Any, str]:
+    """The first mixer or feed-forward whose output in pieces differs from its own parallel form, or that fails in
+    pieces, with its name and class; the network if each of them is right."""
     calls: list[tuple[Any, Tensor, Context, Tensor]] = []
     handles = [
         part.register_forward_hook(lambda part, args, output: calls.append((part, args[0], args[1], output)))
@@ -163,7 +209,11 @@ def _culprit(network: Network, tokens: Tokens, lengths: Sequence[int]) -> str:
     for part, x, context, output in calls:
         whole = Context(context.tokens, context.positions.expand(len(x), -1), context.embedding)
         whole.store = context.store
-        scale = output.abs().max().item()
-        if any(_difference(output[:, at], own, scale) > TOLERANCE for at, own in _in_pieces(part, x, lengths, whole)):
-            return f"{names[part]} ({type(part).__name__})"
-    return type(network).__name__
+        scale, name = output.abs().max().item(), f"{names[part]} ({type(part).__name__})"
+        try:
+            pieces = [(output[:, at], own) for at, own in _in_pieces(part, x, lengths, whole)]
+        except Exception:
+            return part, name
+        if any(_difference(*pair, scale) > tolerance for pair in pieces):
+            return part, name
+    return network, type(network).__name__

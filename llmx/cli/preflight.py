@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 import llmx
+from llmx.audits.network_copies import copy_network
 from llmx.cli.parser import GROUPS
 from llmx.cli.resume import Checkpoint, check_same_network
 from llmx.costs.from_config import failing_frame, window_failure
@@ -158,8 +159,9 @@ def check_fit(model: LanguageModel, data: TextDataModule, trainer: Trainer, shar
 
 
 def check_window(network: Network, window: int) -> None:
-    """Runs the network on a whole window. Raises UserError for a network that does not take it, and for a component
-    whose output has another shape than its input."""
+    """Runs a copy of the network on a whole window. Raises UserError for a network that does not take it, and for a
+    component whose output has another shape than its input."""
+    network = copy_network(network, share_parameters=True)  # the network itself counts or initialises from no such text
     names = {module: name for name, module in network.named_modules()}
 
     def check(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -171,7 +173,8 @@ def check_window(network: Network, window: int) -> None:
             )
 
     components = {component for block in network.layers for component in (block.mixer, block.feed_forward)}
-    handles = [component.register_forward_hook(check) for component in components]
+    for component in components:
+        component.register_forward_hook(check)
     try:
         with torch.no_grad():
             outputs = network(torch.zeros(1, window, dtype=torch.int64))
@@ -186,6 +189,3 @@ def check_window(network: Network, window: int) -> None:
         if isinstance(error, ValueError) and failing_frame(error).filename.startswith(str(Path(llmx.__file__).parent)):
             raise UserError(f"model.network does not take windows of {window} (data.window): {error}") from error
         raise UserError(window_failure(window, error)) from error
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -59,10 +59,14 @@ def build_on(device: str, config: Any, vocab_size: int) -> Network:
 
 def window_failure(length: int, error: Exception) -> str:
     """One line for an error of torch or of a component's code, with the component's line."""
+    return f"model.network: a window of {length} does not pass {described(error)}"
+
+
+def described(error: Exception) -> str:
+    """Where an error of torch or of a component's code was raised, and what it says."""
     frame = failing_frame(error)
-    place = f"{frame.filename}, line {frame.lineno}, in {frame.name}"
     kind = "" if isinstance(error, RuntimeError) else f"{type(error).__name__}: "
-    return f"model.network: a window of {length} does not pass {place}: {kind}{one_line(error, 300)}"
+    return f"{frame.filename}, line {frame.lineno}, in {frame.name}: {kind}{one_line(error, 300)}"
 
 
 def failing_frame(error: Exception) -> traceback.FrameSummary:

@@ -21,6 +21,7 @@ from llmx.errors import UserError
 from llmx.training.corpus_watch import watched
 from llmx.training.lightning_types import Model, language_model, text_data
 from llmx.training.stopping import stop_together
+from llmx.training.trials import tell_silent_parameters, try_forms
 
 
 class CausalityAudit(Callback):
@@ -38,13 +39,15 @@ class CausalityAudit(Callback):
 
 
 def audit_network(model: Model, data: TextDataModule | None = None) -> None:
-    """Audits a network that is not yet sharded, by itself and once, and notes the report in `model.causality`.
+    """Audits a network that is not yet sharded, by itself and once, and notes the report in `model.causality`. Then it
+    puts the forms of the network on trial.
 
     The training split of `data` gives the audit tokens beside the random ones. Raises CausalityError for a leak if
     `model.audit` is `error`, and UserError for a network on the meta device.
     """
     policy = model.hparams["audit"]
-    if policy != "off" and model.causality is None:
+    first = policy != "off" and model.causality is None
+    if first:
         if any(parameter.is_meta for parameter in model.network.parameters()):
             raise UserError("model.audit: only a whole network can be audited, not one on the meta device")
         text = None if data is None else data.beginning()
@@ -53,6 +56,10 @@ def audit_network(model: Model, data: TextDataModule | None = None) -> None:
         model.leaking = model.leaking or model.causality.leaking
     if model.causality is not None and model.causality.failing and policy == "error":
         raise CausalityError(model.causality)
+    if first:
+        with watched(model, data):
+            try_forms(model)
+            tell_silent_parameters(model)
 
 
 def audit_start(model: Model) -> None:
