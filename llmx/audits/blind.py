@@ -18,7 +18,7 @@ expert's matrix product is as long as its number of tokens. There the change is 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ from llmx.audits.rounding import CAST_TOLERANCE, MIN_LOG_PROBABILITY, RoundingWa
 from llmx.audits.score import Score
 from llmx.protocol import IGNORE, Losses, Network, Tokens
 
+VERDICTS = ("identical", "within rounding", "LEAKING", "RANDOM", "NOT FINITE")
 LEAST_GAIN = 1e-4  # nats
 ERRORS = 3  # standard errors
 LARGEST = 0.5  # nats
@@ -67,7 +68,7 @@ class Change(NamedTuple):
 class BlindResult:
     """The verdict on a split. `share` is the part of it that was scored twice."""
 
-    verdict: str  # "identical", "within rounding", "LEAKING" or "NOT FINITE"
+    verdict: str  # one of VERDICTS
     loss: float  # nats a token of the whole split, for a network that cannot see
     gain: float  # nats
     error: float  # standard error of the gain
@@ -88,11 +89,15 @@ class BlindResult:
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in vars(self).items()}
         return plain | {"said": str(self)}
 
+    def to_numbers(self) -> dict[str, float]:
+        """The result as numbers, which reach the process that started others."""
+        return {key: float(value) for key, value in (vars(self) | {"verdict": VERDICTS.index(self.verdict)}).items()}
+
     @classmethod
-    def from_dict(cls, held: dict[str, Any]) -> BlindResult:
-        numbers: dict[str, Any] = {key: math.nan if value is None else value for key, value in held.items()}
-        del numbers["said"]
-        return cls(**numbers)
+    def from_numbers(cls, numbers: Mapping[str, float]) -> BlindResult:
+        verdict, characters = VERDICTS[int(numbers["verdict"])], int(numbers["characters"])
+        values: dict[str, Any] = {**numbers, "verdict": verdict, "characters": characters}
+        return cls(**values)
 
 
 def draw_cuts(targets: Tokens, generator: torch.Generator) -> Tensor:

@@ -240,7 +240,7 @@ def _silence_libraries() -> None:
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",
         "Checkpoint directory .* exists and is not empty",  # a resumed run's
         "Be aware that when using `ckpt_path`, callbacks",
-        r"It is recommended to use `self.log\('(val|test)/",  # the metric synchronises itself
+        r"It is recommended to use `self.log\('(val|test|blind)/",  # the metric synchronises itself
         "torch.distributed.nn.functional.all_gather is deprecated",
         "You're using the WeightAveraging callback",  # preflight refuses it where it matters
         "FSDP2-wrapped module .* returned a view",  # nobody writes to it

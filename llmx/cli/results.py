@@ -12,7 +12,7 @@ from llmx.cli.resume import Checkpoint
 from llmx.data.datamodule import Split, TextDataModule
 from llmx.errors import UserError
 from llmx.runs.folder import last_checkpoint
-from llmx.runs.record import read_run, write_predictions
+from llmx.runs.record import write_predictions
 from llmx.training.logger import run_folder
 from llmx.training.metrics import bits, perplexity
 from llmx.training.module import LanguageModel
@@ -24,8 +24,6 @@ def print_fit(trainer: Trainer, model: LanguageModel, data: TextDataModule) -> N
     folder = run_folder(trainer)
     places = []
     if folder is not None:
-        if model.blind is None and (held := read_run(folder).record.get("blind")):  # of processes that were forked off
-            model.blind, model.leaking = BlindResult.from_dict(held), model.leaking or held["verdict"] == "LEAKING"
         last = last_checkpoint(folder)
         places = [*([f"checkpoint {last}"] if last.exists() else []), f"logs {folder}"]
     if trainer.is_global_zero:
@@ -57,7 +55,8 @@ def _loss(
     share = trainer.callback_metrics.get(f"{split}/measured")
     if share is not None and share < 1:
         said.append(f"Only {display.percent(share.item())} of this {split} split was measured.")
-    if model.leaking:
+    blind = _blind(trainer)
+    if model.leaking or (blind is not None and blind.verdict == "LEAKING"):
         said.append("LEAKING: this network sees the future, its numbers mean nothing.")
     if chosen:
         said.append("Its weights were chosen for the lowest loss on a val split, which makes it a little too low.")
@@ -67,18 +66,28 @@ def _loss(
         unit = model.tokenizer.unit
         said.append(
             f"{split} loss {display.loss(loss)} nats per {unit}, perplexity {perplexity(loss):.4f}, "
-            f"{bits(loss):.4f} bits per {unit}{_blind(model)}."
+            f"{bits(loss):.4f} bits per {unit}{_found(blind)}."
         )
     return said
 
 
-def _blind(model: LanguageModel) -> str:
+def _blind(trainer: Trainer) -> BlindResult | None:
+    """The result of the blind pass, from the metrics: they come back from processes that were forked off."""
+    numbers = {
+        key.removeprefix("blind/"): value.item()
+        for key, value in trainer.callback_metrics.items()
+        if key.startswith("blind/")
+    }
+    return BlindResult.from_numbers(numbers) if numbers else None
+
+
+def _found(blind: BlindResult | None) -> str:
     """What the blind pass found, to follow the loss."""
-    if model.blind is None:
+    if blind is None:
         return ""
-    without = f", loss {display.loss(model.blind.loss)} when it does not" if model.blind.verdict == "LEAKING" else ""
-    part = "" if model.blind.share == 1 else f" ({display.percent(model.blind.share)} of the split)"
-    return f", blind: {model.blind}{without}{part}"
+    without = f", loss {display.loss(blind.loss)} when it does not" if blind.verdict == "LEAKING" else ""
+    part = "" if blind.share == 1 else f" ({display.percent(blind.share)} of the split)"
+    return f", blind: {blind}{without}{part}"
 
 
 def print_predictions(trainer: Trainer, model: LanguageModel, run: Path, batches: list[Any]) -> None:

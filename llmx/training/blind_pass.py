@@ -88,7 +88,8 @@ class BlindPass(Callback):
                 result = replace(result, verdict=location.verdict)
         known = model.leaking
         model.blind, model.leaking = result, model.leaking or result.verdict == "LEAKING"
-        model.log(f"{split}/blind", result.loss, rank_zero_only=False, sync_dist=False)
+        model.log(f"{split}/blind", result.loss)
+        model.log_dict({f"blind/{key}": value for key, value in result.to_numbers().items()}, logger=False)
         folder = run_folder(trainer) if fit else None
         if folder is not None and trainer.is_global_zero:
             note_blind(folder, result.to_dict(), model.leaking)

@@ -81,6 +81,17 @@ def test_a_run_that_is_killed_twice_is_the_whole_run(laboratory):
     assert differences(Path("lightning_logs/version_1"), Path("lightning_logs/version_0")) == ""
 
 
+def test_experts_that_count_their_tokens_resume_with_the_counts_of_training_alone(laboratory):
+    """Audits and trials of both starts run on copies: no expert counts their tokens."""
+    block = laboratory.config["model"]["network"]["init_args"]["block"]["init_args"]
+    block["feed_forward"] = {"class_path": "DeepSeekMoE", "init_args": {"experts": 4, "top_k": 2, "hidden": 4}}
+    laboratory.configure(model={"audit": "error"})
+    assert fit(laboratory)[0] == [0]
+    assert fit(laboratory, stop=f"{signal.SIGKILL} 6 0")[0] == [-9]
+    assert fit(laboratory, "--ckpt_path", "last")[0] == [0]
+    assert differences(Path("lightning_logs/version_1"), Path("lightning_logs/version_0")) == ""
+
+
 def test_two_processes_that_are_killed_and_then_signalled_are_the_whole_run(laboratory):
     assert fit(laboratory, devices=2)[0] == [0, 0]
     codes, _ = fit(laboratory, devices=2, stop=f"{signal.SIGKILL} 6 1")
