@@ -161,7 +161,7 @@ def check_fit(model: LanguageModel, data: TextDataModule, trainer: Trainer, shar
 def check_window(network: Network, window: int) -> None:
     """Runs a copy of the network on a whole window. Raises UserError for a network that does not take it, and for a
     component whose output has another shape than its input."""
-    network = copy_network(network, share_parameters=True)  # the network itself counts or initialises from no such text
+    network = copy_network(network)  # the network itself first reads a training batch: it may count what it reads
     names = {module: name for name, module in network.named_modules()}
 
     def check(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -172,8 +172,7 @@ def check_window(network: Network, window: int) -> None:
                 "its output has the shape of its input"
             )
 
-    components = {component for block in network.layers for component in (block.mixer, block.feed_forward)}
-    for component in components:
+    for component in {component for block in network.layers for component in (block.mixer, block.feed_forward)}:
         component.register_forward_hook(check)
     try:
         with torch.no_grad():

@@ -30,6 +30,7 @@ class CausalityAudit(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
+        trainer.num_sanity_val_steps = 0  # the network itself first reads a training batch: it may count what it reads
         model, data = language_model(pl_module), text_data(trainer)
         if data is not None and model.learning.needs_counting:  # an empty table would tell an audit nothing
             with watched(model, data):
