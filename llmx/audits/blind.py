@@ -11,8 +11,8 @@ expert's matrix product is as long as its number of tokens. There the change is 
 
     a copy in float64 changes too, on the row that changed most
     the gain is above three standard errors and 1e-4 nats
-    the loss of one character changes by more than 0.5 nats
-    a tenth of the characters of a row change by more than 16 bits explain
+    the loss of one character changes by more than 0.5 nats in 16 bits, or 0.05 in more (a router's choice may turn)
+    a tenth of the characters of a row change by more than the precision explains
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from llmx.protocol import IGNORE, Losses, Network, Tokens
 VERDICTS = ("identical", "within rounding", "LEAKING", "RANDOM", "NOT FINITE")
 LEAST_GAIN = 1e-4  # nats
 ERRORS = 3  # standard errors
-LARGEST = 0.5  # nats
+LARGEST = {torch.float16: 0.5, torch.bfloat16: 0.5}  # nats, by the precision of the logits
+LARGEST_IN_32_BITS = 0.05  # nats
 TOLERANCE = 1e-5  # relative to the largest loss: smaller changes are not looked at again
 EXACT_TOLERANCE = 1e-7  # in float64, where Fourier transforms leave 1e-15, and casts to float32 3e-8 of a loss
 MANY = 0.1  # of the positions before the cut
@@ -140,7 +141,7 @@ def change(seen: Seen, blind: Blind) -> Change:
     return Change(difference, at, finite)
 
 
-def beyond_rounding(network: Network, seen: Seen, blind: Blind, changed: Change) -> bool:
+def beyond_rounding(network: Network, seen: Seen, blind: Blind, changed: Change, precision: torch.dtype) -> bool:
     """Whether a copy in float64 changes on the row that changed most, or many characters of a row change by much."""
     sizes = changed.losses.abs()
     scale = max(1.0, seen.losses[blind.rows].abs().max().item())
@@ -148,7 +149,7 @@ def beyond_rounding(network: Network, seen: Seen, blind: Blind, changed: Change)
     if sizes[row].max() <= TOLERANCE * scale:
         return False
     before = int(blind.cuts[row])
-    if ((sizes > CAST_TOLERANCE[torch.bfloat16] * scale).sum(1) > MANY * blind.cuts).any():
+    if ((sizes > CAST_TOLERANCE.get(precision, TOLERANCE) * scale).sum(1) > MANY * blind.cuts).any():
         return True
     exact, number = exact_copy(network).eval(), int(blind.rows[row])
     targets = seen.targets[number, None]
@@ -174,6 +175,6 @@ def gain_of(count: float, total: float, squares: float) -> tuple[float, float]:
     return mean, math.sqrt(variance / max(count, 1))
 
 
-def is_leak(gain: float, error: float, largest: float) -> bool:
+def is_leak(gain: float, error: float, largest: float, precision: torch.dtype) -> bool:
     """Whether losses change by more than the rounding of a network that is not bitwise stable."""
-    return abs(gain) > max(LEAST_GAIN, ERRORS * error) or largest > LARGEST
+    return abs(gain) > max(LEAST_GAIN, ERRORS * error) or largest > LARGEST.get(precision, LARGEST_IN_32_BITS)

@@ -49,8 +49,8 @@ def record_calls(network: Network, calls: Calls) -> None:
     def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         name = names[module]
         outputs = _tensors(output)
-        for value in (*args, *kwargs.values()):  # a writer into the store leaks, not its reader
-            outputs += _stored(value) if isinstance(value, Context) else []
+        for value in (*args, *kwargs.values()):  # a writer into the context leaks, not its reader
+            outputs += _tensors(value) if isinstance(value, Context) else []
         calls[name, count[name]] = ModuleCall(name, type(module).__name__, entered.pop(), outputs)
         count[name] += 1
 

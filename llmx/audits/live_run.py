@@ -58,7 +58,7 @@ def audit_live_run(
             changed = change(seen, blind)
             if not changed.finite:
                 return None  # training has diverged; its own check says so
-            if not beyond_rounding(score.network, seen, blind, changed):
+            if not beyond_rounding(score.network, seen, blind, changed, score.precision):
                 return None
             location = locate(score, seen, blind, changed, rows, device)
     sizes = changed.losses.abs()

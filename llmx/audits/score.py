@@ -30,6 +30,7 @@ class Score:
 
     def __init__(self, network: Network, compiled: bool = False):
         self.network, self.compiled = network, compiled
+        self.precision = torch.float32  # of the last logits
         # compiled are the bound methods, so that checkpoint keys stay clean
         compile = partial(torch.compile, dynamic=False) if compiled else _as_it_is
         self.forward: Any = compile(network.forward) if compiled else network
@@ -50,6 +51,7 @@ class Score:
             raise UserError(f"model.network: gives {tuple(logits.shape)} for {tuple(targets.shape)} tokens")
         if self.network.normalized:
             _check_sums(logits, type(self.network).__name__)
+        self.precision = logits.dtype
         flat = logits.flatten(0, -2).float()
         losses = F.cross_entropy(flat, targets.flatten(), ignore_index=IGNORE, reduction="none")
         return losses.view(targets.shape)

@@ -103,7 +103,7 @@ def _result(
     """The verdict of all processes together, and the rank of the one with the largest change."""
     sizes, drawn = changed.losses.abs(), changed.drawn
     suspect = changed.finite and bool(sizes.any()) and model.device_mesh is None
-    found = suspect and audit.beyond_rounding(model.network, seen, blind, changed)
+    found = suspect and audit.beyond_rounding(model.network, seen, blind, changed, model.score.precision)
     own = (len(drawn), drawn.sum(), drawn.square().sum(), sizes.max(), found, changed.finite)
     together: Any = model.all_gather(torch.tensor([float(x) for x in own], dtype=torch.float64, device=model.device))
     by_rank = together.view(-1, len(own)).cpu()
@@ -112,7 +112,7 @@ def _result(
     largest = by_rank[:, 3].max().item()
     if not by_rank[:, 5].all():
         verdict = "NOT FINITE"
-    elif by_rank[:, 4].any() or audit.is_leak(gain, error, largest):
+    elif by_rank[:, 4].any() or audit.is_leak(gain, error, largest, model.score.precision):
         verdict = "LEAKING"
     else:
         verdict = "within rounding" if largest else "identical"
