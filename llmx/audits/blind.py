@@ -1,8 +1,8 @@
 """The blind pass: a split is scored a second time, and no prediction can see what it may not see.
 
-In each row of a batch one counted character is drawn. The text from that character on becomes other text, and the rows
-form other batches in another order. Precision, device, compilation and the shape of a batch stay those of the run. The
-losses up to the drawn character must not change:
+In each row of a batch one counted character is drawn. The text from that character on becomes other text: characters
+drawn from the split, which know nothing of it. The rows form other batches in another order. Precision, device,
+compilation and the shape of a batch stay those of the run. The losses up to the drawn character must not change:
 
     gain = mean over rows of (blind loss - loss) of the drawn character     by how much the network is better if it sees
 
@@ -113,13 +113,9 @@ def blind_pass(score: Score, seen: Seen, rows: Tensor, cuts: Tensor, batch_size:
 
     Tensors of `seen` are on the CPU, `cuts` (M,) are those of `rows`.
     """
-    count = len(seen.inputs)
-    replaced = []
-    for some, at in zip(rows.split(batch_size), cuts.split(batch_size), strict=True):
-        own = seen.inputs[some]
-        other = seen.inputs[(some + count // 2) % count] if count > 1 else own.flip(1)
-        replaced.append(torch.where(torch.arange(own.shape[1]) >= at[:, None], other, own))
-    inputs = torch.cat(replaced)
+    own, text = seen.inputs[rows], seen.inputs.flatten()
+    other = text[torch.randint(len(text), own.shape, generator=torch.Generator().manual_seed(len(rows)))]
+    inputs = torch.where(torch.arange(own.shape[1]) >= cuts[:, None], other, own)
     losses = torch.cat(list(scored(score, inputs, seen.targets[rows], batch_size, device)))
     return Blind(rows, cuts, inputs, losses)
 

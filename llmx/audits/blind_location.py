@@ -64,7 +64,7 @@ def locate(score: Score, seen: Seen, blind: Blind, changed: Change, batch_size: 
         for _ in range(WARM):
             losses(own)
 
-    with preserve_rng_state():
+    with preserve_rng_state(eager=not score.compiled):
         warm_up()
         first, again, drawn = losses(own), losses(own), losses(own, seed=1)
 
@@ -80,7 +80,7 @@ def locate(score: Score, seen: Seen, blind: Blind, changed: Change, batch_size: 
                 module = name(Call(own), Call(trial.batch), trial.part, trial.part2)
                 return Location("LEAKING", f"its losses depend on {trial.what}", module)
             warm_up()
-    module = name(Call(own, before=own), Call(own, before=own.flip(1)), _all, _all)
+        module = name(Call(own, before=own), Call(own, before=own.flip(1)), _all, _all)
     return Location("LEAKING", "its losses depend on earlier batches", module)
 
 
@@ -125,7 +125,10 @@ def _name(score: Score, one: Call, two: Call, part: Part, part2: Part, device: A
 
     first, second = partial(record, one), partial(record, two)
     for tolerance in TOLERANCES:
-        culprit = first_leaking_module(first, second, part, part2, tolerance)
+        try:
+            culprit = first_leaking_module(first, second, part, part2, tolerance)
+        except Exception:  # a compiler that cannot trace the hooks
+            return ""
         if culprit is not None:
             return f"{culprit.module or type(score.network).__name__} ({culprit.module_class})"
     return ""

@@ -75,9 +75,9 @@ def seed_cpu(seed: int) -> None:
 
 
 @contextmanager
-def preserve_rng_state() -> Iterator[None]:
-    """Restores the caller's random state at the end, and compiles nothing inside."""
-    compiling = "torch._dynamo" in sys.modules  # importing it takes a second
+def preserve_rng_state(eager: bool = True) -> Iterator[None]:
+    """Restores the caller's random state at the end. Compiles nothing inside, unless `eager` is false."""
+    compiling = eager and "torch._dynamo" in sys.modules  # importing it takes a second
     states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager") if compiling else nullcontext():
         try:
