@@ -8,24 +8,21 @@ alone over more tokens, to reach longer rings and chunks. The trap: a state can 
 for continuing. Only a piece that follows another piece shows that.
 """
 
-import inspect
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from llmx.audits.network_copies import exact_copy, perturbed_copy, preserve_rng_state, seed_cpu
-from llmx.audits.rounding import CAST_TOLERANCE, RoundingWatch
-from llmx.errors import UserError, one_line
+from llmx.errors import UserError
 from llmx.protocol import Context, Logits, Network, Stateful, Tokens
 
 TOLERANCE = 1e-9  # relative to the largest number: the same sums in another order, with room for long ones
 MAX_LENGTH = 37  # tokens: chunks of 16 and 32 have a boundary inside, and a remainder
 MAX_LENGTH_WITHOUT_GRADIENTS = 300  # tokens
-SHORT = 9  # tokens: a piece of four, one, and four more
 ROWS = 2
 
 
@@ -42,6 +39,15 @@ class Divergence:
     def __str__(self) -> str:
         pieces = "step by step" if set(self.lengths) == {1} else f"in pieces of {', '.join(map(str, self.lengths))}"
         return f"{self.what} differ by {self.size:.2g} (relative) {pieces}; the first that differs is {self.component}"
+
+
+class Culprit(NamedTuple):
+    """The component whose own forms differ, or the network."""
+
+    part: Any
+    name: str  # dotted name and class; the network's class
+    error: Exception | None = None  # what it raises in pieces
+    shapes: tuple[tuple[int, ...], tuple[int, ...]] | None = None  # (B, T, D) of a piece, and of the parallel form
 
 
 @dataclass(frozen=True)
@@ -83,12 +89,12 @@ def audit_equivalence(network: Network, max_length: int, seed: int = 0) -> Equiv
         seed_cpu(seed)
         tokens = torch.randint(copy.vocab_size, (ROWS, length), generator=generator)
         weights = torch.randn(*tokens.shape, copy.vocab_size, generator=generator, dtype=torch.float64)
-        divergences = _compare(copy, tokens, weights)
+        divergences = compare(copy, tokens, weights)
         if not divergences and max_length > length:
             length = min(max_length, MAX_LENGTH_WITHOUT_GRADIENTS)
             tokens = torch.randint(copy.vocab_size, (ROWS, length), generator=generator)
             with torch.no_grad():
-                divergences = _compare(copy, tokens, None)
+                divergences = compare(copy, tokens, None)
     return EquivalenceReport(divergences, None, length, time.perf_counter() - started)
 
 
@@ -98,45 +104,7 @@ def segmentations(length: int) -> list[tuple[int, ...]]:
     return [cut for cut in dict.fromkeys(cuts) if min(cut) > 0]
 
 
-def short_trial(network: Network, max_length: int, seed: int = 0) -> str | None:
-    """Compares the outputs of the forms over a few tokens: what is wrong, with file and line, or None.
-
-    For any network and state, in milliseconds for a small one; the network and the caller's random state stay as they
-    are. Raises UserError as `audit_equivalence` does.
-    """
-    length = min(max_length, SHORT)
-    with preserve_rng_state(), torch.no_grad():
-        generator = torch.Generator().manual_seed(seed)
-        copy = perturbed_copy(exact_copy(network), 0.1, generator).eval()
-        tokens = torch.randint(copy.vocab_size, (ROWS, length), generator=generator)
-        seed_cpu(seed)
-        tolerance = CAST_TOLERANCE[torch.float32]  # for a form that fails
-        try:
-            with RoundingWatch() as rounding:
-                for lengths in ((length,), (1,) * length):
-                    tuple(_in_pieces(copy, tokens, lengths))
-                copy(tokens)
-            tolerance = 10 * max(TOLERANCE, rounding.tolerance)
-            found = _compare(copy, tokens, None, tolerance)
-        except UserError:
-            raise
-        except Exception as error:
-            part, name = _culprit(copy, tokens, (1,) * length, tolerance)
-            said = f"{type(error).__name__}: {one_line(error, 200)}"
-            return f"{name} fails token by token: {said}; see its {_place(part, 'step')}"
-        if not found:
-            return None
-        part, _ = _culprit(copy, tokens, found[0].lengths, tolerance)
-        return f"{found[0]}; see its {_place(part, 'step' if set(found[0].lengths) == {1} else 'prefill')}"
-
-
-def _place(part: Any, method: str) -> str:
-    """Where a method is defined."""
-    function = inspect.unwrap(getattr(type(part), method))
-    return f"{method} in {inspect.getsourcefile(function)}, line {function.__code__.co_firstlineno}"
-
-
-def _compare(
+def compare(
     network: Network, tokens: Tokens, weights: Tensor | None, tolerance: float = TOLERANCE
 ) -> tuple[Divergence, ...]:
     """The first difference in outputs; else, given weights, in the gradients of the outputs times the weights."""
@@ -153,7 +121,7 @@ def _compare(
     scale = max((gradient.abs().max().item() for gradient in gradients.values()), default=1.0)
     for lengths in segmentations(tokens.shape[1]):
         try:
-            pieces = torch.cat([logits for _, logits in _in_pieces(network, tokens, lengths)], 1)
+            pieces = torch.cat([logits for _, logits in in_pieces(network, tokens, lengths)], 1)
             outputs2, gradients2 = differentiated(pieces)
         except RuntimeError as error:
             if "inplace operation" not in str(error):
@@ -166,11 +134,12 @@ def _compare(
         sizes |= {f"gradients of {name}": _difference(gradients[name], gradients2[name], scale) for name in parameters}
         worst = max(sizes, key=lambda what: (sizes[what] > tolerance and what == "outputs", sizes[what]))
         if sizes[worst] > tolerance:
-            return (Divergence(worst, lengths, _culprit(network, tokens, lengths, tolerance)[1], sizes[worst]),)
+            culprit = find_culprit(network, tokens, lengths, tolerance)
+            return (Divergence(worst, lengths, culprit.name, sizes[worst]),)
     return ()
 
 
-def _in_pieces(
+def in_pieces(
     part: Any, x: Tensor, lengths: Sequence[int], context: Context | None = None
 ) -> Iterator[tuple[slice, Tensor]]:
     """The recurrent form of a network, or of a component with its context: each piece of x (B, T, ...), its outputs."""
@@ -192,9 +161,9 @@ def _difference(one: Tensor, two: Tensor, scale: float) -> float:
 
 
 @torch.no_grad()
-def _culprit(network: Network, tokens: Tokens, lengths: Sequence[int], tolerance: float) -> tuple[Any, str]:
+def find_culprit(network: Network, tokens: Tokens, lengths: Sequence[int], tolerance: float) -> Culprit:
     """The first mixer or feed-forward whose output in pieces differs from its own parallel form, or that fails in
-    pieces, with its name and class; the network if each of them is right."""
+    pieces; the network if each of them is right."""
     calls: list[tuple[Any, Tensor, Context, Tensor]] = []
     handles = [
         part.register_forward_hook(lambda part, args, output: calls.append((part, args[0], args[1], output)))
@@ -211,9 +180,10 @@ def _culprit(network: Network, tokens: Tokens, lengths: Sequence[int], tolerance
         whole.store = context.store
         scale, name = output.abs().max().item(), f"{names[part]} ({type(part).__name__})"
         try:
-            pieces = [(output[:, at], own) for at, own in _in_pieces(part, x, lengths, whole)]
-        except Exception:
-            return part, name
-        if any(_difference(*pair, scale) > tolerance for pair in pieces):
-            return part, name
-    return network, type(network).__name__
+            for at, own in in_pieces(part, x, lengths, whole):
+                if _difference(output[:, at], own, scale) > tolerance:
+                    shapes = (tuple(own.shape), tuple(output[:, at].shape))
+                    return Culprit(part, name, shapes=None if shapes[0] == shapes[1] else shapes)
+        except Exception as error:
+            return Culprit(part, name, error=error)
+    return Culprit(network, type(network).__name__)

@@ -51,6 +51,19 @@ class Failing(Honest):
     def step(self, x, state, context):
         return x.unpack(), state
 
+class Lonely(Honest):
+    def step(self, x, state, context):
+        return super().step(x, state, context)[0]
+
+class Narrow(Honest):
+    def step(self, x, state, context):
+        output, state = super().step(x, state, context)
+        return output[:, :1], state  # which broadcasts
+
+class Abrupt(Honest):
+    def prefill(self, x, state, context):
+        raise NotImplementedError("no prefill yet")
+
 class Careless(Honest):
     def prefill(self, x, state, context):
         return self.forward(x, context), state
@@ -59,6 +72,14 @@ class InSingle(Honest):
     def step(self, x, state, context):
         output, state = super().step(x, state, context)
         return output.float().to(x.dtype), state
+
+class SingleState(Honest):
+    def init_state(self, batch_size, max_length):
+        return Mean(torch.zeros(batch_size, self.linear.out_features), torch.zeros(batch_size, 1))
+
+    def step(self, x, state, context):
+        state = Mean(state.total + self.linear(x), state.count + 1)
+        return torch.matmul(state.total, torch.eye(x.shape[1])) / state.count, state  # for float32 alone
 
 class Unused(Honest):
     def __init__(self, site):
@@ -107,20 +128,24 @@ def line_of(text):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "said", "line"),
     [
-        ("Forgetful", "outputs differ by"),
-        ("OffByOne", "outputs differ by"),
-        ("Misshapen", "fails token by token"),
-        ("Failing", "AttributeError: 'Tensor' object has no attribute 'unpack'"),
-        ("Careless", "in pieces of"),
+        ("Forgetful", "outputs differ by", 0),
+        ("OffByOne", "outputs differ by", 0),
+        ("Misshapen", "gives (3, 7), not (3, 8)", 0),
+        ("Narrow", "gives (3, 1), not (3, 8)", 0),
+        ("Lonely", "fails: ", 0),
+        ("Failing", "in step: AttributeError: 'Tensor' object has no attribute 'unpack'", 1),
+        ("Abrupt", "in prefill: no prefill yet", 1),
+        ("Careless", "in pieces of", 0),
     ],
 )
-def test_a_recurrent_form_that_is_wrong_is_told_with_its_component_file_and_line(laboratory, capsys, name, said):
+def test_a_recurrent_form_that_is_wrong_is_told_with_its_component_file_and_line(laboratory, capsys, name, said, line):
     message = using(laboratory, name).refusal(capsys, "fit", "--config", "tiny.yaml")
     assert said in message
     assert f"blocks.0.mixer ({name})" in message
-    assert f"forms.py, line {line_of(name)}" in message
+    assert f"forms.py, line {line_of(name) + line}" in message
+    assert "--model.audit warn" in message
 
 
 def test_under_warn_a_wrong_form_is_one_line_and_the_run_goes_on(laboratory):
@@ -130,7 +155,7 @@ def test_under_warn_a_wrong_form_is_one_line_and_the_run_goes_on(laboratory):
     assert not metrics_of(run)["leaking"]
 
 
-@pytest.mark.parametrize("name", ["Honest", "InSingle"])
+@pytest.mark.parametrize("name", ["Honest", "InSingle", "SingleState"])
 def test_forms_that_agree_within_their_precision_pass(laboratory, name):
     using(laboratory, name).fit()
 
