@@ -121,7 +121,7 @@ def compare(
     scale = max((gradient.abs().max().item() for gradient in gradients.values()), default=1.0)
     for lengths in segmentations(tokens.shape[1]):
         try:
-            pieces = torch.cat([logits for _, logits in in_pieces(network, tokens, lengths)], 1)
+            pieces = torch.cat([logits for _, logits in _in_pieces(network, tokens, lengths)], 1)
             outputs2, gradients2 = differentiated(pieces)
         except RuntimeError as error:
             if "inplace operation" not in str(error):
@@ -139,7 +139,7 @@ def compare(
     return ()
 
 
-def in_pieces(
+def _in_pieces(
     part: Any, x: Tensor, lengths: Sequence[int], context: Context | None = None
 ) -> Iterator[tuple[slice, Tensor]]:
     """The recurrent form of a network, or of a component with its context: each piece of x (B, T, ...), its outputs."""
@@ -180,7 +180,7 @@ def find_culprit(network: Network, tokens: Tokens, lengths: Sequence[int], toler
         whole.store = context.store
         scale, name = output.abs().max().item(), f"{names[part]} ({type(part).__name__})"
         try:
-            for at, own in in_pieces(part, x, lengths, whole):
+            for at, own in _in_pieces(part, x, lengths, whole):
                 if _difference(output[:, at], own, scale) > tolerance:
                     shapes = (tuple(own.shape), tuple(output[:, at].shape))
                     return Culprit(part, name, shapes=None if shapes[0] == shapes[1] else shapes)
