@@ -33,8 +33,6 @@ steps. Then its whole validation split is scored twice, as [How the score is mad
 that no loss of a character changed by a single bit. Seconds are those of the second pass, on one thread of a busy
 {processor} in {precision}.
 
-| config | eager | seconds | compiled | seconds |
-|---|---|---|---|---|
 """
 
 
@@ -63,11 +61,13 @@ def measure(name: str, compiled: bool) -> dict[str, Any]:
 
 def page(rows: dict[str, dict[str, Any]]) -> str:
     """The table as Markdown."""
-    some = next(iter(rows.values()))["eager"]
-    lines = []
+    forms = [form for form in ("eager", "compiled") if any(form in row for row in rows.values())]
+    some = next(row for of in rows.values() for row in of.values())
+    headings = ["config", *(heading for form in forms for heading in (form, "seconds"))]
+    lines = [f"| {' | '.join(headings)} |\n", f"|{'---|' * len(headings)}\n"]
     for name in filter(rows.__contains__, names()):
         cells = [f"[{name}](../../configs/{name}.yaml)"]
-        for form in ("eager", "compiled"):
+        for form in forms:
             row = rows[name].get(form)
             cells += ["-", "-"] if row is None else [row["said"], display.seconds(row["seconds"])]
         lines.append(f"| {' | '.join(cells)} |\n")
