@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 
-from llmx.costs.from_config import described
+from llmx.costs.from_config import described, failing_frame
 from llmx.errors import UserError
 from llmx.training.lightning_types import attributes, language_model, logs_this_step
 from llmx.training.logger import validated_board
@@ -63,7 +63,7 @@ class Samples(Callback):
     line says so, once for each kind of failure, and the run goes on."""
 
     def __init__(self, prompt: str = "\n", max_new_tokens: int = 200):
-        self.failures: set[str] = set()
+        self.failures = set[tuple[Any, ...]]()  # exception, file and line, each told once
         self.tokens_per_second: float | None = None  # of the last sample, as a single row
         self.prompt = prompt
         self.max_new_tokens = max_new_tokens
@@ -82,10 +82,11 @@ class Samples(Callback):
             text = model.generate(prompt, max_new_tokens=self.max_new_tokens)
         except Exception as error:  # whatever a component raises
             self.tokens_per_second = None
-            failure = described(error)
-            if failure not in self.failures:
-                print(f"no sample at step {trainer.global_step}: {failure}")
-            self.failures.add(failure)
+            frame = failing_frame(error)
+            kind = (type(error), frame.filename, frame.lineno)
+            if kind not in self.failures:
+                print(f"no sample at step {trainer.global_step}: {described(error)}")
+            self.failures.add(kind)
             return
         self.tokens_per_second = self.max_new_tokens / (time.perf_counter() - started)
         indented = "\n".join("    " + line for line in text.splitlines())  # markdown's verbatim form

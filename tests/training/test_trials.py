@@ -7,6 +7,7 @@ import pytest
 from tests.laboratory import curves_of, metrics_of, weights_of
 
 MIXERS = """
+import time
 import torch
 from torch import nn
 from typing import NamedTuple
@@ -103,7 +104,7 @@ class Counting(Mixer):
 class Unwritable(Honest):
     def step(self, x, state, context):
         if x.dtype == torch.float32:
-            raise ValueError("not in single precision")
+            raise ValueError(f"not in single precision, object {time.monotonic_ns()}")
         return super().step(x, state, context)
 """
 
