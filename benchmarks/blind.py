@@ -31,8 +31,8 @@ INTRODUCTION = """# The blind pass of every config
 Made by `python -m benchmarks.blind` from [blind.json](blind.json). Every config of the collection trains for {steps}
 steps. Then its whole validation split is scored twice, as [How the score is made](../score.md) tells. `identical` means
 that no loss of a character changed by a single bit. Seconds are those of the second pass, on one thread of a busy
-{processor} in {precision}; above 30, other work had taken the processor. The other text of these rows was real text from
-elsewhere in the split, not yet characters drawn from it.
+{processor} in {precision}; above 30, other work had taken the processor. The other text of these rows was real text
+from elsewhere in the split, not yet characters drawn from it.
 
 """
 
