@@ -18,7 +18,7 @@ expert's matrix product is as long as its number of tokens. There the change is 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -116,14 +116,13 @@ def blind_pass(score: Score, seen: Seen, rows: Tensor, cuts: Tensor, batch_size:
     own, text = seen.inputs[rows], seen.inputs.flatten()
     other = text[torch.randint(len(text), own.shape, generator=torch.Generator().manual_seed(len(rows)))]
     inputs = torch.where(torch.arange(own.shape[1]) >= cuts[:, None], other, own)
-    losses = torch.cat(list(scored(score, inputs, seen.targets[rows], batch_size, device)))
-    return Blind(rows, cuts, inputs, losses)
+    return Blind(rows, cuts, inputs, scored(score, inputs, seen.targets[rows], batch_size, device))
 
 
-def scored(score: Score, inputs: Tokens, targets: Tokens, batch_size: int, device: Any) -> Iterator[Losses]:
-    """The losses of rows, batch by batch, on the CPU."""
-    for tokens, answers in zip(inputs.split(batch_size), targets.split(batch_size), strict=True):
-        yield score(tokens.to(device), answers.to(device)).cpu()
+def scored(score: Score, inputs: Tokens, targets: Tokens, batch_size: int, device: Any) -> Losses:
+    """The losses of rows (N, T), scored batch by batch, on the CPU."""
+    batches = zip(inputs.split(batch_size), targets.split(batch_size), strict=True)
+    return torch.cat([score(tokens.to(device), answers.to(device)).cpu() for tokens, answers in batches])
 
 
 def change(seen: Seen, blind: Blind) -> Change:

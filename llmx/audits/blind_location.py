@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from llmx.audits.blind import Blind, Change, Seen
-from llmx.audits.causality_cases import Calls, Part, first_leaking_module, record_calls, row_parts, time_parts
+from llmx.audits.causality_cases import (
+    Calls,
+    ModuleCall,
+    Part,
+    first_leaking_module,
+    record_calls,
+    row_parts,
+    time_parts,
+)
 from llmx.audits.network_copies import copy_network, preserve_rng_state, seed_cpu
 from llmx.audits.score import Score
 from llmx.protocol import Logits, Network, Tokens
@@ -27,7 +35,14 @@ CALLS = "its losses depend on how often it was called"
 class Location(NamedTuple):
     verdict: str  # "LEAKING" or "RANDOM"
     what: str  # a sentence
-    module: str  # name and class of the first module that does it; "" if none of them does
+    culprit: ModuleCall | None  # the first module that does it; None if none of them does
+
+    @property
+    def module(self) -> str:
+        """Its dotted name (the network's class for the network itself) and its class; nothing for none."""
+        if self.culprit is None:
+            return ""
+        return f"{self.culprit.module or self.culprit.module_class} ({self.culprit.module_class})"
 
     def __str__(self) -> str:
         return self.what + (f"; the first module that does so is {self.module}" if self.module else "")
@@ -53,7 +68,7 @@ def locate(score: Score, seen: Seen, blind: Blind, changed: Change, batch_size: 
     own, targets = (tensor[start : start + batch_size] for tensor in (seen.inputs, seen.targets))
     row = number - start
     answers = targets.to(device)
-    name = partial(_name, score, device=device)
+    culprit = partial(_culprit, score, device=device)
 
     def losses(batch: Tokens, at: int = row, seed: int = 0) -> Tensor:
         seed_cpu(seed)
@@ -72,16 +87,16 @@ def locate(score: Score, seen: Seen, blind: Blind, changed: Change, batch_size: 
             return bool(((first - second).abs().nan_to_num(nan=torch.inf) > least).any())
 
         if differs(again):
-            return Location("LEAKING", CALLS, name(Call(own), Call(own, before=own), _all, _all))
+            return Location("LEAKING", CALLS, culprit(Call(own), Call(own, before=own), _all, _all))
         if differs(drawn):
-            return Location("RANDOM", AGAIN, name(Call(own), Call(own, seed=1), _all, _all))
+            return Location("RANDOM", AGAIN, culprit(Call(own), Call(own, seed=1), _all, _all))
         for trial in _trials(seen, blind, own, worst, row, cut):
             if differs(losses(trial.batch, trial.row)):
-                module = name(Call(own), Call(trial.batch), trial.part, trial.part2)
-                return Location("LEAKING", f"its losses depend on {trial.what}", module)
+                found = culprit(Call(own), Call(trial.batch), trial.part, trial.part2)
+                return Location("LEAKING", f"its losses depend on {trial.what}", found)
             warm_up()
-        module = name(Call(own, before=own), Call(own, before=own.flip(1)), _all, _all)
-    return Location("LEAKING", "its losses depend on earlier batches", module)
+        found = culprit(Call(own, before=own), Call(own, before=own.flip(1)), _all, _all)
+    return Location("LEAKING", "its losses depend on earlier batches", found)
 
 
 def _trials(seen: Seen, blind: Blind, own: Tokens, worst: int, row: int, cut: int) -> Iterator[Trial]:
@@ -112,7 +127,7 @@ def _all(tensor: Tensor) -> list[Tensor]:
     return [tensor]
 
 
-def _name(score: Score, one: Call, two: Call, part: Part, part2: Part, device: Any) -> str:
+def _culprit(score: Score, one: Call, two: Call, part: Part, part2: Part, device: Any) -> ModuleCall | None:
     """The first module whose output differs between two calls although its inputs agree."""
 
     def record(call: Call, calls: Calls) -> Logits:
@@ -128,7 +143,7 @@ def _name(score: Score, one: Call, two: Call, part: Part, part2: Part, device: A
         try:
             culprit = first_leaking_module(first, second, part, part2, tolerance)
         except Exception:  # a compiler that cannot trace the hooks
-            return ""
+            return None
         if culprit is not None:
-            return f"{culprit.module or type(score.network).__name__} ({culprit.module_class})"
-    return ""
+            return culprit._replace(inputs=[], outputs=[])  # other processes get it
+    return None

@@ -53,7 +53,7 @@ def audit_live_run(
         score = Score(copy.to(device).eval())
         order = torch.randperm(rows, generator=generator)
         with autocast:
-            seen = Seen(inputs, targets, torch.cat(list(scored(score, inputs, targets, rows, device))))
+            seen = Seen(inputs, targets, scored(score, inputs, targets, rows, device))
             blind = blind_pass(score, seen, order, cuts[order], rows, device)
             changed = change(seen, blind)
             if not changed.finite:
@@ -63,8 +63,8 @@ def audit_live_run(
             location = locate(score, seen, blind, changed, rows, device)
     sizes = changed.losses.abs()
     row = int(sizes.amax(1).argmax())
-    module, _, kind = location.module.rpartition(" (")
     name = type(network).__name__
+    module, kind = (location.culprit.module, location.culprit.module_class) if location.culprit else (name, name)
     position, cut, size = int(sizes[row].argmax()), int(blind.cuts[row]), sizes[row].max().item()
     check = "random" if location.verdict == "RANDOM" else "run"
-    return Breach(check, "eval", window, module or name, kind.rstrip(")") or name, position, cut, size, location.what)
+    return Breach(check, "eval", window, module or name, kind, position, cut, size, location.what)

@@ -30,7 +30,7 @@ INPUTS, TARGETS = TEXT[:-1].view(ROWS, WINDOW), TEXT[1:].clone().view(ROWS, WIND
 @torch.no_grad()
 def passes(network, targets=TARGETS, seed=0):
     score = Score(network.eval())
-    seen = Seen(INPUTS, targets, torch.cat(list(scored(score, INPUTS, targets, BATCH, "cpu"))))
+    seen = Seen(INPUTS, targets, scored(score, INPUTS, targets, BATCH, "cpu"))
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randperm(ROWS, generator=generator)
     cuts = draw_cuts(targets, generator)[rows]
