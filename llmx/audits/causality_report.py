@@ -30,6 +30,7 @@ SENTENCES = {  # by check, in the order of a report
 }
 CHECKS = tuple(SENTENCES)
 VERDICTS = {"random": "RANDOM", "finite": "NOT FINITE"}  # of the other checks: LEAKING
+ADVICE = "Fix it, or train the network anyway with `--model.audit warn`, which marks the run."
 FIRST = {"random": "draws", "finite": "is not finite"}  # what the first module does; for the other checks: leaks
 
 
@@ -117,10 +118,7 @@ class CausalityError(UserError):
     """The network leaks, or fails otherwise; carries the `report`."""
 
     def __init__(self, report: CausalityReport):
-        super().__init__(
-            f"{report.verdict}: {report.describe()} Fix it, or train the network anyway with `--model.audit warn`, "
-            "which marks the run."
-        )
+        super().__init__(f"{report.verdict}: {report.describe()} {ADVICE}")
         self.report = report
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from llmx.audits import blind as audit
 from llmx.audits.blind import Blind, BlindResult, Change, Seen
 from llmx.audits.blind_location import Location, locate
+from llmx.audits.causality_report import ADVICE
 from llmx.data.windows import Batch
 from llmx.errors import UserError
 from llmx.runs.record import note_blind
@@ -44,12 +45,10 @@ class BlindPass(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, *_: Any
     ) -> None:
         if language_model(pl_module).hparams["audit"] != "off" and not trainer.sanity_checking:
-            self.batches.append((batch.inputs.cpu(), batch.targets.cpu(), outputs.cpu()))
+            self.batches.append((batch.inputs, batch.targets, outputs))  # on the device, which works on meanwhile
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        model = language_model(pl_module)
-        if self.batches:
-            self._judge(trainer, model, "val", model.val_loss.compute().item())
+        self._judge(trainer, language_model(pl_module), "val")
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.batches = []
@@ -60,15 +59,16 @@ class BlindPass(Callback):
         self.on_validation_batch_end(trainer, pl_module, outputs, batch)
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        model = language_model(pl_module)
-        if self.batches:
-            self._judge(trainer, model, "test", model.test_loss.compute().item())
+        self._judge(trainer, language_model(pl_module), "test")
 
-    def _judge(self, trainer: pl.Trainer, model: Model, split: str, loss: float) -> None:
+    def _judge(self, trainer: pl.Trainer, model: Model, split: str) -> None:
+        if not self.batches:
+            return
         started = time.perf_counter()
+        loss = getattr(model, f"{split}_loss").compute().item()
         fit = trainer.state.fn == "fit"
         whole = not fit or trainer.should_stop or trainer.global_step >= model.total_steps
-        seen = Seen(*(torch.cat(parts) for parts in zip(*self.batches, strict=True)))
+        seen = Seen(*(torch.cat(parts).cpu() for parts in zip(*self.batches, strict=True)))
         again = len(self.batches) if whole else math.ceil(SAMPLE * len(self.batches))
         rows_of_a_batch, share = len(self.batches[0][0]), again / len(self.batches)
         self.batches = []
@@ -87,7 +87,7 @@ class BlindPass(Callback):
                 location = trainer.strategy.broadcast(location, worst_rank)
                 result = replace(result, verdict=location.verdict)
         known = model.leaking
-        model.blind, model.leaking = result, model.leaking or result.verdict == "LEAKING"
+        model.leaking = known or result.verdict == "LEAKING"
         model.log(f"{split}/blind", result.loss)
         model.log_dict({f"blind/{key}": value for key, value in result.to_numbers().items()}, logger=False)
         folder = run_folder(trainer) if fit else None
@@ -127,8 +127,5 @@ def _stop(trainer: pl.Trainer, model: Model, result: BlindResult, location: Loca
     said = [f"{verdict} at step {trainer.global_step}", *filter(None, (found, location and str(location)))]
     message = f"{said[0]}: {'; '.join(said[1:])}."
     if model.hparams["audit"] == "error":
-        stop_together(
-            trainer,
-            UserError(f"{message} Fix it, or train the network anyway with `--model.audit warn`, which marks the run."),
-        )
+        stop_together(trainer, UserError(f"{message} {ADVICE}"))
     rank_zero_warn(message)

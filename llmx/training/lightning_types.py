@@ -5,7 +5,6 @@ from typing import Any, Protocol, cast
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
-from llmx.audits.blind import BlindResult
 from llmx.audits.causality_report import CausalityReport
 from llmx.audits.score import Score
 from llmx.costs.describe import Description
@@ -13,7 +12,6 @@ from llmx.data.datamodule import TextDataModule
 from llmx.data.tokenizers import Tokenizer
 from llmx.generation import Sampling
 from llmx.protocol import Network
-from llmx.training.metrics import TokenLoss
 
 
 class TrainerAttributes(Protocol):
@@ -39,10 +37,7 @@ class Model(pl.LightningModule):
     causality: CausalityReport | None
     leaking: bool
     run_audited: bool
-    blind: BlindResult | None
     score: Score
-    val_loss: TokenLoss
-    test_loss: TokenLoss
     description: Description | None
     compiled: bool
     total_steps: Any  # int

@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import AdamW, Optimizer
 
-from llmx.audits.blind import BlindResult
 from llmx.audits.causality_report import CausalityReport
 from llmx.audits.network_copies import copy_network, preserve_rng_state
 from llmx.audits.score import Score, own_objective
@@ -119,7 +118,6 @@ class LanguageModel(Model):
         self.causality: CausalityReport | None = None
         self.leaking = False
         self.run_audited = False
-        self.blind: BlindResult | None = None
         self.losses, self.score = self.network.losses, Score(self.network)
         self.own_objective = own_objective(self.network)
         self.compiled = False
