@@ -16,6 +16,8 @@ from llmx.audits.causality_report import CausalityError, influence_figure
 from llmx.errors import UserError
 from llmx.mixers.attention import Attention
 from llmx.networks.founding import FoundingNetwork
+from tests.audits.mutants.honest import DroppingInExperts, DroppingOfSomeTokens, NoisyRouting
+from tests.audits.mutants.mixers import Store
 from tests.audits.networks import (
     HONEST,
     TIME_LEAKS,
@@ -190,35 +192,11 @@ def test_random_numbers_in_evaluation_are_a_verdict_of_their_own_and_name_the_mo
     assert f"the first module that draws is blocks.0.mixer ({mixer.__name__})" in str(CausalityError(report))
 
 
-class DroppingInExperts(Part):
-    """Each expert drops out as many numbers as it has tokens."""
-
-    def mix(self, x):
-        flat = x.flatten(0, 1)
-        choice, outputs = flat.argmax(-1) % 2, torch.zeros_like(flat)
-        for expert in range(2):
-            chosen = choice == expert
-            outputs[chosen] = F.dropout(flat[chosen], 0.3, self.training) * (1 + expert)
-        return outputs.view_as(x)
-
-
-class DroppingOfSomeTokens(Part):
-    def mix(self, x):
-        out = x.clone()
-        out[x[..., 0] > 0] = F.dropout(x[x[..., 0] > 0], 0.3, self.training)
-        return out
-
-
 class StochasticDepth(Part):
     def mix(self, x):
         if self.training and torch.rand((), generator=torch.Generator().manual_seed(len(x))) < 0.5:
             return torch.zeros_like(x)
         return x * torch.bernoulli(torch.full((len(x), 1, 1), 0.8)) if self.training else x
-
-
-class NoisyRouting(Part):
-    def mix(self, x):
-        return x * (x + torch.randn_like(x) if self.training else x).argmax(-1, keepdim=True)
 
 
 @pytest.mark.parametrize("mixer", [DroppingInExperts, DroppingOfSomeTokens, StochasticDepth, NoisyRouting])
@@ -239,21 +217,8 @@ def test_a_leak_that_few_draws_open_is_found():
     assert report.breaches[0].module == "blocks.0.mixer"
 
 
-class Writer(Part):
-    def forward(self, x, context):
-        context.store.setdefault("mean", x.mean(1, keepdim=True))
-        return super().forward(x, context) + context.store["mean"] * (self.layer > 0)
-
-    def __init__(self, site):
-        super().__init__(site)
-        self.layer = site.layer
-
-    def mix(self, x):
-        return x
-
-
 def test_who_writes_the_future_into_the_store_is_named_and_not_who_reads_it():
-    report = audit_causality(decoder(Writer), 20)
+    report = audit_causality(decoder(Store), 20)
     assert {breach.module for breach in report.breaches if breach.check == "suffix"} == {"blocks.0.mixer"}
 
 

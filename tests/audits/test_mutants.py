@@ -13,6 +13,8 @@ import torch
 from llmx import LanguageModel
 from llmx.audits.score import Score
 from llmx.data.datamodule import TextDataModule
+from tests.audits import networks
+from tests.audits.mutants import mixers
 from tests.laboratory import curves_of, metrics_of, newest_run, record_of
 
 MUTANTS = "tests.audits.mutants"
@@ -20,8 +22,9 @@ START, VALIDATION = "", " at step "  # what follows the verdict
 MIXER = "blocks.0.mixer"
 
 
-def with_mixer(name: str, module: str = f"{MUTANTS}.mixers") -> dict[str, Any]:
-    return {"mixer": f"{module}.{name}"}
+def with_mixer(name: str) -> dict[str, Any]:
+    """A mixer of tests/audits/networks.py, or of the mutants."""
+    return {"mixer": f"{(networks if hasattr(networks, name) else mixers).__name__}.{name}"}
 
 
 def slot(name: str) -> str:
@@ -33,7 +36,7 @@ BATCH = ["--data.batch_size", "64", "--data.val_stride", "2"]
 COMPILED = ["--model.compile", "true"]
 MIXERS = [  # class, verdict, moment, named, flags
     *((name, "LEAKING", START, MIXER, []) for name in ("Mean", "Flip", "Next", "ExpertChoice", "OwnBlock", "Seam")),
-    ("Centred", "LEAKING", START, f"{MIXER}.convolution", []),
+    ("CentredConvolution", "LEAKING", START, f"{MIXER}.convolution", []),
     ("AtTheWindow", "LEAKING", START, MIXER, []),
     ("InManyRows", "LEAKING", VALIDATION, MIXER, BATCH),
     ("In16Bits", "LEAKING", START, MIXER, BF16),
@@ -46,15 +49,21 @@ MIXERS = [  # class, verdict, moment, named, flags
     *((name, "LEAKING", START, MIXER, []) for name in ("InEvaluation", "InTraining", "Tiny", "BehindZeros", "Store")),
     ("EmbeddingInPlace", "LEAKING", START, MIXER, []),
     ("Hook", "LEAKING", START, f"{MIXER}.linear", []),
-    *((name, "LEAKING", START, MIXER, []) for name in ("Detached", "Switch", "Sorted", "ShareOfTheSum", "Length")),
+    *(
+        (name, "LEAKING", START, MIXER, [])
+        for name in ("Detached", "Switch", "Sorted", "ShareOfTheSum", "KnowingTheLength")
+    ),
     *((name, "LEAKING", START, MIXER, []) for name in ("WrongSoftmax", "MaskOffByOne", "Circular")),
     ("GroupOverTime", "LEAKING", START, f"{MIXER}.norm", []),
-    *((name, "LEAKING", START, MIXER, []) for name in ("Rows", "RowAbove", "NumberOfRows", "PlaceInTheBatch")),
+    *(
+        (name, "LEAKING", START, MIXER, [])
+        for name in ("NormOverRows", "RowAbove", "DependingOnTheBatchSize", "PlaceInTheBatch")
+    ),
     ("RowsBeyondThree", "LEAKING", START, "", []),  # found among many rows, and located among four
     *((name, "RANDOM", START, MIXER, []) for name in ("Dropping", "DroppingAtOddLengths", "DroppingInLargerBatches")),
     ("DroppingAtTheWindow", "RANDOM", VALIDATION, MIXER, BATCH),
     ("NumpyNoise", "RANDOM", START, MIXER, []),
-    ("Overflow", "NOT FINITE", START, MIXER, []),
+    ("Overflowing", "NOT FINITE", START, MIXER, []),
     ("NotANumberInEvaluation", "NOT FINITE", START, MIXER, []),
 ]
 SLOTS = [  # key, class, named
@@ -66,12 +75,7 @@ SLOTS = [  # key, class, named
     *(("feed_forward", name, "blocks.0.feed_forward") for name in ("TimeFeedForward", "Capacity")),
     ("block", "LeakingResidual", "blocks.0 (LeakingResidual)"),
 ]
-NETWORKS = [
-    ("PeekingForward", []),
-    ("PeekingInEvaluation", []),
-    ("RowBelow", ["--data.val_stride", "8"]),
-    ("Chosen", []),
-]
+NETWORKS = ["PeekingForward", "PeekingInEvaluation", "RowBelow", "Chosen"]
 OBJECTIVES = ["Halved", "Chunked", "Clamped", "ReadsTheTargets", "WritesTheTargets", "WritesTheTokens"]
 HONEST = ["RunningMean", "CausalConvolution", "LongConvolution", "LongConvolutionInFloat32", "Recurrence", "Flattening"]
 HONEST += ["CountingInTraining", "DroppingWithAllGenerators"]  # of tests/audits/networks.py

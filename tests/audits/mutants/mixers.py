@@ -24,24 +24,6 @@ class Next(Part):
         return x + F.pad(x, (0, 0, 0, 1))[:, 1:]
 
 
-class Centred(Part):
-    def __init__(self, site):
-        super().__init__(site)
-        self.convolution = nn.Conv1d(site.dim, site.dim, 3, padding=1)
-
-    def mix(self, x):
-        return self.convolution(x.mT).mT
-
-
-class ExpertChoice(Part):
-    """An expert takes the best half of a row: no gradient tells on it."""
-
-    def mix(self, x):
-        score = x.detach().sum(-1) + torch.linspace(0, 1e-3, x.shape[1])
-        chosen = torch.zeros_like(score).scatter(1, score.topk((x.shape[1] + 1) // 2, 1).indices, 1.0)
-        return x * chosen[..., None]
-
-
 class OwnBlock(Part):
     """Attends to the whole of its own block of four."""
 
@@ -134,21 +116,6 @@ class InTraining(Part):
         return x + x[:, -1:] if self.training else x
 
 
-class Tiny(Part):
-    def mix(self, x):
-        return x + 1e-6 * x.mean(1, keepdim=True)
-
-
-class BehindZeros(Part):
-    def __init__(self, site):
-        super().__init__(site)
-        self.out = nn.Linear(site.dim, site.dim)
-        nn.init.zeros_(self.out.weight)
-
-    def mix(self, x):
-        return x + self.out(x.mean(1, keepdim=True).expand_as(x))
-
-
 class Store(Part):
     """The first layer writes the mean of the row into the store, and the second reads it."""
 
@@ -204,13 +171,6 @@ class ShareOfTheSum(Part):
         return x.exp().cumsum(1) / x.exp().sum(1, keepdim=True)
 
 
-class Length(Part):
-    """Replacing the future changes nothing, cutting it off does."""
-
-    def mix(self, x):
-        return x * x.shape[1]
-
-
 class WrongSoftmax(Part):
     """Normalises over the queries in place of the keys."""
 
@@ -243,19 +203,9 @@ class GroupOverTime(Part):
         return self.norm(x.mT).mT
 
 
-class Rows(Part):
-    def mix(self, x):
-        return x - x.mean(0, keepdim=True)
-
-
 class RowAbove(Part):
     def mix(self, x):
         return x + x.roll(1, 0)
-
-
-class NumberOfRows(Part):
-    def mix(self, x):
-        return x * len(x)
 
 
 class PlaceInTheBatch(Part):
@@ -293,11 +243,6 @@ class DroppingAtTheWindow(Part):
 class NumpyNoise(Part):
     def mix(self, x):
         return x * float(np.random.rand())
-
-
-class Overflow(Part):
-    def mix(self, x):
-        return x / torch.zeros_like(x)
 
 
 class NotANumberInEvaluation(Part):
