@@ -13,7 +13,7 @@ from matplotlib.patches import Rectangle
 PICTURE = Path(__file__).parent / "images" / "score.png"
 ROW = "To be, or not to be, that is"
 OTHER = "eh tsnoa,l e.tRydo mefi uoht"
-NEIGHBOURS = ("Whether 'tis nobler in the m", "He hath no children. All my ", "O Romeo, Romeo! wherefore ar")
+NEIGHBOURS = ("Whether 'tis nobler in the m", "He hath no children. All my ")
 CUT = 16  # the drawn character is the first of the other text
 SAME, NEW, GREY, DRAWN = "#cfe3f5", "#f6d3cd", "#ececec", "#c0392b"
 
