@@ -41,7 +41,7 @@ class Row:
     seeds: list[Any]
     leaking: bool
     unaudited: bool
-    blind: str  # what the blind pass found
+    blind: str  # what the blind pass found; "" for runs without one
     loss: Estimate  # nats per character
     perplexity: float
     bits_per_character: float
@@ -71,8 +71,13 @@ class Comparison:
     matching: str  # which of parameters, FLOPs and wall-clock are equal, in words
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; the ends of an unknown interval are null."""
-        return asdict(self, dict_factory=lambda pairs: {k: None if v in (-math.inf, math.inf) else v for k, v in pairs})
+        """Plain data for JSON; the ends of an unknown interval are null. A row without a blind pass has no `blind`."""
+
+        def plain(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+            known = [(key, value) for key, value in pairs if (key, value) != ("blind", "")]
+            return {key: None if value in (-math.inf, math.inf) else value for key, value in known}
+
+        return asdict(self, dict_factory=plain)
 
 
 def compare(
